@@ -1,0 +1,130 @@
+"""What every runtime must offer: availability, build, open, run, time, profile.
+
+A backend is chosen by name from ``registry``; its third-party library is imported only inside
+its own module's methods. Engines are files; sessions are context managers around opened engines.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+from typing_extensions import Self
+
+from prune2deploy.target import Target
+from prune2deploy.timing import OperatorTiming
+
+Array = npt.NDArray[np.generic]
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a target can be used here; if not, why, and the line that fixes it."""
+
+    usable: bool
+    reason: str = ""
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A built artefact.
+
+    Attributes:
+        path: The engine file (for ONNX Runtime, an ONNX file).
+        onnx: The ONNX file that it was built from.
+        backend: Name of the backend that built it.
+        seconds: Build time.
+        log: Path of the build log, or ``None``.
+    """
+
+    path: Path
+    onnx: Path
+    backend: str
+    seconds: float
+    log: Path | None = None
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, shape (with -1 for a dynamic dimension) and numpy dtype name of an input or output."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One timed run, in nanoseconds. ``cpu_ns`` is the calling thread's CPU time (0 if unknown)."""
+
+    wall_ns: int
+    cpu_ns: int
+    device_ns: int = 0
+
+
+class Session(ABC):
+    """An opened engine, ready to run; close it by leaving its ``with`` block."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @abstractmethod
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once and return every output by name."""
+
+    @abstractmethod
+    def prepare(self, feeds: Mapping[str, Array]) -> None:
+        """Bind ``feeds`` so that ``time_once`` pays for inference only."""
+
+    @abstractmethod
+    def time_once(self) -> Sample:
+        """Run once on what ``prepare`` bound and say how long it took."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free what the session holds."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Backend(ABC):
+    """A runtime that builds and runs engines."""
+
+    name: str
+
+    @abstractmethod
+    def availability(self, target: Target) -> Availability:
+        """Say whether ``target`` can be used on this machine; must not raise."""
+
+    @abstractmethod
+    def build(self, onnx: Path, target: Target, out: Path) -> Engine:
+        """Build an engine from ``onnx`` into the folder ``out``; raises BuildError."""
+
+    @abstractmethod
+    def open(self, engine: Engine, target: Target) -> Session:
+        """Open an engine for running."""
+
+    @abstractmethod
+    def profile(
+        self, engine: Engine, target: Target, feeds: Mapping[str, Array], runs: int
+    ) -> tuple[OperatorTiming, ...]:
+        """Time every operator over ``runs`` runs; the minimum of each is kept."""
+
+    @abstractmethod
+    def versions(self) -> dict[str, str]:
+        """Versions of the runtime and of what it sits on, for the manifest."""

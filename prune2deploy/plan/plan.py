@@ -1,0 +1,70 @@
+"""A plan: which channels every axis keeps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from prune2deploy.errors import PlanError
+from prune2deploy.graph.axes import Graph
+
+SCHEMA = 1  # 1: kept channel numbers per axis name
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Kept channels of every axis that loses some; an axis that is absent keeps all.
+
+    Attributes:
+        kept: Axis name to its sorted kept channel numbers.
+    """
+
+    kept: Mapping[str, tuple[int, ...]]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of kept channels per axis name."""
+        return {name: len(channels) for name, channels in self.kept.items()}
+
+    def check(self, graph: Graph) -> None:
+        """Raise PlanError, naming the axis, unless the plan fits ``graph``."""
+        axes = {axis.name: axis for axis in graph.axes}
+        for name, channels in self.kept.items():
+            if name not in axes:
+                raise PlanError(f"the plan keeps channels of {name!r}, an axis the model lacks")
+            axis = axes[name]
+            if axis.frozen is not None and len(channels) != axis.size:
+                raise PlanError(f"axis {name!r} cannot be pruned: {axis.frozen}")
+            if not channels:
+                raise PlanError(f"the plan removes all {axis.size} channels of axis {name!r}")
+            if list(channels) != sorted(set(channels)) or not (
+                0 <= channels[0] and channels[-1] < axis.size
+            ):
+                raise PlanError(
+                    f"kept channels of {name!r} must be distinct, sorted and in "
+                    f"0..{axis.size - 1}, found {channels[:8]}..."
+                )
+        sizes = graph.sizes(self.counts)
+        for tie in graph.ties:
+            if len({sizes[name] for name in tie}) > 1:
+                raise PlanError(
+                    "these axes must keep equally many channels: "
+                    + ", ".join(f"{name} keeps {sizes[name]}" for name in tie)
+                )
+
+    def to_json(self) -> str:
+        """Write the plan as JSON text."""
+        return json.dumps({"schema": SCHEMA, "kept": {k: list(v) for k, v in self.kept.items()}})
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """Read what ``to_json`` wrote; raises PlanError on anything else."""
+        try:
+            data = json.loads(text)
+            if data["schema"] != SCHEMA:
+                raise PlanError(f"plan schema {data['schema']!r} found, {SCHEMA} expected")
+            kept = {str(k): tuple(int(i) for i in v) for k, v in data["kept"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise PlanError(f"not a plan: {error!r}; expected what plan.json holds") from error
+        return Plan(kept)

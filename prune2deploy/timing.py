@@ -1,0 +1,26 @@
+"""What a profile says of one operator of an engine; shared by runtimes and the latency model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class OperatorTiming:
+    """Time of one (fused) operator of a built engine.
+
+    Attributes:
+        name: The runtime's name for it, stable between builds of the same architecture.
+        kind: Operator type as the runtime calls it (``Conv``, ``Gemm``, ``FusedConv`` ...).
+        input_shapes: Logical shapes of its inputs, weights included where the runtime tells.
+        output_shapes: Logical shapes of its outputs.
+        ns: The *minimum* over the profiled runs, in nanoseconds: contention only ever adds.
+    """
+
+    name: str
+    kind: str
+    input_shapes: tuple[Shape, ...]
+    output_shapes: tuple[Shape, ...]
+    ns: float
