@@ -52,7 +52,7 @@ class PlanError(Prune2DeployError):
     exit_code = 2
 
 
-class BudgetUnreachable(PlanError):
+class BudgetUnreachable(PlanError):  # noqa: N818  reads as the verdict it is
     """Even the smallest allowed plan misses the budget."""
 
     exit_code = 4
@@ -82,7 +82,7 @@ class BackendError(Prune2DeployError):
     exit_code = 3
 
 
-class MissingBackend(BackendError):
+class MissingBackend(BackendError):  # noqa: N818  reads as the verdict it is
     """A runtime or device that the target needs is not there; names the fix."""
 
 
@@ -96,5 +96,5 @@ class MeasureError(Prune2DeployError):
     exit_code = 6
 
 
-class Unstable(MeasureError):
+class Unstable(MeasureError):  # noqa: N818  reads as the verdict it is
     """The measurement is too noisy to decide whether the budget is met."""

@@ -1,0 +1,1 @@
+"""Runtimes behind one interface; ``registry`` finds them by name."""

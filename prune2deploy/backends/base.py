@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 from typing_extensions import Self
 
-from prune2deploy.target import Target
+from prune2deploy.target import Option, Target
 from prune2deploy.timing import OperatorTiming
 
 Array = npt.NDArray[np.generic]
@@ -103,9 +104,19 @@ class Session(ABC):
 
 
 class Backend(ABC):
-    """A runtime that builds and runs engines."""
+    """A runtime that builds and runs engines.
+
+    Attributes:
+        name: Key into the table of backends.
+        options: Every key that a profile's ``[options]`` may have, with its default, whose type
+            is the type expected; ``None`` leaves them unchecked.
+        simulated: Its sessions compute their times instead of taking them; measuring then runs on
+            a simulated clock, in this process.
+    """
 
     name: str
+    options: ClassVar[Mapping[str, Option] | None] = None
+    simulated: ClassVar[bool] = False
 
     @abstractmethod
     def availability(self, target: Target) -> Availability:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -45,11 +46,7 @@ class Polynomial:
 
     def __mul__(self, other: Polynomial) -> Polynomial:
         return _collect(
-            [
-                (c * d, tuple(sorted((*a, *b))))
-                for c, a in self.terms
-                for d, b in other.terms
-            ]
+            [(c * d, tuple(sorted((*a, *b)))) for c, a in self.terms for d, b in other.terms]
         )
 
 
@@ -146,6 +143,7 @@ class Graph:
         unknown: Operators without a rule, with how often each was met (their axes are frozen).
         blocks: Removable units.
         operators: Number of recorded operators.
+        recording: What the forward pass did, for the stage that applies plans; opaque here.
     """
 
     axes: tuple[Axis, ...]
@@ -156,6 +154,7 @@ class Graph:
     unknown: Mapping[str, int]
     blocks: tuple[Block, ...] = ()
     operators: int = 0
+    recording: Any = field(default=None, repr=False)
     _by_name: dict[str, Axis] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:

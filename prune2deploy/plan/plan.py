@@ -39,7 +39,7 @@ class Plan:
             if not channels:
                 raise PlanError(f"the plan removes all {axis.size} channels of axis {name!r}")
             if list(channels) != sorted(set(channels)) or not (
-                0 <= channels[0] and channels[-1] < axis.size
+                channels[0] >= 0 and channels[-1] < axis.size
             ):
                 raise PlanError(
                     f"kept channels of {name!r} must be distinct, sorted and in "

@@ -1,0 +1,166 @@
+"""What several backends need of an ONNX file: checking it, copying it, its logical shapes.
+
+In: a path. Out: plain values. ``onnx`` is imported inside the functions.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prune2deploy.errors import BuildError
+from prune2deploy.timing import Shape
+
+
+def check(path: Path) -> Any:
+    """Load and check an ONNX file; return its ``ModelProto`` (external weights not loaded).
+
+    Raises:
+        BuildError: The file is missing, truncated, not ONNX, or breaks the standard.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    if not path.is_file():
+        raise BuildError(f"{path}: no such file; expected an ONNX model")
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except (DecodeError, ValueError) as error:
+        raise BuildError(
+            f"{path}: {path.stat().st_size} bytes that are not an ONNX model ({error}); "
+            "it is corrupt, truncated or another format: export it again"
+        ) from error
+    if not model.graph.node or not model.opset_import:
+        raise BuildError(f"{path}: found no ONNX graph in it, expected a model; export it again")
+    try:
+        onnx.checker.check_model(str(path))
+    except (onnx.checker.ValidationError, ValueError) as error:
+        raise BuildError(
+            f"{path}: not a valid ONNX model: {str(error).strip()}; export it again"
+        ) from error
+    return model
+
+
+def place(path: Path, out: Path) -> Path:
+    """Copy an ONNX file (with its external weights) into the folder ``out``; return the copy.
+
+    A file that lies there already is left alone. The copy appears under its name only when it is
+    complete.
+
+    Raises:
+        BuildError: The folder cannot be written.
+    """
+    copy = out / path.name
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if copy.exists() and copy.samefile(path):
+            return copy
+        for extra in external_files(path):
+            _copy(path.parent / extra, out / extra)
+        _copy(path, copy)
+    except OSError as error:
+        raise BuildError(f"{out}: the engine cannot be written there: {error}") from error
+    return copy
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f"{target.name}.{os.getpid()}.part")
+    try:
+        shutil.copyfile(source, part)
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def external_files(path: Path) -> tuple[str, ...]:
+    """Names of the files beside ``path`` that hold weights of it, sorted."""
+    import onnx
+
+    model = onnx.load(str(path), load_external_data=False)
+    names = {
+        entry.value
+        for tensor in model.graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    return tuple(sorted(names))
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node of an ONNX graph: its name (made up where it has none), type and tensors."""
+
+    name: str
+    kind: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Nodes in order, and the shape of every tensor whose shape is known.
+
+    Attributes:
+        nodes: In execution order.
+        shapes: Tensor name to shape; a dynamic dimension counts as 1.
+        producer: Tensor name to the node that makes it.
+    """
+
+    nodes: tuple[Node, ...]
+    shapes: dict[str, Shape]
+    producer: dict[str, Node]
+
+
+def logical_shapes(path: Path) -> Shapes:
+    """Infer the shape of every tensor of the model at ``path``."""
+    import onnx
+
+    model = onnx.load(str(path), load_external_data=False)
+    for initializer in model.graph.initializer:  # shapes need no values, and values are large
+        if len(initializer.raw_data) > 4096:
+            initializer.ClearField("raw_data")
+            initializer.data_location = onnx.TensorProto.EXTERNAL
+    graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    shapes = {i.name: tuple(i.dims) for i in graph.initializer}
+    for value in (*graph.input, *graph.value_info, *graph.output):
+        if value.type.tensor_type.HasField("shape"):
+            dims = value.type.tensor_type.shape.dim
+            shapes.setdefault(value.name, tuple(d.dim_value or 1 for d in dims))
+    nodes = tuple(
+        Node(
+            n.name or f"{n.op_type}_{i}",
+            n.op_type,
+            tuple(n.input),
+            tuple(n.output),
+            {a.name: onnx.helper.get_attribute_value(a) for a in n.attribute},
+        )
+        for i, n in enumerate(graph.node)
+    )
+    return Shapes(nodes, shapes, {o: n for n in nodes for o in n.outputs})
+
+
+def contraction(shapes: Shapes, tensor: str) -> Node | None:
+    """Return the convolution that makes ``tensor``, looking back through what fuses into it.
+
+    Runtimes name a fused convolution after the last tensor that it makes: the output of its
+    activation, its batch normalisation or its residual addition. The nearest one upstream whose
+    output has the shape of ``tensor`` is the one.
+    """
+    wanted = shapes.shapes.get(tensor)
+    queue = [tensor]
+    for _ in range(8):  # an activation is a handful of nodes at most (hard-swish, x * sigmoid(x))
+        following: list[str] = []
+        for name in queue:
+            node = shapes.producer.get(name)
+            if node is None or shapes.shapes.get(name) != wanted:
+                continue
+            if node.kind in ("Conv", "ConvTranspose"):
+                return node
+            following += node.inputs
+        queue = following
+    return None

@@ -1,0 +1,276 @@
+"""ONNX Runtime: the CPU by default; CUDA, TensorRT and OpenVINO through its providers.
+
+The engine is an ONNX file: a checked copy, or the graph that the runtime optimised where the
+profile says ``save_optimized`` (it opens faster but belongs to one class of CPUs). Settings that
+sway latency are fixed: threads, spinning, graph optimisation, denormals. Operators that a provider
+leaves to another one are an error and are named, unless the profile allows it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from prune2deploy.backends import onnx_file, ort_profile
+from prune2deploy.backends.base import (
+    Array,
+    Availability,
+    Backend,
+    Engine,
+    Sample,
+    Session,
+    TensorSpec,
+)
+from prune2deploy.errors import BackendError, BuildError, MissingBackend
+from prune2deploy.target import Option, Target
+from prune2deploy.timing import OperatorTiming
+
+CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
+TENSORRT = "TensorrtExecutionProvider"
+PACKAGES = {
+    CUDA: "onnxruntime-gpu",
+    TENSORRT: "onnxruntime-gpu",
+    "OpenVINOExecutionProvider": "onnxruntime-openvino",
+}
+"""The package whose onnxruntime carries a provider."""
+
+
+class OrtBackend(Backend):
+    """ONNX Runtime with the provider that the profile names."""
+
+    name = "ort"
+    options: ClassVar[Mapping[str, Option]] = {
+        "provider": CPU,
+        "device_id": 0,
+        "device_type": "CPU",  # of the OpenVINO provider
+        "spinning": True,  # idle threads wait busily, as the runtime does by default
+        "save_optimized": False,
+        "allow_fallback": False,  # let the CPU run what the provider leaves
+    }
+
+    def availability(self, target: Target) -> Availability:
+        """Look whether onnxruntime is installed and has the provider."""
+        provider = str(target.option("provider", CPU))
+        package = PACKAGES.get(provider, "onnxruntime")
+        fix = f"pip install {package}"
+        if package != "onnxruntime":
+            fix = f"pip uninstall -y onnxruntime && {fix}"
+        try:
+            import onnxruntime
+        except (ImportError, OSError) as error:
+            return Availability(False, f"onnxruntime does not import: {error}", fix)
+        found = onnxruntime.get_available_providers()
+        if provider not in found:
+            return Availability(
+                False,
+                f"this onnxruntime has no {provider} (it has {', '.join(found)})",
+                fix,
+            )
+        return _device(provider)
+
+    def build(self, onnx: Path, target: Target, out: Path) -> Engine:
+        """Check and copy the model, open it once, and assert where its operators run."""
+        started = time.perf_counter()
+        onnx_file.check(onnx)
+        path = onnx_file.place(onnx, out)
+        if target.option("save_optimized", False):
+            path = out / f"{onnx.stem}.optimized.onnx"
+            self._open(onnx, target, optimized=path)
+        else:
+            self._open(path, target)
+        if target.option("provider", CPU) != CPU and not target.option("allow_fallback", False):
+            self._assert_provider(onnx, target)
+        return Engine(path, onnx, self.name, time.perf_counter() - started)
+
+    def open(self, engine: Engine, target: Target) -> Session:
+        """Open an engine that ``build`` made."""
+        return OrtSession(self._open(engine.path, target), target)
+
+    def profile(
+        self, engine: Engine, target: Target, feeds: Mapping[str, Array], runs: int
+    ) -> tuple[OperatorTiming, ...]:
+        """Read the runtime's own profile of ``runs`` runs."""
+        with ort_profile.folder() as prefix:
+            session = self._open(engine.path, target, profile=prefix)
+            for _ in range(runs + 3):  # the first runs are slower; minima ignore them
+                session.run(None, dict(feeds))
+            events = ort_profile.read(Path(session.end_profiling()))
+        return ort_profile.timings(events, onnx_file.logical_shapes(engine.onnx))
+
+    def versions(self) -> dict[str, str]:
+        """Version of onnxruntime and its build."""
+        import onnxruntime
+
+        return {"onnxruntime": onnxruntime.__version__}
+
+    def _assert_provider(self, onnx: Path, target: Target) -> None:
+        from prune2deploy.backends.feeds import random_feeds
+
+        provider = str(target.option("provider", CPU))
+        with ort_profile.folder() as prefix:
+            session = self._open(onnx, target, profile=prefix)
+            session.run(None, random_feeds(_specs(session.get_inputs()), seed=0))
+            events = ort_profile.read(Path(session.end_profiling()))
+        strays = ort_profile.elsewhere(events, provider)
+        if strays:
+            raise BuildError(
+                f"{onnx}: {len(strays)} operators do not run on {provider} but on the CPU: "
+                f"{', '.join(strays[:8])}{' ...' if len(strays) > 8 else ''}; change the model, "
+                "or set allow_fallback = true in the profile's [options] to accept it"
+            )
+
+    def _open(
+        self,
+        path: Path,
+        target: Target,
+        *,
+        optimized: Path | None = None,
+        profile: str | None = None,
+    ) -> Any:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise MissingBackend(
+                f"onnxruntime does not import ({error}); pip install onnxruntime"
+            ) from error
+        options = _session_options(onnxruntime, target)
+        if optimized is not None:
+            options.optimized_model_filepath = str(optimized)
+        if profile is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = profile
+        provider = str(target.option("provider", CPU))
+        if provider not in onnxruntime.get_available_providers():
+            known = self.availability(target)
+            raise MissingBackend(f"{target.name}: {known.reason}; {known.fix}")
+        try:
+            session = onnxruntime.InferenceSession(
+                str(path), options, providers=_providers(target, provider)
+            )
+        except Exception as error:  # its exceptions share no base but Exception
+            raise BuildError(f"{path}: ONNX Runtime cannot open it: {error}") from error
+        if session.get_providers()[0] != provider:
+            raise BackendError(
+                f"{path}: asked for {provider}, ONNX Runtime fell back to "
+                f"{session.get_providers()[0]}; the provider's driver or libraries are missing"
+            )
+        return session
+
+
+def _session_options(onnxruntime: Any, target: Target) -> Any:
+    """Everything that sways latency, fixed.
+
+    ``session.set_denormal_as_zero`` acts only through the first session of a process, so every
+    session asks for it.
+    """
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.intra_op_num_threads = target.threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    spin = "1" if target.option("spinning", True) else "0"
+    options.add_session_config_entry("session.intra_op.allow_spinning", spin)
+    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    return options
+
+
+def _providers(target: Target, provider: str) -> list[Any]:
+    device_id = int(target.option("device_id", 0))
+    if provider == TENSORRT:
+        half = target.precision == "fp16"
+        return [(TENSORRT, {"device_id": device_id, "trt_fp16_enable": half}), CPU]
+    if provider == CUDA:
+        return [(CUDA, {"device_id": device_id, "use_tf32": 0}), CPU]
+    if provider == "OpenVINOExecutionProvider":
+        kind = str(target.option("device_type", "CPU"))
+        settings = {"device_type": kind, "num_of_threads": str(max(1, target.threads))}
+        return [(provider, settings), CPU]
+    return [provider] if provider == CPU else [provider, CPU]
+
+
+def _device(provider: str) -> Availability:
+    if provider in (CUDA, TENSORRT) and not any(Path("/dev").glob("nvidia[0-9]*")):
+        tegra = Path("/dev/nvhost-gpu").exists() or Path("/dev/nvgpu").exists()
+        if not tegra:
+            return Availability(
+                False,
+                "no NVIDIA GPU is visible (/dev/nvidia* is missing)",
+                "install the NVIDIA driver, or give the container its GPU (--gpus all)",
+            )
+    return Availability(True)
+
+
+def _specs(values: list[Any]) -> tuple[TensorSpec, ...]:
+    return tuple(
+        TensorSpec(v.name, tuple(d if isinstance(d, int) else -1 for d in v.shape), _DTYPES[v.type])
+        for v in values
+    )
+
+
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(double)": "float64",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(int16)": "int16",
+    "tensor(int8)": "int8",
+    "tensor(uint8)": "uint8",
+    "tensor(uint16)": "uint16",
+    "tensor(uint32)": "uint32",
+    "tensor(uint64)": "uint64",
+    "tensor(bool)": "bool",
+}
+
+
+class OrtSession(Session):
+    """An opened model; ``time_once`` runs on bound inputs and outputs."""
+
+    def __init__(self, session: Any, target: Target) -> None:
+        self._session = session
+        self._on_gpu = str(target.option("provider", CPU)) in (CUDA, TENSORRT)
+        self._device_id = int(target.option("device_id", 0))
+        self._binding: Any = None
+        self.inputs = _specs(session.get_inputs())
+        self.outputs = _specs(session.get_outputs())
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once; outputs by name."""
+        results = self._session.run(None, dict(feeds))
+        return {
+            spec.name: np.asarray(value) for spec, value in zip(self.outputs, results, strict=True)
+        }
+
+    def prepare(self, feeds: Mapping[str, Array]) -> None:
+        """Bind inputs and outputs where the provider computes; transfers are not timed."""
+        import onnxruntime
+
+        device = "cuda" if self._on_gpu else "cpu"
+        self._binding = self._session.io_binding()
+        for name, value in feeds.items():
+            bound = onnxruntime.OrtValue.ortvalue_from_numpy(value, device, self._device_id)
+            self._binding.bind_ortvalue_input(name, bound)
+        for spec in self.outputs:
+            self._binding.bind_output(spec.name, device, self._device_id)
+
+    def time_once(self) -> Sample:
+        """Run on the bound tensors; on a GPU until the device has finished."""
+        session, binding = self._session, self._binding
+        cpu = time.thread_time_ns()
+        wall = time.perf_counter_ns()
+        session.run_with_iobinding(binding)
+        wall = time.perf_counter_ns() - wall
+        cpu = time.thread_time_ns() - cpu
+        return Sample(wall, cpu)
+
+    def close(self) -> None:
+        """Drop the session and what it bound."""
+        self._binding = None
+        self._session = None

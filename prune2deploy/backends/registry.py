@@ -1,0 +1,52 @@
+"""The table of backends: name to class. Nothing is imported before it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+
+from prune2deploy import shipped
+from prune2deploy.backends.base import Backend
+from prune2deploy.errors import ConfigError
+from prune2deploy.target import Target
+
+BACKENDS: dict[str, tuple[str, str]] = {
+    "ort": ("prune2deploy.backends.ort", "OrtBackend"),
+    "openvino": ("prune2deploy.backends.openvino", "OpenVinoBackend"),
+    "tensorrt": ("prune2deploy.backends.tensorrt", "TensorRtBackend"),
+    "torch": ("prune2deploy.backends.torch_backend", "TorchBackend"),
+    "null": ("prune2deploy.backends.null", "NullBackend"),
+}
+"""Backend name to the module and class that implement it."""
+
+
+def get(name: str) -> Backend:
+    """Return the backend called ``name``.
+
+    Raises:
+        ConfigError: There is no such backend.
+    """
+    if name not in BACKENDS:
+        raise ConfigError(f"no backend {name!r}; expected one of {', '.join(sorted(BACKENDS))}")
+    module, cls = BACKENDS[name]
+    backend: Backend = getattr(importlib.import_module(module), cls)()
+    return backend
+
+
+def for_target(target: Target) -> Backend:
+    """Return the backend of ``target`` after checking the options that the profile gives it.
+
+    Raises:
+        ConfigError: No such backend, an option that it does not have, or one of the wrong type
+            (file:key).
+    """
+    if target.backend not in BACKENDS:
+        raise ConfigError(
+            f"{target.path}:backend: found {target.backend!r}, "
+            f"expected one of {', '.join(sorted(BACKENDS))}"
+        )
+    backend = get(target.backend)
+    if backend.options is not None:
+        shipped.check_keys(target.path, dict(target.options), backend.options, "options.")
+        for name, default in backend.options.items():
+            target.option(name, default)
+    return backend

@@ -1,0 +1,16 @@
+"""Data for a model, by recipe: what BatchNorm, importance, int8 and parity are fed."""
+
+from prune2deploy.calibration.batches import Batch, Batches, from_dataset, open_recipe
+from prune2deploy.calibration.preprocessing import Preprocessing
+from prune2deploy.calibration.recipe import PURPOSES, Recipe, load_recipe
+
+__all__ = [
+    "PURPOSES",
+    "Batch",
+    "Batches",
+    "Preprocessing",
+    "Recipe",
+    "from_dataset",
+    "load_recipe",
+    "open_recipe",
+]

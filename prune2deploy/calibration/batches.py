@@ -1,0 +1,274 @@
+"""Batches of samples: streamed, the same on every pass, checked against the model.
+
+In: a recipe and the model it is for. Out: :class:`Batches`, which may be iterated over again and
+again, holding one batch at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prune2deploy.calibration.preprocessing import Preprocessing
+from prune2deploy.calibration.readers import Array, Reader, SequenceReader, open_reader
+from prune2deploy.calibration.recipe import LABELLED, PURPOSES, Recipe, load_recipe
+from prune2deploy.errors import ConfigError
+
+Batch = tuple[tuple[Tensor, ...], Tensor | None]
+
+
+class ForModel(Protocol):
+    """What is needed to know of a model: its example inputs and its preprocessing."""
+
+    @property
+    def example_inputs(self) -> tuple[Tensor, ...]:
+        """What the model takes, with a batch dimension first."""
+
+    @property
+    def preprocessing(self) -> Preprocessing | None:
+        """How pictures become its input, if known."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batches:
+    """Batches of (inputs, labels): ``for inputs, labels in batches: model(*inputs)``.
+
+    ``len()`` is the number of batches; the last may be smaller. Every pass gives the same.
+
+    Attributes:
+        name: Of the recipe.
+        purposes: What the data may be used for.
+        labelled: Whether labels are there; they are of shape (batch,), int64.
+        batch: Samples per batch.
+        chosen: Numbers of the samples, in order.
+        notices: What the user must be told of this data.
+        sha256: Of the recipe's text and the chosen samples' names, to key caches by.
+    """
+
+    name: str
+    purposes: tuple[str, ...]
+    batch: int
+    chosen: tuple[int, ...]
+    notices: tuple[str, ...]
+    sha256: str
+    _reader: Reader
+    _shapes: tuple[tuple[int, ...], ...]
+    _dtypes: tuple[torch.dtype, ...]
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the samples have labels."""
+        return self._reader.labelled
+
+    @property
+    def count(self) -> int:
+        """Number of samples."""
+        return len(self.chosen)
+
+    def __len__(self) -> int:
+        return -(-len(self.chosen) // self.batch)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, len(self.chosen), self.batch):
+            yield self._collate(self.chosen[start : start + self.batch])
+
+    def rebatched(self, batch: int) -> Batches:
+        """Return the same samples in batches of another size."""
+        assert batch >= 1, batch
+        return replace(self, batch=batch)
+
+    def first(self, count: int) -> Batches:
+        """Return the first ``count`` samples (all, if there are fewer)."""
+        return replace(self, chosen=self.chosen[: max(count, 1)])
+
+    def shuffled(self, seed: int) -> Batches:
+        """Return the same samples in another order, which ``seed`` decides."""
+        order = np.random.default_rng(seed).permutation(self.chosen)
+        return replace(self, chosen=tuple(int(i) for i in order))
+
+    def need(self, purpose: str) -> Batches:
+        """Return this data if it serves ``purpose``.
+
+        Raises:
+            ConfigError: The recipe does not list the purpose, or it needs labels and has none.
+        """
+        assert purpose in PURPOSES, purpose
+        if purpose not in self.purposes:
+            raise ConfigError(
+                f"recipe {self.name!r} is not for {purpose!r}; found purposes "
+                f"{', '.join(self.purposes)}; add it to its purposes or choose another recipe"
+            )
+        if purpose in LABELLED and not self.labelled:
+            raise ConfigError(_unlabelled(self.name, self._reader, purpose))
+        return self
+
+    def _collate(self, numbers: tuple[int, ...]) -> Batch:
+        inputs: list[list[Tensor]] = [[] for _ in self._shapes]
+        labels: list[int] = []
+        for number in numbers:
+            arrays, label = self._reader.read(number)
+            self._check(arrays, number)
+            for column, array, dtype in zip(inputs, arrays, self._dtypes, strict=True):
+                column.append(torch.from_numpy(np.ascontiguousarray(array)).to(dtype))
+            if label is not None:
+                labels.append(label)
+        if self.labelled and len(labels) != len(numbers):
+            raise ConfigError(
+                f"{self._reader.place}: {len(numbers) - len(labels)} of {len(numbers)} samples "
+                "have no label, though the first one has; give all of them one, or none"
+            )
+        stacked = tuple(torch.stack(column) for column in inputs)
+        return stacked, torch.tensor(labels) if self.labelled else None
+
+    def _check(self, arrays: tuple[Array, ...], number: int) -> None:
+        found = tuple(tuple(array.shape) for array in arrays)
+        if found != self._shapes:
+            raise ConfigError(
+                f"{self._reader.name(number)}: found {_shown(found)}; the model takes "
+                f"{_shown(self._shapes)} per sample; change the recipe's preprocessing or the "
+                "model's input size"
+            )
+        for array in arrays:
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                raise ConfigError(f"{self._reader.name(number)}: holds values that are not finite")
+
+
+def open_recipe(path_or_name: str | Path, model: ForModel) -> Batches:
+    """Open the data that a recipe describes, for one model.
+
+    Args:
+        path_or_name: A shipped recipe's name, or the path of a TOML file.
+        model: A loaded model; its example inputs say which shapes and types are wanted, and its
+            preprocessing is used wherever the recipe says nothing else.
+
+    Raises:
+        ConfigError: The recipe, or the first sample of its data, is wrong; names file and key.
+        MissingBackend: The library that reads the data is not installed.
+    """
+    recipe = load_recipe(path_or_name)
+    how, notices = _preprocessing(recipe, model)
+    reader = open_reader(recipe, how, model.example_inputs)
+    for purpose in recipe.purposes if recipe.purposes_given else ():
+        if purpose in LABELLED and not reader.labelled:
+            raise ConfigError(_unlabelled(str(recipe.path), reader, purpose))
+    if recipe.reader == "random":
+        notices += (
+            f"recipe {recipe.name!r} gives RANDOM data: int8 ranges, BatchNorm statistics and "
+            "importance taken from it say nothing of real inputs, and accuracy will suffer; "
+            "use real samples for anything that is deployed",
+        )
+    if len(reader) < recipe.count:
+        notices += (
+            f"recipe {recipe.name!r} asks for {recipe.count} samples; {reader.place} has "
+            f"{len(reader)}, all of which are used",
+        )
+    return _batches(recipe, reader, model.example_inputs, notices)
+
+
+def from_dataset(
+    dataset: Any, example_inputs: tuple[Tensor, ...], *, batch: int = 32, seed: int = 0
+) -> Batches:
+    """Make batches of any dataset with ``len()`` and indexing, such as torch's map-style ones.
+
+    Args:
+        dataset: ``dataset[i]`` is inputs or (inputs, label), preprocessed, without batch
+            dimension.
+        example_inputs: What the model takes, with a batch dimension first.
+        batch: Samples per batch.
+        seed: Decides the order.
+
+    Raises:
+        ConfigError: The dataset is empty or does not fit the model.
+    """
+    place = type(dataset).__name__
+    reader = SequenceReader(dataset, place, inputs=len(example_inputs))
+    recipe = Recipe(
+        name=place,
+        reader="callable",
+        data=None,
+        count=len(dataset),
+        batch=batch,
+        seed=seed,
+        purposes=PURPOSES,
+        preprocessing=(),
+        options=(),
+        text="",
+        sha256="",
+        path=Path(place),
+    )
+    return _batches(recipe, reader, example_inputs, ())
+
+
+def _batches(
+    recipe: Recipe, reader: Reader, examples: tuple[Tensor, ...], notices: tuple[str, ...]
+) -> Batches:
+    order = np.random.default_rng(recipe.seed).permutation(len(reader))[: recipe.count]
+    chosen = tuple(int(i) for i in order)
+    digest = hashlib.sha256(recipe.text.encode())
+    for number in chosen:
+        digest.update(reader.name(number).encode() + b"\0")
+    opened = Batches(
+        name=recipe.name,
+        purposes=recipe.purposes,
+        batch=recipe.batch,
+        chosen=chosen,
+        notices=notices,
+        sha256=digest.hexdigest(),
+        _reader=reader,
+        _shapes=tuple(tuple(one.shape[1:]) for one in examples),
+        _dtypes=tuple(one.dtype for one in examples),
+    )
+    arrays, _ = reader.read(chosen[0])
+    opened._check(arrays, chosen[0])
+    return opened
+
+
+def _preprocessing(recipe: Recipe, model: ForModel) -> tuple[Preprocessing, tuple[str, ...]]:
+    notices: tuple[str, ...] = ()
+    own = model.preprocessing
+    example = model.example_inputs[0]
+    given = dict(recipe.preprocessing)
+    if own is None:
+        size = tuple(example.shape[-2:]) if example.ndim == 4 else (224, 224)
+        channels = example.shape[1] if example.ndim == 4 else 3
+        own = Preprocessing(
+            size=(size[0], size[1]),
+            mean=(0.0,) * channels,
+            std=(1.0,) * channels,
+            channel_order="gray" if channels == 1 else "rgb",
+        )
+        missing = [f.name for f in fields(own) if f.name in ("mean", "std") and f.name not in given]
+        if missing and recipe.reader in ("class-folders", "images"):
+            notices = (
+                f"the model's own preprocessing is not known and recipe {recipe.name!r} gives no "
+                f"{' and '.join(missing)}: pictures are fed as values in 0..1",
+            )
+    if given.get("channel_order") == "gray":
+        own = replace(own, mean=own.mean[:1], std=own.std[:1])
+    how = replace(own, **given)
+    channels = 1 if how.channel_order == "gray" else 3
+    for key, values in (("mean", how.mean), ("std", how.std)):
+        if len(values) not in (1, channels):
+            raise ConfigError(
+                f"{recipe.path}:preprocessing.{key}: found {len(values)} numbers for "
+                f"{channels} channels ({how.channel_order})"
+            )
+    return how, notices
+
+
+def _shown(shapes: tuple[tuple[int, ...], ...]) -> str:
+    return " and ".join(str(shape) for shape in shapes)
+
+
+def _unlabelled(where: str, reader: Reader, purpose: str) -> str:
+    return (
+        f"{where}: purpose {purpose!r} needs labels, but {reader.place} has none; use reader "
+        "'class-folders', an array of labels, or a callable that returns (inputs, label)"
+    )

@@ -1,0 +1,328 @@
+"""Readers: where samples come from, one at a time, so that memory stays flat.
+
+In: a recipe and what the model takes. Out: a :class:`Reader`: a length, and sample number i as
+(arrays without batch dimension, label or ``None``). Reading number i twice gives the same.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from prune2deploy.calibration import pictures
+from prune2deploy.calibration.preprocessing import Preprocessing
+from prune2deploy.calibration.recipe import Recipe
+from prune2deploy.errors import ConfigError, MissingBackend
+
+Array = npt.NDArray[Any]
+Sample = tuple[tuple[Array, ...], int | None]
+
+
+class Reader(ABC):
+    """Samples by number.
+
+    Attributes:
+        labelled: Whether its samples have labels.
+        place: Where the samples are from, for messages.
+    """
+
+    labelled: bool
+    place: str
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return how many samples there are."""
+
+    @abstractmethod
+    def read(self, number: int) -> Sample:
+        """Return sample ``number``; raises ConfigError, naming the file, where it is wrong."""
+
+    def name(self, number: int) -> str:
+        """Return what to call sample ``number`` in a message."""
+        return f"{self.place}: sample {number}"
+
+
+class PictureReader(Reader):
+    """Picture files of a folder and its sub-folders; with labels, one sub-folder per class.
+
+    Classes are numbered in the order of their folders' names, as ImageNet's are.
+    """
+
+    def __init__(self, folder: Path, how: Preprocessing, *, labelled: bool) -> None:
+        if not folder.is_dir():
+            raise ConfigError(f"{folder}: not a folder; expected one with pictures")
+        self.place = str(folder)
+        self.labelled = labelled
+        self._how = how
+        self._files = _class_files(folder) if labelled else [(f, None) for f in _files(folder)]
+        if not self._files:
+            below = "class sub-folders with pictures" if labelled else "pictures"
+            raise ConfigError(
+                f"{folder}: holds no picture; expected {below} ({', '.join(pictures.SUFFIXES)})"
+            )
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def name(self, number: int) -> str:
+        return str(self._files[number][0])
+
+    def read(self, number: int) -> Sample:
+        path, label = self._files[number]
+        return (pictures.read(path, self._how),), label
+
+
+def _files(folder: Path) -> list[Path]:
+    found = (Path(base) / name for base, _, names in os.walk(folder) for name in names)
+    return sorted(path for path in found if path.suffix.lower() in pictures.SUFFIXES)
+
+
+def _class_files(folder: Path) -> list[tuple[Path, int | None]]:
+    classes = sorted(path for path in folder.iterdir() if path.is_dir())
+    return [(file, label) for label, place in enumerate(classes) for file in _files(place)]
+
+
+class ArrayReader(Reader):
+    """Arrays of an ``.npy`` or ``.npz`` file, taken as the model's inputs as they are.
+
+    Files that are not compressed are mapped, not loaded, however large they are.
+    """
+
+    def __init__(self, path: Path, inputs: tuple[str, ...], labels: str | None) -> None:
+        self.place = str(path)
+        stored = _arrays(path)
+        names = inputs or tuple(n for n in stored if n != (labels or "labels"))[:1]
+        labels = labels or ("labels" if "labels" in stored else None)
+        for name in (*names, *((labels,) if labels else ())):
+            if name not in stored:
+                raise ConfigError(
+                    f"{path}: holds no array {name!r}; found {', '.join(stored) or 'none'}"
+                )
+        self._inputs = [stored[name] for name in names]
+        self._labels = stored[labels] if labels else None
+        self.labelled = labels is not None
+        lengths = {n: len(stored[n]) for n in (*names, *((labels,) if labels else ()))}
+        if len(set(lengths.values())) != 1 or 0 in lengths.values():
+            raise ConfigError(
+                f"{path}: arrays have {lengths} samples; expected equally many, at least one"
+            )
+        if self._labels is not None and (
+            self._labels.ndim != 1 or not np.issubdtype(self._labels.dtype, np.integer)
+        ):
+            raise ConfigError(
+                f"{path}: labels have shape {self._labels.shape} and type {self._labels.dtype}; "
+                "expected whole numbers, one per sample"
+            )
+
+    def __len__(self) -> int:
+        return len(self._inputs[0])
+
+    def read(self, number: int) -> Sample:
+        label = None if self._labels is None else int(self._labels[number])
+        return tuple(np.array(array[number]) for array in self._inputs), label
+
+
+def _arrays(path: Path) -> dict[str, Array]:
+    try:
+        if path.suffix == ".npy":
+            arrays = {"inputs": np.load(path, mmap_mode="r", allow_pickle=False)}
+        elif path.suffix == ".npz":
+            arrays = dict(_members(path))
+        else:
+            raise ConfigError(f"{path}: found {path.suffix!r}; expected an .npy or .npz file")
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
+        raise ConfigError(
+            f"{path}: cannot be read as numpy arrays (arrays of Python objects are refused): "
+            f"{error}"
+        ) from error
+    for name, array in arrays.items():
+        if array.ndim == 0:
+            raise ConfigError(f"{path}: array {name!r} has no dimension to take samples along")
+    return arrays
+
+
+def _members(path: Path) -> Iterator[tuple[str, Array]]:
+    """Map the arrays of an ``.npz`` file (a zip of ``.npy`` files); load those compressed."""
+    with np.load(path, allow_pickle=False) as archive, zipfile.ZipFile(path) as parts:
+        for part in parts.infolist():
+            name = part.filename.removesuffix(".npy")
+            if part.compress_type != zipfile.ZIP_STORED:
+                yield name, archive[name]
+                continue
+            with parts.open(part) as stream:
+                version = np.lib.format.read_magic(stream)
+                header = (
+                    np.lib.format.read_array_header_1_0
+                    if version == (1, 0)
+                    else np.lib.format.read_array_header_2_0
+                )
+                shape, fortran, dtype = header(stream)
+                start = stream.tell()
+            if dtype.hasobject:
+                raise ConfigError(f"{path}: array {name!r} holds Python objects, which are refused")
+            offset = _data_start(path, part.header_offset) + start
+            order = "F" if fortran else "C"
+            yield name, np.memmap(path, dtype, "r", offset, shape, order)  # type: ignore[call-overload]
+
+
+def _data_start(path: Path, header: int) -> int:
+    """Return where a zip member's data starts: its local header has two variable lengths."""
+    with path.open("rb") as file:
+        file.seek(header + 26)
+        name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
+    return header + 30 + name + extra
+
+
+class SequenceReader(Reader):
+    """A dataset of the user's: ``len(it)``, and ``it[i]`` = inputs or (inputs, label).
+
+    Inputs are a tensor or array without batch dimension, already preprocessed, or a tuple of
+    these for a model of several inputs (then with a label: ``((a, b), label)``).
+    """
+
+    def __init__(self, dataset: Any, place: str, *, inputs: int = 1) -> None:
+        self.place = place
+        self._data = dataset
+        self._several = inputs > 1
+        if len(dataset) < 1:
+            raise ConfigError(f"{place}: the dataset is empty; expected at least one sample")
+        self.labelled = self.read(0)[1] is not None
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def read(self, number: int) -> Sample:
+        item = self._data[number]
+        inputs, label = item, None
+        if isinstance(item, tuple) and len(item) == 2:
+            pair = isinstance(item[1], (int, np.integer)) or (
+                isinstance(item[1], Tensor) and item[1].ndim == 0
+            )
+            if pair or not self._several:
+                inputs, label = item
+        parts = inputs if isinstance(inputs, tuple) else (inputs,)
+        try:
+            arrays = tuple(np.asarray(part) for part in parts)
+            return arrays, None if label is None else int(label)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{self.name(number)}: found {type(item).__name__}; expected inputs or (inputs, "
+                f"label), inputs as tensors or arrays and the label as a whole number: {error}"
+            ) from error
+
+
+class DigitsReader(Reader):
+    """The 1,797 hand-written digits that come with scikit-learn, as 8x8 pictures.
+
+    Every fifth is for testing. Source: Alpaydin and Kaynak, "Optical Recognition of Handwritten
+    Digits", UCI Machine Learning Repository, 1998.
+    """
+
+    labelled = True
+    place = "scikit-learn's digits"
+
+    def __init__(self, how: Preprocessing, split: str) -> None:
+        try:
+            datasets: Any = importlib.import_module("sklearn.datasets")
+        except ImportError as error:
+            raise MissingBackend(
+                f"reader 'digits' needs scikit-learn, which cannot be imported ({error}); "
+                "install it with: pip install scikit-learn"
+            ) from error
+        digits = datasets.load_digits()
+        test = np.arange(len(digits.images)) % 5 == 0
+        chosen = test if split == "test" else ~test
+        self._pixels = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)
+        self._labels = digits.target[chosen]
+        self._how = how
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def read(self, number: int) -> Sample:
+        return (pictures.from_bytes(self._pixels[number], self._how),), int(self._labels[number])
+
+
+class RandomReader(Reader):
+    """Random values in the shapes and types of the example inputs, as many as wanted."""
+
+    labelled = False
+    place = "random values"
+
+    def __init__(self, examples: tuple[Tensor, ...], count: int, seed: int) -> None:
+        self._examples = examples
+        self._count = count
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return self._count
+
+    def read(self, number: int) -> Sample:
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + number)
+        return tuple(self._draw(one[0], generator).numpy() for one in self._examples), None
+
+    @staticmethod
+    def _draw(example: Tensor, generator: torch.Generator) -> Tensor:
+        if example.is_floating_point():
+            return torch.randn(example.shape, generator=generator)
+        high = int(example.max()) + 1
+        return torch.randint(high, example.shape, generator=generator).to(example.dtype)
+
+
+def open_reader(recipe: Recipe, how: Preprocessing, examples: tuple[Tensor, ...]) -> Reader:
+    """Return the reader that ``recipe`` names.
+
+    Raises:
+        ConfigError: There is no data where the recipe says, or it is of another kind.
+        MissingBackend: The library that reads it is not installed.
+    """
+    options = dict(recipe.options)
+    folder = recipe.data or Path()
+    names = tuple(part.strip() for part in options.get("inputs", "").split(",") if part.strip())
+    table: dict[str, Callable[[], Reader]] = {
+        "class-folders": lambda: PictureReader(folder, how, labelled=True),
+        "images": lambda: PictureReader(folder, how, labelled=False),
+        "arrays": lambda: ArrayReader(folder, names, options.get("labels")),
+        "callable": lambda: _called(recipe, options["callable"], len(examples)),
+        "digits": lambda: DigitsReader(how, options.get("split", "train")),
+        "random": lambda: RandomReader(examples, recipe.count, recipe.seed),
+    }
+    return table[recipe.reader]()
+
+
+def _called(recipe: Recipe, name: str, inputs: int) -> Reader:
+    """Call the user's function, which lies beside the recipe or is importable."""
+    where = f"{recipe.path}:options.callable"
+    place, _, attribute = name.rpartition(":")
+    beside = str(recipe.path.parent)
+    sys.path.insert(0, beside)
+    try:
+        module = importlib.import_module(place)
+        if attribute not in vars(module):
+            near = difflib.get_close_matches(attribute, list(vars(module)), n=3)
+            raise ConfigError(
+                f"{where}: {place!r} has no {attribute!r}; nearest: {', '.join(near) or 'none'}"
+            )
+        dataset = vars(module)[attribute]()
+        return SequenceReader(dataset, name, inputs=inputs)
+    except (ConfigError, MissingBackend):
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"{where}: {name!r} failed: {type(error).__name__}: {error}; expected a callable "
+            "without arguments that returns a dataset with len() and indexing"
+        ) from error
+    finally:
+        sys.path.remove(beside)

@@ -1,0 +1,385 @@
+"""A pruned module as a graph of operators, for code that holds widths as constants.
+
+In: a copy of the model whose stored tensors and standard modules are already pruned, the graph,
+the plan. Out: a ``torch.fx.GraphModule`` with the same parameter names in which every width that
+the code computed or spelt out (views, expands, splits, slices, groups) is computed from the
+layouts. Calls of plain ``torch.nn`` modules stay calls of those modules, so that dropout and
+batch normalisation keep following ``train()`` and ``eval()``; the rest are the recorded ATen
+operators, which have gradients and export like any other. The batch dimension stays dynamic.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from prune2deploy.errors import PruneError, TraceError
+from prune2deploy.graph.axes import Graph
+from prune2deploy.graph.build import build
+from prune2deploy.graph.layout import CAT, LEAF, Layout, Node, find
+from prune2deploy.graph.record import ModuleCall, Operation, Recording, Ref, record, tensors_in
+from prune2deploy.plan.plan import Plan
+from prune2deploy.widths import Widths
+
+Argument = Any
+
+
+def capture(pruned: nn.Module, source: nn.Module, graph: Graph, plan: Plan) -> fx.GraphModule:
+    """Write the recorded operators as a module around the stored tensors of ``pruned``.
+
+    Args:
+        pruned: A copy of ``source`` whose tensors and ``torch.nn`` attributes are pruned.
+        source: The original module, recorded again with a batch of two where the trace had one,
+            so that the batch dimension can be told from other dimensions of size one.
+        graph: Its graph.
+        plan: Kept channels.
+
+    Raises:
+        PruneError: the inputs are nested, or an operator cannot be written down.
+    """
+    graph = _with_batch(source, graph)
+    writer = _Writer(pruned, graph.recording, Widths(graph, plan))
+    return writer.write(source)
+
+
+def _with_batch(source: nn.Module, graph: Graph) -> Graph:
+    """Trace again with a doubled batch, unless that changes what is recorded."""
+    recording: Recording = graph.recording
+    tensors = list(tensors_in(recording.example))
+    if any(t.dim() == 0 or t.shape[0] != 1 for t in tensors):
+        return graph
+    doubled = _map_tensors(recording.example, lambda t: torch.cat([t, t]))
+    try:
+        wider = build(record(source, doubled, recording.forward_fn))
+    except TraceError:
+        return graph
+    same = [(a.name, a.size) for a in wider.axes] == [(a.name, a.size) for a in graph.axes]
+    return wider if same else graph
+
+
+def _map_tensors(tree: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    if isinstance(tree, torch.Tensor):
+        return change(tree)
+    if isinstance(tree, Mapping):
+        return {key: _map_tensors(item, change) for key, item in tree.items()}
+    if isinstance(tree, list | tuple):
+        return tuple(_map_tensors(item, change) for item in tree)
+    return tree
+
+
+class _Writer:
+    """Turns a recording into an ``fx.Graph``, value by value."""
+
+    def __init__(self, pruned: nn.Module, recording: Recording, widths: Widths) -> None:
+        self.pruned = pruned
+        self.recording = recording
+        self.widths = widths
+        self.graph = fx.Graph()
+        self.nodes: dict[int, Argument] = {}
+        self.names = {number: name for name, number in reversed(recording.stored.items())}
+        self.batch: dict[int, tuple[int, int]] = {}
+
+    def write(self, source: nn.Module) -> fx.GraphModule:
+        """Placeholders, operators in order, output."""
+        self._placeholders(source)
+        operations = self.recording.operations
+        calls = _plain_calls(self.recording)
+        at = 0
+        while at <= len(operations):
+            if calls.get(at):
+                call = calls[at].pop(0)
+                self._call_module(call)
+                at = call.last
+                continue
+            if at < len(operations):
+                self._operator(operations[at])
+            at += 1
+        self.graph.output(self.argument(self.recording.outputs))
+        self.graph.lint()
+        module = fx.GraphModule(self.pruned, self.graph, type(source).__name__)
+        module.train(source.training)
+        return module
+
+    def _placeholders(self, source: nn.Module) -> None:
+        example = self.recording.example
+        if isinstance(example, Mapping):
+            named = dict(example)
+        else:
+            given = tuple(example) if isinstance(example, list | tuple) else (example,)
+            named = dict(zip(_parameter_names(source, len(given)), given, strict=True))
+        numbers = iter(self.recording.inputs)
+        for name, entry in named.items():
+            node = self.graph.placeholder(name)
+            if isinstance(entry, torch.Tensor):
+                number = next(numbers)
+                self.nodes[number] = node
+                dims = self.recording.values[number].dims
+                if dims and dims[0].size > 1:
+                    self.batch.setdefault(id(find(dims[0])), (number, 0))
+            elif next(tensors_in(entry), None) is not None:
+                raise PruneError(
+                    f"input {name!r} is a {type(entry).__name__} that holds tensors; a model "
+                    "whose code has to be captured takes tensors as its direct arguments"
+                )
+
+    def _call_module(self, call: ModuleCall) -> None:
+        given = [self.value(number) for number in call.inputs]
+        self.nodes[call.outputs[0]] = self.graph.call_module(call.name, tuple(given))
+
+    def _operator(self, operation: Operation) -> None:
+        name = operation.func._schema.name
+        spelling = SPELLINGS.get(name, _as_recorded)
+        node = spelling(self, operation)
+        if len(operation.outputs) == 1 and not _returns_list(operation):
+            self.nodes[operation.outputs[0]] = node
+            return
+        if name in FIRST_ONLY:
+            self.nodes[operation.outputs[0]] = node
+            return
+        for place, number in enumerate(operation.outputs):
+            self.nodes[number] = self.graph.call_function(_item, (node, place))
+
+    def value(self, number: int) -> Argument:
+        """The node of a recorded value; stored tensors and constants are fetched when needed."""
+        if number not in self.nodes:
+            name = self.names.get(number)
+            if name is None:
+                name = f"_constant_{number}"
+                constant = self.recording.values[number].constant
+                assert constant is not None, number
+                self.pruned.register_buffer(name, constant.clone())
+            self.nodes[number] = self.graph.get_attr(name)
+        return self.nodes[number]
+
+    def argument(self, tree: Any) -> Argument:
+        """Arguments with references replaced by nodes."""
+        if isinstance(tree, Ref):
+            return self.value(tree.number)
+        if isinstance(tree, list | tuple) and not isinstance(tree, torch.Size):
+            items = [self.argument(item) for item in tree]
+            return items if isinstance(tree, list) else tuple(items)
+        if isinstance(tree, Mapping):
+            return {key: self.argument(item) for key, item in tree.items()}
+        return tree
+
+    def size(self, node: Node) -> Argument:
+        """A width: a number, or a product with the size of the batch as it is at run time."""
+        node = find(node)
+        if not any(id(below) in self.batch for below in _leaves(node)):
+            return self.widths(node)
+        if node.kind == LEAF:
+            number, dim = self.batch[id(node)]
+            return self.graph.call_function(torch.ops.aten.sym_size.int, (self.value(number), dim))
+        sizes = [self.size(part) for part in node.parts]
+        total = sizes[0]
+        for size in sizes[1:]:
+            total = self.graph.call_function(_add if node.kind == CAT else _multiply, (total, size))
+        return total
+
+    def sizes(self, dims: Layout) -> list[Argument]:
+        """Sizes of a layout."""
+        return [self.size(node) for node in dims]
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """Append a function call; references in the arguments are replaced."""
+        return self.graph.call_function(
+            function, tuple(self.argument(a) for a in args), self.argument(kwargs)
+        )
+
+
+def _leaves(node: Node) -> list[Node]:
+    from prune2deploy.graph.layout import leaves
+
+    return leaves(node)
+
+
+def _add(a: int, b: int) -> int:
+    return a + b
+
+
+def _multiply(a: int, b: int) -> int:
+    return a * b
+
+
+def _item(values: Sequence[Any], place: int) -> Any:
+    return values[place]
+
+
+def _returns_list(operation: Operation) -> bool:
+    returns = operation.func._schema.returns
+    return len(returns) != 1 or "List" in str(returns[0].type) or "[]" in str(returns[0].type)
+
+
+def _parameter_names(source: nn.Module, count: int) -> list[str]:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    known = [p.name for p in inspect.signature(source.forward).parameters.values() if p.kind in kinds]
+    return known[:count] if len(known) >= count else [f"input_{i}" for i in range(count)]
+
+
+def _plain_calls(recording: Recording) -> dict[int, list[ModuleCall]]:
+    """Calls of childless ``torch.nn`` modules with one tensor in and one out, by first operator."""
+    found: dict[int, list[ModuleCall]] = {}
+    for call in recording.calls:
+        single = call.plain and len(call.inputs) == 1 and len(call.outputs) == 1
+        standard = type(call.module).__module__.startswith("torch.nn.modules")
+        childless = not call.module._modules
+        if single and standard and childless and not isinstance(call.module, SHAPED):
+            found.setdefault(call.first, []).append(call)
+    return found
+
+
+SHAPED = (nn.Unflatten, nn.ChannelShuffle, nn.Fold, nn.Upsample)
+"""Modules whose settings are sizes of their input: their operators are written out instead."""
+
+
+def _as_recorded(writer: _Writer, operation: Operation) -> fx.Node:
+    """The same overload with the same arguments; widths that the rule noted are computed."""
+    args, kwargs = list(operation.args), dict(operation.kwargs)
+    for place, argument in enumerate(operation.func._schema.arguments):
+        terms = operation.symbols.get(argument.name)
+        if terms is None:
+            continue
+        listed = isinstance(args[place] if place < len(args) else kwargs[argument.name], list)
+        sizes = writer.sizes(terms)
+        new = sizes if listed else (sum(sizes) if all(isinstance(s, int) for s in sizes) else sizes[0])
+        if place < len(args):
+            args[place] = new
+        else:
+            kwargs[argument.name] = new
+    return writer.call(operation.func, *args, **kwargs)
+
+
+def _given(operation: Operation, name: str) -> Any:
+    """An argument by its name in the schema."""
+    for place, argument in enumerate(operation.func._schema.arguments):
+        if argument.name == name:
+            if place < len(operation.args) and not argument.kwarg_only:
+                return operation.args[place]
+            return operation.kwargs.get(name, argument.default_value)
+    return None
+
+
+def _view(writer: _Writer, operation: Operation) -> fx.Node:
+    sizes = writer.sizes(operation.layouts[0])
+    return writer.call(torch.reshape, operation.args[0], sizes)
+
+
+def _expand(writer: _Writer, operation: Operation) -> fx.Node:
+    sizes = writer.sizes(operation.layouts[0])
+    return writer.call(torch.ops.aten.expand.default, operation.args[0], sizes)
+
+
+def _split(writer: _Writer, operation: Operation) -> fx.Node:
+    dim = _given(operation, "dim")
+    sizes = [writer.size(dims[dim]) for dims in operation.layouts]
+    return writer.call(torch.ops.aten.split_with_sizes.default, operation.args[0], sizes, dim)
+
+
+def _filled(writer: _Writer, operation: Operation) -> fx.Node:
+    args = list(operation.args)
+    args[1 if isinstance(args[0], Ref) else 0] = writer.sizes(operation.layouts[0])
+    return writer.call(operation.func, *args, **operation.kwargs)
+
+
+def _batch_norm(writer: _Writer, operation: Operation) -> fx.Node:
+    pick = lambda *names: next((g for n in names if (g := _given(operation, n)) is not None), None)  # noqa: E731
+    mean, variance = pick("running_mean"), pick("running_var")
+    training = writer.graph.get_attr("training") if mean is not None else True
+    return writer.call(
+        F.batch_norm, pick("input"), mean, variance, pick("weight"), pick("bias"), training,
+        pick("momentum"), pick("eps", "epsilon"),
+    )  # fmt: skip
+
+
+def _layer_norm(writer: _Writer, operation: Operation) -> fx.Node:
+    shape = writer.sizes(operation.symbols["normalized_shape"])
+    given = [_given(operation, name) for name in ("weight", "bias", "eps")]
+    return writer.call(F.layer_norm, operation.args[0], shape, *given)
+
+
+def _group_norm(writer: _Writer, operation: Operation) -> fx.Node:
+    groups = operation.symbols.get("group")
+    count = writer.size(groups[0]) if groups else _given(operation, "group")
+    given = [_given(operation, name) for name in ("weight", "bias", "eps")]
+    return writer.call(F.group_norm, operation.args[0], count, *given)
+
+
+def _attention(writer: _Writer, operation: Operation) -> fx.Node:
+    mask = _given(operation, "attn_mask")
+    mask = _given(operation, "attn_bias") if mask is None else mask
+    q, k, v = operation.args[:3]
+    return writer.call(
+        F.scaled_dot_product_attention, q, k, v, mask, 0.0, bool(_given(operation, "is_causal")),
+        scale=_given(operation, "scale"),
+    )  # fmt: skip
+
+
+def _softmax(writer: _Writer, operation: Operation) -> fx.Node:
+    log = "log" in operation.func._schema.name
+    return writer.call(torch.log_softmax if log else torch.softmax, *operation.args[:2])
+
+
+def _max_pool(writer: _Writer, operation: Operation) -> fx.Node:
+    function = F.max_pool3d if "3d" in operation.func._schema.name else F.max_pool2d
+    names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
+    return writer.call(function, operation.args[0], *(_given(operation, n) or _none(n) for n in names))
+
+
+def _none(name: str) -> Any:
+    return {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False}[name]
+
+
+def _adaptive_pool(writer: _Writer, operation: Operation) -> fx.Node:
+    deep = "3d" in operation.func._schema.name
+    function = F.adaptive_avg_pool3d if deep else F.adaptive_avg_pool2d
+    return writer.call(function, *operation.args[:2])
+
+
+def _identity(writer: _Writer, operation: Operation) -> Argument:
+    return writer.argument(operation.args[0])
+
+
+_NORMS = (
+    "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
+    "cudnn_batch_norm", "miopen_batch_norm", "_batch_norm_no_update", "_batch_norm_with_update",
+)  # fmt: skip
+_ATTENTIONS = (
+    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_attention_math", "_scaled_dot_product_attention_math_for_mps",
+    "_scaled_dot_product_fused_attention_overrideable",
+)  # fmt: skip
+
+SPELLINGS: dict[str, Callable[[_Writer, Operation], Argument]] = {
+    f"aten::{name}": spelling
+    for names, spelling in (
+        (("view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy"), _view),
+        (("expand",), _expand),
+        (("split", "split_with_sizes", "unsafe_split"), _split),
+        (("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty"), _filled),
+        (_NORMS, _batch_norm),
+        (("native_layer_norm",), _layer_norm),
+        (("native_group_norm",), _group_norm),
+        (_ATTENTIONS, _attention),
+        (("_softmax", "_log_softmax"), _softmax),
+        (("max_pool2d_with_indices", "max_pool3d_with_indices"), _max_pool),
+        (("_adaptive_avg_pool2d", "_adaptive_avg_pool3d"), _adaptive_pool),
+        (("lift_fresh",), _identity),
+    )
+    for name in names
+}
+"""Operators written in the form that has gradients, exporters and size arguments."""
+
+FIRST_ONLY = frozenset(
+    f"aten::{name}"
+    for name in (
+        *_NORMS, *_ATTENTIONS, "native_layer_norm", "native_group_norm",
+        "max_pool2d_with_indices", "max_pool3d_with_indices",
+    )
+)  # fmt: skip
+"""Operators of which only the first result is used once they are spelt as functions."""

@@ -1,0 +1,240 @@
+"""What a run was asked for, checked once, frozen afterwards.
+
+In: what the command line or a caller gave. Out: :class:`RunOptions` and :class:`SweepOptions`,
+whose values every later stage may rely on. Nothing here reads files or imports a library.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from prune2deploy.errors import ConfigError
+
+PRECISIONS = ("fp32", "fp16", "int8")
+PERCENTILES = (50, 95, 99)
+FILL = 0.97  # of the budget: a model measured at or above it wastes too little to go on
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The latency to meet: milliseconds, or a speed-up over the measured baseline.
+
+    Attributes:
+        latency_ms: Wall milliseconds of one inference, or ``None``.
+        speedup: Baseline latency over wanted latency, or ``None``; exactly one of both is set.
+        percentile: Which percentile of the measured latency must meet it (50, 95 or 99).
+
+    Raises:
+        ConfigError: Neither or both are given, or a value that no model can have.
+    """
+
+    latency_ms: float | None = None
+    speedup: float | None = None
+    percentile: int = 50
+
+    def __post_init__(self) -> None:
+        if (self.latency_ms is None) == (self.speedup is None):
+            found = "neither" if self.latency_ms is None else "both"
+            raise ConfigError(
+                f"budget: found {found} of --latency-ms and --speedup, expected exactly one; "
+                "give --latency-ms MS for a deadline or --speedup S for a factor"
+            )
+        _positive("--latency-ms", self.latency_ms)
+        _positive("--speedup", self.speedup)
+        if self.speedup is not None and self.speedup <= 1:
+            raise ConfigError(
+                f"--speedup: found {self.speedup:g}, expected a factor above 1 (1.5 means that "
+                "the pruned model takes two thirds of the time)"
+            )
+        if self.percentile not in PERCENTILES:
+            raise ConfigError(f"--percentile: found {self.percentile}, expected 50, 95 or 99")
+        if self.speedup is not None and self.percentile != 50:
+            raise ConfigError(
+                f"--percentile {self.percentile} goes with --latency-ms; a speed-up is the ratio "
+                "of medians, so leave --percentile out or name the budget in milliseconds"
+            )
+
+    @property
+    def label(self) -> str:
+        """Short name for folders and titles: ``20ms`` or ``1.5x``."""
+        if self.speedup is not None:
+            return f"{self.speedup:g}x"
+        return f"{self.latency_ms:g}ms"
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, at which input, in which precision.
+
+    Attributes:
+        model: Specification as the loaders read it (``resnet18``, ``timm:NAME``, ...).
+        weights: File with a state dict, or ``None`` for what the specification implies.
+        input_size: Height and width in pixels, or ``None`` for the model's own.
+        batch: Samples per inference.
+        precision: ``fp32``, ``fp16``, ``int8``, or ``None`` for the target's.
+        seed: Of random weights, random plans and random inputs.
+    """
+
+    model: str = "resnet50"
+    weights: Path | None = None
+    input_size: tuple[int, int] | None = None
+    batch: int = 1
+    precision: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.model.strip():
+            raise ConfigError("--model: found an empty name, expected one such as resnet50")
+        _at_least("--batch", self.batch, 1)
+        _at_least("--seed", self.seed, 0)
+        if self.precision is not None:
+            one_of("--precision", self.precision, PRECISIONS)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Everything that decides what ``run`` does.
+
+    Attributes:
+        budget: What to meet.
+        model: What to prune.
+        target: Name or path of the target profile.
+        data: Calibration recipe by name or path, or ``None`` to work without data.
+        importance: Name of the criterion that chooses channels.
+        finetune_epochs: Epochs of the built-in fine-tuning; 0 leaves it out.
+        max_builds: Engine builds allowed besides the baseline.
+        probes: Of these, random plans that the latency model is fitted on.
+    """
+
+    budget: Budget
+    target: str
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: str | None = None
+    importance: str = "l2"
+    finetune_epochs: int = 0
+    max_builds: int = 9
+    probes: int = 3
+
+    def __post_init__(self) -> None:
+        _at_least("--max-builds", self.max_builds, 1)
+        _at_least("--finetune", self.finetune_epochs, 0)
+        _at_least("probes", self.probes, 0)
+        if self.finetune_epochs and self.data is None:
+            raise ConfigError(
+                f"--finetune {self.finetune_epochs}: found no data to train on, expected "
+                "--data RECIPE; add it, or leave --finetune out"
+            )
+
+    def identity(self) -> dict[str, object]:
+        """Plain values that must agree for one run to go on from another."""
+        found = json.loads(json.dumps(asdict(self), default=str))
+        del found["max_builds"]  # more builds than before is a reason to go on, not an obstacle
+        return dict(found)
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """What ``sweep`` measures.
+
+    Attributes:
+        model: What to prune.
+        target: Name or path of the target profile.
+        ratios: Fractions of the channels to remove, each in [0, 1).
+        importance: Name of the criterion that chooses channels.
+    """
+
+    target: str
+    ratios: tuple[float, ...]
+    model: ModelOptions = field(default_factory=ModelOptions)
+    importance: str = "l2"
+
+    def identity(self) -> dict[str, object]:
+        """Plain values that must agree for one sweep to go on from another."""
+        return dict(json.loads(json.dumps(asdict(self), default=str)))
+
+
+def digest(identity: dict[str, object]) -> str:
+    """SHA-256 of plain values, the same whatever the order of the keys."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Read ``HxW`` in pixels.
+
+    >>> parse_size("320x640")
+    (320, 640)
+
+    Raises:
+        ConfigError: Anything else.
+    """
+    match = re.fullmatch(r"(\d{1,5})[xX](\d{1,5})", text.strip())
+    if match is None or 0 in (int(match[1]), int(match[2])):
+        raise ConfigError(f"--input-size: found {text!r}, expected HxW such as 320x320")
+    return int(match[1]), int(match[2])
+
+
+def parse_ratios(text: str) -> tuple[float, ...]:
+    """Read ``START:STOP:STEP`` (both ends included) or a list with commas.
+
+    >>> parse_ratios("0:0.3:0.1")
+    (0.0, 0.1, 0.2, 0.3)
+    >>> parse_ratios("0.25,0.5")
+    (0.25, 0.5)
+
+    Raises:
+        ConfigError: Not numbers, a step that leads nowhere, or a ratio outside [0, 1).
+    """
+    try:
+        numbers = [float(part) for part in re.split("[:,]", text)]
+    except ValueError:
+        numbers = []
+    ratios = _spread(numbers, text) if ":" in text else sorted(set(numbers))
+    if not ratios or not all(0 <= r < 1 for r in ratios):
+        raise ConfigError(
+            f"--ratios: found {text!r}, expected START:STOP:STEP or a list with commas, "
+            "each from 0 up to but not including 1, such as 0:0.9:0.1"
+        )
+    return tuple(ratios)
+
+
+def _spread(numbers: list[float], text: str) -> list[float]:
+    if len(numbers) != 3 or not all(map(math.isfinite, numbers)):
+        return []
+    start, stop, step = numbers
+    if step <= 0 or stop < start:
+        return []
+    count = int((stop - start) / step + 1e-6) + 1
+    if count > 1000:
+        raise ConfigError(f"--ratios: {text!r} asks for {count} ratios, expected at most 1000")
+    return [round(start + i * step, 9) for i in range(count)]
+
+
+def one_of(what: str, found: str, choices: Iterable[str]) -> str:
+    """Return ``found`` if it is among ``choices``.
+
+    Raises:
+        ConfigError: It is not; the nearest names are offered.
+    """
+    known = sorted(choices)
+    if found in known:
+        return found
+    near = difflib.get_close_matches(found, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise ConfigError(f"{what}: found {found!r}; {hint}expected one of {', '.join(known)}")
+
+
+def _positive(what: str, value: float | None) -> None:
+    if value is not None and not (math.isfinite(value) and value > 0):
+        raise ConfigError(f"{what}: found {value:g}, expected a finite number above 0")
+
+
+def _at_least(what: str, value: int, least: int) -> None:
+    if value < least:
+        raise ConfigError(f"{what}: found {value}, expected at least {least}")

@@ -1,0 +1,330 @@
+"""Record one real forward pass: operators, values, module calls, and a layout per dimension.
+
+In: a module, its example inputs. Out: a ``Recording``, which ``axes`` turns into the frozen graph
+and ``capture`` into a module of its own. A ``TorchDispatchMode`` sees every ATen operator, so
+everything that runs in Python can be recorded, whatever its control flow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from prune2deploy.errors import TraceError
+from prune2deploy.graph import layout as algebra
+from prune2deploy.graph.layout import Layout, leaf
+from prune2deploy.graph import rules_shape as _shape_rules  # noqa: F401  fills the table
+from prune2deploy.graph.rules import Call, Value, apply_rule
+
+Inputs = tuple[Any, ...] | dict[str, Any]
+Forward = Callable[[nn.Module, Any], Any]
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Stands for a recorded value where an operator's arguments held a tensor."""
+
+    number: int
+
+
+@dataclass(frozen=True, eq=False)
+class Operation:
+    """One recorded operator call.
+
+    Attributes:
+        func: The ATen overload.
+        args: Its arguments, tensors replaced by ``Ref``.
+        kwargs: Likewise.
+        outputs: Value numbers of the tensors that it returned, in order.
+        layouts: The layout of each at this point.
+        scope: Module path that was running.
+        symbols: Number arguments that are widths: one term, or one per entry of a list.
+    """
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: tuple[int, ...]
+    layouts: tuple[Layout, ...]
+    scope: str
+    symbols: Mapping[str, Layout]
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleCall:
+    """One call of a module: its operators are ``first`` to ``last`` (exclusive)."""
+
+    name: str
+    module: nn.Module
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    first: int
+    last: int
+    plain: bool
+
+
+@dataclass(eq=False)
+class Recording:
+    """Everything that one forward pass showed.
+
+    Attributes:
+        values: Recorded tensors by number.
+        operations: Operator calls in order.
+        calls: Module calls in the order in which they ended.
+        inputs: Value numbers of the example inputs (tensors only, in tree order).
+        outputs: The model's result with tensors replaced by ``Ref``.
+        stored: Value number of every parameter and buffer name (tied names share one).
+        unknown: Operators without a rule and how often each was met.
+        ties: Pairs of dimensions that must keep equally many channels.
+        contractions: Per contracting operator: name, kind, weight, and its layouts.
+        axis_names: Identity of a leaf to the name of its axis, once the graph is built.
+        example: The example inputs and the function that called the model, to run it again.
+        roles: Per stored tensor and dimension: ``out`` where a contraction makes channels there,
+            ``in`` where it consumes them.
+    """
+
+    values: list[Value] = field(default_factory=list)
+    operations: list[Operation] = field(default_factory=list)
+    calls: list[ModuleCall] = field(default_factory=list)
+    inputs: tuple[int, ...] = ()
+    outputs: Any = None
+    stored: dict[str, int] = field(default_factory=dict)
+    parameters: frozenset[str] = frozenset()
+    unknown: dict[str, int] = field(default_factory=dict)
+    ties: list[tuple[algebra.Node, algebra.Node]] = field(default_factory=list)
+    contractions: list[Contraction] = field(default_factory=list)
+    roles: dict[tuple[str, int], str] = field(default_factory=dict)
+    axis_names: dict[int, str] = field(default_factory=dict)
+    example: Any = None
+    forward_fn: Forward | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Contraction:
+    """A convolution, linear layer or matrix product: ``macs`` multiplies the layouts given."""
+
+    name: str
+    kind: str
+    weight: str | None
+    in_width: Layout
+    out_width: Layout
+    macs: Layout
+
+
+class Recorder(TorchDispatchMode):
+    """The dispatch mode that fills a ``Recording``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.recording = Recording()
+        self._numbers: dict[int, int] = {}
+        self._alive: list[torch.Tensor] = []  # keeps ids unique while recording
+        self._names = {id(m): name for name, m in model.named_modules()}
+        self._scopes: list[tuple[str, int]] = [("", 0)]
+        self._store(model)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run the operator and record it."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        self._record(func, args, kwargs, result)
+        return result
+
+    def _store(self, model: nn.Module) -> None:
+        for name, tensor in _stored(model):
+            number = self._numbers.get(id(tensor))
+            if number is None:
+                dims = tuple(leaf(n) for n in tensor.shape)
+                origin = tuple((name, d) for d in range(tensor.dim()))
+                number = self._add(tensor, Value(dims, origin, weight=name))
+            self.recording.stored[name] = number
+        self.recording.parameters = frozenset(
+            name for name, _ in model.named_parameters(remove_duplicate=False)
+        )
+
+    def enter_inputs(self, inputs: Inputs) -> None:
+        """Give every input tensor frozen dimensions."""
+        numbers = []
+        for tensor in tensors_in(inputs):
+            dims = tuple(leaf(n, "model input") for n in tensor.shape)
+            numbers.append(self._add(tensor, Value(dims)))
+        self.recording.inputs = tuple(numbers)
+
+    def leave_outputs(self, result: Any) -> None:
+        """Freeze what the model returns."""
+        for tensor in tensors_in(result):
+            value = self.recording.values[self.number(tensor)]
+            algebra.freeze(value.dims, "model output")
+        self.recording.outputs = self.refer(result)
+        algebra.settle_ties(self.recording.ties)
+
+    def number(self, tensor: torch.Tensor) -> int:
+        """The value number of a tensor; one never seen before is a constant of the code."""
+        number = self._numbers.get(id(tensor))
+        if number is None:
+            dims = tuple(leaf(n, "a tensor that is not registered") for n in tensor.shape)
+            number = self._add(tensor, Value(dims, constant=tensor.detach()))
+        return number
+
+    def refer(self, tree: Any) -> Any:
+        """Replace the tensors of nested arguments by references."""
+        if isinstance(tree, torch.Tensor):
+            return Ref(self.number(tree))
+        if isinstance(tree, list | tuple) and not isinstance(tree, torch.Size):
+            items = [self.refer(item) for item in tree]
+            return items if isinstance(tree, list) else tuple(items)
+        if isinstance(tree, Mapping):
+            return {key: self.refer(item) for key, item in tree.items()}
+        return tree
+
+    def _add(self, tensor: torch.Tensor, value: Value) -> int:
+        self._alive.append(tensor)
+        self._numbers[id(tensor)] = len(self.recording.values)
+        self.recording.values.append(value)
+        return len(self.recording.values) - 1
+
+    def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        refs = tuple(self.refer(arg) for arg in args)
+        named = {key: self.refer(arg) for key, arg in kwargs.items()}
+        outputs = [out] if isinstance(out, torch.Tensor) else list(tensors_in(out))
+        scope = self._scopes[-1][0]
+        call = Call(func, args, kwargs, outputs, self)
+        found = apply_rule(call)
+        numbers = []
+        for tensor, value in zip(outputs, found, strict=True):
+            number = self._numbers.get(id(tensor))
+            if number is None:
+                number = self._add(tensor, value)
+            else:
+                known = self.recording.values[number]
+                known.dims, known.residual = value.dims, value.residual - {number}
+            numbers.append(number)
+        self.recording.operations.append(
+            Operation(
+                func, refs, named, tuple(numbers), tuple(v.dims for v in found), scope, call.symbols
+            )
+        )
+
+    def value(self, tensor: torch.Tensor) -> Value:
+        """The recorded value of a tensor."""
+        return self.recording.values[self.number(tensor)]
+
+    def contraction(self, kind: str, weight: Value | None, widths: tuple[Layout, ...]) -> None:
+        """Note a contraction: in-width, out-width and the factors of its MAC count."""
+        scope = self._scopes[-1][0]
+        stored = weight.weight if weight is not None else None
+        name = scope or f"{kind}_{len(self.recording.contractions)}"
+        if stored is not None:
+            name = stored.rpartition(".")[0] or stored
+        self.recording.contractions.append(Contraction(name, kind, stored, *widths))
+
+    def before(self, module: nn.Module, args: Any) -> None:
+        """Hook: a module starts."""
+        name = self._names.get(id(module), self._scopes[-1][0])
+        self._scopes.append((name, len(self.recording.operations)))
+
+    def after(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+        """Hook: a module ends."""
+        name, first = self._scopes.pop()
+        if id(module) not in self._names:
+            return
+        given = tuple(self.number(t) for t in tensors_in((args, kwargs)))
+        made = tuple(self.number(t) for t in tensors_in(result))
+        plain = isinstance(result, torch.Tensor) and len(args) == 1 and not kwargs
+        last = len(self.recording.operations)
+        self.recording.calls.append(ModuleCall(name, module, given, made, first, last, plain))
+
+
+def _stored(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
+    """Every tensor of nested lists, tuples, dicts and dataclass-like mappings, in order."""
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for item in tree.values():
+            yield from tensors_in(item)
+    elif isinstance(tree, list | tuple):
+        for item in tree:
+            yield from tensors_in(item)
+
+
+@contextmanager
+def quiet(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients or fused attention fast path; all restored on leaving."""
+    modes = [(module, module.training) for module in model.modules()]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for module, training in modes:
+            module.training = training
+
+
+def run(model: nn.Module, example: Any, forward_fn: Forward | None = None) -> Any:
+    """Call with ``forward_fn``, with keywords when the inputs are a dict, else positionally."""
+    if forward_fn is not None:
+        return forward_fn(model, example)
+    inputs = as_inputs(example)
+    return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+
+
+def as_inputs(example: Any) -> Inputs:
+    """One tensor, a tuple or list of arguments, or a dict of keywords, as call arguments."""
+    if isinstance(example, Mapping):
+        return dict(example)
+    if isinstance(example, list | tuple):
+        return tuple(example)
+    return (example,)
+
+
+def record(model: nn.Module, example: Any, forward_fn: Forward | None = None) -> Recording:
+    """Run ``model`` once on ``example`` and record what it does.
+
+    Raises:
+        TraceError: the forward pass fails, or returns no tensor.
+    """
+    inputs = as_inputs(example)
+    recorder = Recorder(model)
+    recorder.enter_inputs(inputs)
+    recorder.recording.example, recorder.recording.forward_fn = example, forward_fn
+    handles = (
+        nn.modules.module.register_module_forward_pre_hook(recorder.before),
+        nn.modules.module.register_module_forward_hook(recorder.after, with_kwargs=True),
+    )
+    try:
+        with quiet(model), recorder:
+            result = run(model, example, forward_fn)
+    except TraceError:
+        raise
+    except Exception as error:
+        shapes = [tuple(t.shape) for t in tensors_in(inputs)]
+        raise TraceError(
+            f"the forward pass of {type(model).__name__} failed on inputs of shapes {shapes}: "
+            f"{type(error).__name__}: {error}. Check that the example inputs fit the model."
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    if next(tensors_in(result), None) is None:
+        raise TraceError(
+            f"{type(model).__name__} returned {type(result).__name__}, which holds no tensor; "
+            "expected a tensor, or a tuple, list or dict of tensors"
+        )
+    recorder.leave_outputs(result)
+    return recorder.recording

@@ -1,0 +1,194 @@
+"""Statistics of interleaved samples; pure functions of arrays, no clocks and no files.
+
+A *pair* is one run of the candidate beside one run of the reference; its effect is the logarithm
+of their ratio. Pairs of one *block* share what the host did meanwhile, so blocks are resampled,
+never single pairs. Every block counts by the median of its pairs, and blocks by their trimmed
+mean: one preemption spoils neither. Everything works along the last axis, so that many simulated
+measurements are evaluated at once.
+
+Sources: block resampling, Künsch 1989 (Annals of Statistics 17:1217); trimmed means and their
+degrees of freedom, Tukey and McLaughlin 1963 (Sankhya A 25:331); order-statistic bounds of
+quantiles, David and Nagaraja, Order Statistics, section 7.1; fences, Tukey 1977.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import binom, norm, spearmanr, t
+
+from prune2deploy.target import MeasurePolicy
+
+Floats = npt.NDArray[np.float64]
+
+TRIM = 0.2
+"""Fraction of blocks left out at either end of the trimmed mean."""
+RESAMPLES = 300
+MIN_BLOCKS = 10
+LOOK_GROWTH = 1.3
+"""Stopping is considered only each time the blocks have grown by this: few looks, few errors."""
+EARLY_LEVEL = 0.998
+"""Level of the interval that an early decision must clear, because it is looked at repeatedly."""
+
+
+def block_medians(values: Floats, blocks: npt.NDArray[np.int64]) -> Floats:
+    """Return the median of ``values`` (n,) for each block number in ``blocks`` (n,), in order."""
+    edges = np.flatnonzero(np.diff(blocks)) + 1
+    return np.array([np.median(part) for part in np.split(values, edges) if part.size])
+
+
+def trimmed_mean(values: Floats) -> Floats:
+    """Mean along the last axis without the lowest and highest fifth."""
+    cut = int(TRIM * values.shape[-1])
+    inner = np.sort(values, axis=-1)[..., cut : values.shape[-1] - cut]
+    return np.asarray(inner.mean(axis=-1))
+
+
+def interval(effects: Floats, seed: int = 0) -> tuple[Floats, Floats]:
+    """Return the 95 % interval of the trimmed mean of ``effects`` (..., blocks).
+
+    Percentile bootstrap over blocks, widened about the estimate by what few blocks cost: Student's
+    t over the normal quantile, and the bias of the bootstrap's variance. In simulation this covers
+    the truth in 94 to 97 % of measurements from 10 blocks on; the plain percentiles in 91 %.
+
+    Args:
+        effects: One value per block.
+        seed: Of the resampling.
+
+    Returns:
+        Lower and upper bound per leading index; infinite with fewer than two blocks.
+    """
+    blocks = effects.shape[-1]
+    if blocks < 2:
+        wide = np.full(effects.shape[:-1], np.inf)
+        return -wide, wide
+    picks = np.random.default_rng(seed).integers(0, blocks, (RESAMPLES, blocks))
+    means = np.stack([trimmed_mean(effects[..., pick]) for pick in picks])
+    low, high = np.quantile(means, [0.025, 0.975], axis=0)
+    centre = trimmed_mean(effects)
+    widen = t.ppf(0.975, blocks - 1) / norm.ppf(0.975) * np.sqrt(blocks / (blocks - 1))
+    return centre - widen * (centre - low), centre + widen * (high - centre)
+
+
+def looks(first: int, last: int) -> list[int]:
+    """Numbers of blocks at which stopping is considered, from ``first`` to ``last``."""
+    found = [first]
+    while found[-1] < last:
+        found.append(min(last, int(np.ceil(found[-1] * LOOK_GROWTH))))
+    return found
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Whether to stop at a look; arrays when many measurements are evaluated at once.
+
+    Attributes:
+        precise: The interval is as narrow as wanted.
+        decided: The stricter interval lies on one side of the limit.
+    """
+
+    precise: npt.NDArray[np.bool_]
+    decided: npt.NDArray[np.bool_]
+
+
+def stopping(effects: Floats, policy: MeasurePolicy, stop_at: float | None) -> Stop:
+    """Say whether block effects (..., blocks) suffice.
+
+    Args:
+        effects: Logarithms of the ratio, one per block.
+        policy: Gives the wanted half-width.
+        stop_at: Limit of the ratio whose side is asked for, or ``None``.
+    """
+    low, high = interval(effects)
+    precise = (high - low) / 2 <= np.log1p(policy.half_width)
+    if stop_at is None:
+        return Stop(precise, np.zeros_like(precise))
+    centre, freedom = trimmed_mean(effects), max(1, effects.shape[-1] - 1)
+    stricter = t.ppf(0.5 + EARLY_LEVEL / 2, freedom) / t.ppf(0.975, freedom)
+    limit = np.log(stop_at)
+    met = centre + stricter * (high - centre) <= limit
+    missed = centre - stricter * (centre - low) > limit
+    return Stop(precise, met | missed)
+
+
+def ratio_interval(effects: Floats) -> tuple[float, tuple[float, float]]:
+    """Return the ratio and its 95 % interval from block effects (blocks,)."""
+    low, high = interval(effects)
+    return float(np.exp(trimmed_mean(effects))), (float(np.exp(low)), float(np.exp(high)))
+
+
+def median_interval(values: Floats, blocks: npt.NDArray[np.int64]) -> tuple[float, float]:
+    """Return the 95 % interval of the median of ``values`` (n,), resampling blocks (n,)."""
+    medians = block_medians(values, blocks)
+    count = len(medians)
+    centre = float(np.median(values))
+    if count < 2:
+        return 0.0, float("inf")
+    picks = np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
+    error = float(np.median(medians[picks], axis=-1).std(ddof=1))
+    half = error * float(t.ppf(0.975, count - 1)) * float(np.sqrt(count / (count - 1)))
+    return max(0.0, centre - half), centre + half
+
+
+def upper_quantile(values: Floats, quantile: float, confidence: float = 0.95) -> tuple[float, bool]:
+    """Bound a quantile from above by an order statistic.
+
+    The k-th smallest of n samples lies above the quantile with probability P(Bin(n, q) < k).
+
+    Returns:
+        The bound, and whether there were samples enough for it; if not, it is the largest sample.
+    """
+    ordered = np.sort(values)
+    rank = int(binom.ppf(confidence, len(ordered), quantile))  # 0-based rank of the bound
+    return float(ordered[min(rank, len(ordered) - 1)]), rank < len(ordered)
+
+
+def outliers(values: Floats) -> dict[str, int]:
+    """Count samples beyond Tukey's fences; none is dropped.
+
+    Returns:
+        Counts of ``low_severe``, ``low_mild``, ``high_mild`` and ``high_severe``: beyond 1.5 and 3
+        times the distance of the quartiles.
+    """
+    first, third = np.quantile(values, [0.25, 0.75])
+    spread = third - first
+    low, high = first - 1.5 * spread, third + 1.5 * spread
+    far_low, far_high = first - 3 * spread, third + 3 * spread
+    return {
+        "low_severe": int((values < far_low).sum()),
+        "low_mild": int(((values < low) & (values >= far_low)).sum()),
+        "high_mild": int(((values > high) & (values <= far_high)).sum()),
+        "high_severe": int((values > far_high).sum()),
+    }
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Change of the reference from the first to the last third of its blocks.
+
+    Attributes:
+        change: Relative; 0.03 is three per cent slower at the end.
+        steady: Whether it grew steadily (rank correlation with time above 0.5), as heat does,
+            rather than in jumps, as other programs do.
+    """
+
+    change: float
+    steady: bool
+
+
+def drift(medians: Floats) -> Drift:
+    """Judge the drift of block medians (blocks,) of the reference, in order of time."""
+    third = len(medians) // 3
+    if third < 2 or np.ptp(medians) == 0:
+        return Drift(0.0, False)
+    change = float(np.median(medians[-third:]) / np.median(medians[:third]) - 1)
+    trend = float(spearmanr(np.arange(len(medians)), medians).statistic)
+    return Drift(change, trend > 0.5)
+
+
+def settled(medians: Sequence[float], tolerance: float = 0.02) -> bool:
+    """Whether the last two of some block medians agree within ``tolerance``."""
+    return len(medians) >= 2 and abs(medians[-1] / medians[-2] - 1) <= tolerance

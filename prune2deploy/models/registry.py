@@ -1,0 +1,117 @@
+"""Which loader a model's name belongs to, and what they all have in common.
+
+In: a name and what the example inputs should be like. Out: a :class:`LoadedModel` in eval mode,
+float32, on the CPU, with weights that are random by a fixed seed or come from a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from prune2deploy.errors import ModelError
+from prune2deploy.models import (
+    archive,
+    factory,
+    huggingface,
+    timm_models,
+    torchvision_models,
+    ultralytics_models,
+)
+from prune2deploy.models.loaded import LoadedModel, Request
+from prune2deploy.models.weights import load_weights
+
+
+@dataclass(frozen=True)
+class Loader:
+    """One row of the table of loaders.
+
+    Attributes:
+        form: What its names look like, for messages.
+        prefix: Its names start with this, which is cut off.
+        suffixes: Its names end with one of these; empty for any.
+        contains: Its names contain this.
+        load: Makes the model.
+    """
+
+    form: str
+    load: Callable[[Request], LoadedModel]
+    prefix: str = ""
+    suffixes: tuple[str, ...] = ()
+    contains: str = ""
+
+    def matches(self, spec: str) -> bool:
+        """Say whether ``spec`` is a name of this loader's."""
+        return (
+            spec.startswith(self.prefix)
+            and (not self.suffixes or spec.endswith(self.suffixes))
+            and self.contains in spec
+        )
+
+
+LOADERS: tuple[Loader, ...] = (  # the first that matches is taken
+    Loader("timm:NAME", timm_models.load, prefix="timm:"),
+    Loader("hf:CONFIG_OR_FOLDER", huggingface.load, prefix="hf:"),
+    Loader("FILE.pt2", archive.load, suffixes=(".pt2",)),
+    Loader("yolov8n.yaml, yolov8n.pt", ultralytics_models.load, suffixes=(".yaml", ".yml", ".pt")),
+    Loader("package.module:factory, file.py:factory", factory.load, contains=":"),
+    Loader("resnet50 (any torchvision builder)", torchvision_models.load),
+)
+
+
+def load(
+    spec: str,
+    *,
+    weights: Path | None = None,
+    input_size: tuple[int, int] | None = None,
+    batch: int = 1,
+    seed: int = 0,
+) -> LoadedModel:
+    """Load a model by name.
+
+    Args:
+        spec: ``resnet50`` (torchvision), ``timm:NAME``, ``yolov8n.yaml`` or ``FILE.pt``
+            (ultralytics), ``hf:CONFIG_OR_FOLDER``, ``package.module:factory``,
+            ``file.py:factory`` or ``FILE.pt2``.
+        weights: A state dict to fill the model with; without it the weights are what the loader
+            gives, random by ``seed`` where it has none.
+        input_size: Height and width of the example input; ``None`` takes the library's own.
+        batch: Size of the batch dimension of the example inputs.
+        seed: For random weights and random example inputs; the global random state of torch
+            is left as it is.
+
+    Raises:
+        ModelError: The name, the weights or the model behind them are wrong.
+        MissingBackend: The library that makes the model is not installed.
+    """
+    _require(spec, input_size, batch)
+    loader = next(loader for loader in LOADERS if loader.matches(spec))
+    request = Request(spec.removeprefix(loader.prefix), input_size, batch, seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        loaded = loader.load(request)
+    if weights is not None:
+        load_weights(loaded.module, weights)
+    return replace(loaded, module=_settled(loaded.module), spec=spec)
+
+
+def _require(spec: str, input_size: tuple[int, int] | None, batch: int) -> None:
+    name = spec.partition(":")[2] if spec.startswith(("timm:", "hf:")) else spec
+    if not name.strip():
+        forms = ", ".join(loader.form for loader in LOADERS)
+        raise ModelError(f"model: found {spec!r}, expected one of: {forms}")
+    if batch < 1:
+        raise ModelError(f"batch: found {batch}, expected 1 or more")
+    if input_size is not None and min(input_size) < 1:
+        raise ModelError(f"input size: found {input_size}, expected HEIGHTxWIDTH of 1 or more")
+
+
+def _settled(module: nn.Module) -> nn.Module:
+    """Return the module in eval mode, on the CPU, with its floating-point tensors as float32."""
+    if isinstance(module, torch.fx.GraphModule):
+        return module  # an exported program fixes mode, device and precision
+    return module.eval().to(device="cpu", dtype=torch.float32)

@@ -1,0 +1,145 @@
+"""Models of ultralytics: a YAML (random weights) or a checkpoint of theirs.
+
+In: ``yolov8n.yaml``, the path of a YAML, or the path of a ``.pt`` that ultralytics wrote. Out: its
+network without the pre- and post-processing around it, set to give the decoded predictions alone.
+
+A ``.pt`` of ultralytics is a pickled model: loading it runs what it holds, so name only files
+that you trust. Their network access is switched off; a checkpoint must lie on this machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from prune2deploy.calibration.preprocessing import Preprocessing
+from prune2deploy.errors import MissingBackend, ModelError
+from prune2deploy.models.loaded import LoadedModel, Request
+
+INSTALL = "pip install 'prune2deploy[yolo]'"
+_QUIET = {"YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL": "false", "YOLO_VERBOSE": "false"}
+
+
+def load(request: Request) -> LoadedModel:
+    """Build or open an ultralytics network, in eval mode with export outputs.
+
+    The default input is 640x640 (224x224 for classification), pictures in 0..1, letterboxed.
+
+    Raises:
+        ModelError: No such YAML (the nearest names are offered) or checkpoint, or it is broken.
+        MissingBackend: ultralytics is not installed.
+    """
+    with _quiet():
+        module, task = _network(request.name)
+    for part in module.modules():
+        _set_for_export(part)
+    default = 224 if task == "classify" else 640
+    size = request.size((default, default))
+    channels = int(module.yaml.get("channels", 3))
+    return LoadedModel(
+        module=module,
+        example_inputs=(request.normal(channels, *size).sigmoid(),),
+        spec=request.name,
+        library="ultralytics",
+        input_names=("images",),
+        preprocessing=_preprocessing(task, size),
+    )
+
+
+def _network(name: str) -> tuple[Any, str]:
+    try:
+        ultralytics: Any = importlib.import_module("ultralytics")
+        tasks: Any = importlib.import_module("ultralytics.nn.tasks")
+    except ImportError as error:
+        raise MissingBackend(
+            f"model {name!r} needs ultralytics, which cannot be imported ({error}); "
+            f"install it with: {INSTALL}"
+        ) from error
+    path = Path(name)
+    if path.suffix == ".pt":
+        if not path.is_file():
+            raise ModelError(
+                f"no checkpoint {name!r} found; expected a file that ultralytics wrote (nothing "
+                f"is downloaded); {path.stem}.yaml gives the same network with random weights"
+            )
+    elif not path.is_file():
+        folder = Path(ultralytics.__file__).parent / "cfg" / "models"
+        _check_yaml(path, tasks.guess_model_scale(path), folder)
+    try:
+        wrapper = _wrapper(ultralytics, tasks, path)
+    except Exception as error:
+        raise ModelError(
+            f"ultralytics cannot make a model of {name!r}: {type(error).__name__}: {error}"
+        ) from error
+    return wrapper.model, str(wrapper.task)
+
+
+def _wrapper(ultralytics: Any, tasks: Any, path: Path) -> Any:
+    """Open with the one of ultralytics' classes that knows the head of the network."""
+    if path.suffix == ".pt":
+        return ultralytics.YOLO(str(path), verbose=False)  # chooses by what the file holds
+    known = tasks.guess_model_task(tasks.yaml_model_load(path))
+    return ultralytics.YOLO(str(path)) if known else ultralytics.RTDETR(str(path))
+
+
+def _check_yaml(path: Path, scale: str, folder: Path) -> None:
+    """Raise unless ultralytics ships ``path``; a scale letter (yolov8**n**) may be left in."""
+    shipped = sorted({file.name for file in folder.rglob("*.yaml")})
+    plain = path.name
+    if scale:
+        stem, dash, rest = path.name.partition("-")
+        bare, dot, suffix = stem.partition(".")
+        plain = bare.removesuffix(scale) + dot + suffix + dash + rest
+    if path.name in shipped or plain in shipped:
+        return
+    near = difflib.get_close_matches(path.name, shipped, n=5, cutoff=0.5)
+    offered = f"the nearest are {', '.join(near)}" if near else "none is near it"
+    raise ModelError(
+        f"unknown model {path.name!r}: no such file here, ultralytics ships {len(shipped)} YAMLs "
+        f"and {offered} (a letter after the version is the scale: yolov8n.yaml)"
+    )
+
+
+def _set_for_export(part: nn.Module) -> None:
+    """Have a head return its decoded predictions only, as ultralytics' own exporter sets it.
+
+    Every head of theirs that behaves differently in a deployed model declares the class
+    attribute ``export``; ``format`` and ``shape`` (a cached grid) go with it.
+    """
+    declared = vars(type(part)).keys() | {k for base in type(part).__mro__ for k in vars(base)}
+    if "export" not in declared:
+        return
+    part.export = True  # type: ignore[assignment]
+    part.format = "onnx"  # type: ignore[assignment]
+    if "shape" in declared:
+        part.shape = None  # type: ignore[assignment]
+
+
+def _preprocessing(task: str, size: tuple[int, int]) -> Preprocessing:
+    if task == "classify":
+        return Preprocessing(size=size, resize=min(size))
+    return Preprocessing(size=size, letterbox=True)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep standard output clean and the network untouched while ultralytics works."""
+    before = {name: os.environ.get(name) for name in _QUIET}
+    os.environ.update(_QUIET)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,0 +1,185 @@
+"""What an allocator chooses between: for every decision the widths it may take and their worth.
+
+In: a graph and, per axis, a curve of worth over kept channels (retained importance, or minus the
+measured loss). Out: one choice per free axis or tie of axes, on the grid of widths that the
+device runs well at. The full width is always allowed; frozen axes offer no choice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from prune2deploy.errors import PlanError
+from prune2deploy.graph.axes import Graph, Polynomial
+from prune2deploy.plan.latency_model import LatencyModel
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """One decision: how many channels an axis, or each axis of a tie, keeps.
+
+    Attributes:
+        axes: The axes decided together.
+        size: Their full width.
+        options: int array, the widths allowed, ascending; the last is ``size``.
+        worth: float array, one per option; more is better.
+    """
+
+    axes: tuple[str, ...]
+    size: int
+    options: Ints
+    worth: Floats
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Everything an allocator needs to know.
+
+    Attributes:
+        graph: The traced model.
+        model: Predicts latency from counts.
+        choices: The decisions.
+        budget_ms: Upper limit of the predicted latency.
+        max_params: Upper limit of the number of parameters, if any.
+        max_macs: Upper limit of the multiply-accumulates, if any.
+    """
+
+    graph: Graph
+    model: LatencyModel
+    choices: tuple[Choice, ...]
+    budget_ms: float
+    max_params: int | None = None
+    max_macs: int | None = None
+
+    def counts(self, chosen: Sequence[int]) -> dict[str, int]:
+        """Kept channels per axis when choice ``i`` takes its option ``chosen[i]``."""
+        return {
+            axis: int(choice.options[option])
+            for choice, option in zip(self.choices, chosen, strict=True)
+            for axis in choice.axes
+        }
+
+    def worth(self, chosen: Sequence[int]) -> float:
+        """The objective: summed worth of the options taken."""
+        return float(
+            sum(c.worth[option] for c, option in zip(self.choices, chosen, strict=True))
+        )
+
+
+def grid(graph: Graph, multiple: int) -> dict[str, int]:
+    """Step of every axis so that the widths it takes part in are multiples of ``multiple``.
+
+    In a product of axes (heads times channels per head, groups times channels per group) the
+    widest carries the multiple and the others are free.
+    """
+    steps = {axis.name: 1 for axis in graph.axes}
+    sizes = {axis.name: axis.size for axis in graph.axes}
+    sides = [w for layer in graph.layers for w in (layer.in_width, layer.out_width)]
+    for formula in dict.fromkeys([*graph.widths, *sides]):
+        for coefficient, axes in formula.terms:
+            if axes:
+                widest = max(axes, key=lambda name: (sizes[name], name))
+                need = multiple // math.gcd(multiple, abs(coefficient))
+                steps[widest] = math.lcm(steps[widest], need)
+    return steps
+
+
+def allowed(size: int, step: int, least: int, limit: int) -> Ints:
+    """Widths an axis may take: multiples of ``step`` from ``least`` up, and ``size`` itself.
+
+    At most ``limit`` of them, evenly spread, where the grid is finer than that.
+    """
+    start = max(step, -(-least // step) * step)
+    inner = np.arange(start, size, step, dtype=np.int64)
+    if len(inner) >= limit:
+        inner = inner[np.unique(np.linspace(0, len(inner) - 1, limit - 1).round().astype(int))]
+    return np.append(inner, np.int64(size))
+
+
+def importance_curves(graph: Graph, scores: Mapping[str, npt.ArrayLike]) -> dict[str, Floats]:
+    """Retained importance of every prunable axis by number of kept channels.
+
+    Args:
+        graph: The traced model.
+        scores: Axis name to one score per channel, higher is kept; comparable between axes as
+            the criterion that made them says.
+
+    Returns:
+        Axis name to float array (size + 1,): entry k is the sum of the k best scores, with all
+        scores of the model adding up to 1.
+
+    Raises:
+        PlanError: Scores are missing, of the wrong length, or not finite.
+    """
+    checked = {axis.name: _scores(axis.name, axis.size, scores) for axis in graph.prunable}
+    total = sum(float(one.sum()) for one in checked.values())
+    total = total if total > 0 else 1.0
+    return {
+        name: np.concatenate([[0.0], np.cumsum(np.sort(one)[::-1])]) / total
+        for name, one in checked.items()
+    }
+
+
+def _scores(name: str, size: int, scores: Mapping[str, npt.ArrayLike]) -> Floats:
+    if name not in scores:
+        raise PlanError(f"no scores for axis {name!r}; every prunable axis needs {size} of them")
+    found = np.asarray(scores[name], dtype=np.float64)
+    if found.shape != (size,):
+        raise PlanError(f"scores of axis {name!r} have shape {found.shape}, expected ({size},)")
+    if not np.isfinite(found).all():
+        bad = int(np.count_nonzero(~np.isfinite(found)))
+        raise PlanError(f"{bad} of {size} scores of axis {name!r} are not finite; check the data")
+    return found - min(0.0, float(found.min()))
+
+
+def choices(
+    graph: Graph,
+    curves: Mapping[str, Floats],
+    *,
+    multiple: int,
+    least: float = 0.0,
+    limit: int = 32,
+) -> tuple[Choice, ...]:
+    """The decisions of a model: one per tie and one per free axis.
+
+    Args:
+        graph: The traced model.
+        curves: Axis name to worth by number of kept channels, float array (size + 1,).
+        multiple: Channel multiple of the target.
+        least: Smallest fraction of its channels that an axis may keep.
+        limit: Most options of one choice.
+    """
+    steps = grid(graph, multiple)
+    tied = graph.ties
+    alone = {axis.name for axis in graph.prunable} - {name for tie in tied for name in tie}
+    units = [*tied, *((axis.name,) for axis in graph.prunable if axis.name in alone)]
+    found = []
+    for axes in units:
+        size = min(graph[name].size for name in axes)
+        step = math.lcm(*(steps[name] for name in axes))
+        options = allowed(size, step, max(1, math.ceil(least * size)), limit)
+        if len({graph[name].size for name in axes}) > 1:
+            raise PlanError(f"tied axes must have equal sizes, found {axes}")
+        worth = np.sum([curves[name][options] for name in axes], axis=0)
+        if len(options) > 1:
+            found.append(Choice(tuple(axes), size, options, worth))
+    return tuple(found)
+
+
+def total_params(graph: Graph) -> tuple[Polynomial, ...]:
+    """Number of elements of every parameter, as formulas."""
+    found = []
+    for name in sorted(graph.parameters):
+        product = Polynomial.constant(1)
+        for dim in graph.tensors[name]:
+            product = product * dim
+        found.append(product)
+    return tuple(found)

@@ -1,0 +1,347 @@
+"""Predict the latency of a model from its widths, learnt from a handful of profiled builds.
+
+In: the graph, and builds (baseline and probes) each with its kept counts and its per-operator
+profile. Out: a model that adds up one predicted time per operator and one whole-model offset.
+
+Every operator's work (multiply-accumulates, elements read and written, channels rounded up to
+the device's block) is a formula of axis widths, found by ``identify``; its cost per unit of work
+is fitted by ``costs``. What an operator took in the builds beyond its prediction is kept as a
+residual that counts near the widths it was seen at, so a cell that was just measured overrides
+its prediction. The offset (measured minus sum of operators) is interpolated between the builds
+that were measured and renewed by each of them; with a single one, half of it is taken to be
+constant and half to grow with the model.
+
+Runtimes without a profile get one cost per multiply-accumulate plus a fixed cost, fitted on
+whole-model measurements; ``method`` then says ``"macs"``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from prune2deploy.errors import PlanError
+from prune2deploy.graph.axes import Counts, Graph, Polynomial
+from prune2deploy.plan.costs import Cost, Point, fit_costs
+from prune2deploy.plan.identify import Identified, Identifier, align
+from prune2deploy.plan.work import Work, is_convolution
+from prune2deploy.timing import OperatorTiming
+from prune2deploy.units import NS_PER_MS
+
+Array = npt.NDArray[np.float64]
+
+_REACH = 0.3  # how far a residual reaches, in natural-log units of work
+_DOUBT = 1.0  # weight of "no residual" against one build at the very widths
+_NEAR = 0.15  # how far what is peculiar to one build's offset reaches, in log latency
+_PECULIAR, _NOISE = 0.2, 0.02  # its variance, and that of a measurement, against a constant's 1
+_TINY = 1e-9
+
+
+@dataclass(frozen=True)
+class Build:
+    """One built engine.
+
+    Attributes:
+        counts: Kept channels per axis; an axis that is absent keeps all.
+        profile: Time per operator; empty when the runtime cannot tell.
+        measured_ms: Whole-model latency, where it was measured.
+    """
+
+    counts: Counts
+    profile: tuple[OperatorTiming, ...] = ()
+    measured_ms: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class OperatorModel:
+    """Predicted time of one operator.
+
+    Attributes:
+        name: The runtime's name.
+        kind: The runtime's operator type.
+        signature: What it shares its cost with.
+        work: Work as formulas of axis widths.
+        padded: Whether channels count in whole blocks.
+        cost: Nanoseconds per unit of work and per call.
+        seen: float array (builds, 3), natural log of the work in each build.
+        residual: float array (builds,), natural log of seen time over predicted time.
+        share: Fraction of the builds that contain the operator (fusion may differ).
+        matched: False when its shapes could not be explained; it then counts as constant.
+    """
+
+    name: str
+    kind: str
+    signature: str
+    work: Work
+    padded: bool
+    cost: Cost
+    seen: Array
+    residual: Array
+    share: float = 1.0
+    matched: bool = True
+
+    @property
+    def axes(self) -> frozenset[str]:
+        """Axes that its time depends on."""
+        return self.work.axes
+
+
+def time_ns(work: Array, cost: Array, seen: Array, residual: Array) -> Array:
+    """Time of operators from their work.
+
+    Args:
+        work: float array (..., 3), work in numbers.
+        cost: float array (..., 4), broadcast against ``work``.
+        seen: float array (..., builds, 3), log work of the cells that were measured.
+        residual: float array (..., builds); a cell that does not exist has NaN.
+
+    Returns:
+        Nanoseconds, float array (...,).
+    """
+    plain = np.einsum("...i,...i->...", work, cost[..., :3]) + cost[..., 3]
+    if residual.shape[-1] == 0:
+        return plain
+    gap = np.log(np.maximum(work, 1.0))[..., None, :] - seen
+    near = np.exp(-np.einsum("...i,...i->...", gap, gap) / (2 * _REACH**2))
+    near = np.where(np.isnan(residual), 0.0, near)
+    pull = (near * np.nan_to_num(residual)).sum(axis=-1) / (near.sum(axis=-1) + _DOUBT)
+    return np.asarray(plain * np.exp(pull), dtype=np.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class LatencyModel:
+    """Latency as a sum over operators plus an offset.
+
+    Attributes:
+        sizes: Full size of every axis.
+        multiple: Channel block of the device, used where operators are padded.
+        operators: One model per operator, in the order of the engine.
+        anchors: ``((sum of operators in ms, measured minus sum in ms), ...)`` per measured build.
+        method: ``"profiles"`` or ``"macs"``.
+        unmatched: Names of operators that count as constant although their shapes vary.
+    """
+
+    sizes: Mapping[str, int]
+    multiple: int
+    operators: tuple[OperatorModel, ...]
+    anchors: tuple[tuple[float, float], ...]
+    method: str
+    unmatched: tuple[str, ...] = ()
+
+    def predict_operators(self, counts: Counts) -> tuple[float, ...]:
+        """Predicted milliseconds of every operator, in the order of ``operators``."""
+        raw, padded = widths(self.sizes, counts, self.multiple)
+        return tuple(
+            operator.share * _one(operator, padded if operator.padded else raw) / NS_PER_MS
+            for operator in self.operators
+        )
+
+    def operators_ms(self, counts: Counts) -> float:
+        """Sum of the predicted operators in milliseconds, without the offset."""
+        return sum(self.predict_operators(counts))
+
+    def offset_ms(self, operators_ms: float) -> float:
+        """What a model whose operators take ``operators_ms`` takes beyond them."""
+        if not self.anchors:
+            return 0.0
+        at, offset = np.array(self.anchors).T
+        base = at.max()
+        among = _kinship(at, at, base) + _NOISE * np.eye(len(at))
+        towards = _kinship(np.array([operators_ms]), at, base)[0]
+        return float(towards @ np.linalg.solve(among, offset))
+
+    def predict(self, counts: Counts) -> float:
+        """Predicted latency of the whole model in milliseconds."""
+        operators = self.operators_ms(counts)
+        return operators + self.offset_ms(operators)
+
+    def operator_budget_ms(self, budget_ms: float) -> float:
+        """How much the operators may take so that the whole model takes ``budget_ms``."""
+        low, high = 0.0, max([budget_ms * 2, *(at for at, _ in self.anchors)])
+        for _ in range(60):
+            middle = (low + high) / 2
+            if middle + self.offset_ms(middle) <= budget_ms:
+                low = middle
+            else:
+                high = middle
+        return low
+
+    @property
+    def fixed_ms(self) -> float:
+        """Time of the full model that no width changes: constant operators and the offset."""
+        each = zip(self.operators, self.predict_operators({}), strict=True)
+        constant = sum(time for operator, time in each if not operator.axes)
+        return constant + max(0.0, self.offset_ms(self.operators_ms({})))
+
+    @property
+    def fixed_share(self) -> float:
+        """``fixed_ms`` as a fraction of the full model's predicted latency."""
+        return self.fixed_ms / max(self.predict({}), _TINY)
+
+    def measured(self, counts: Counts, measured_ms: float) -> LatencyModel:
+        """The same model with one more whole-model measurement taken into the offset."""
+        operators = self.operators_ms(counts)
+        return replace(self, anchors=(*self.anchors, (operators, measured_ms - operators)))
+
+
+def _kinship(one: Array, other: Array, base: float) -> Array:
+    """Covariance of offsets: a constant part, a part in proportion, and a local part.
+
+    Gaussian-process regression with this kernel splits a single offset evenly between what
+    every call costs and what grows with the model, and learns the split from further builds.
+    """
+    apart = np.log(np.maximum(one, _TINY))[:, None] - np.log(np.maximum(other, _TINY))[None, :]
+    line = 1.0 + np.outer(one, other) / max(base, _TINY) ** 2
+    return np.asarray(line + _PECULIAR * np.exp(-((apart / _NEAR) ** 2) / 2), dtype=np.float64)
+
+
+def widths(
+    sizes: Mapping[str, int], counts: Counts, multiple: int
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Size of every axis at ``counts``: as it is, and rounded up to ``multiple``."""
+    raw = {name: counts.get(name, size) for name, size in sizes.items()}
+    return raw, {name: -(-size // multiple) * multiple for name, size in raw.items()}
+
+
+def fit(
+    graph: Graph,
+    builds: Sequence[Build],
+    *,
+    multiple: int = 1,
+    known: Sequence[Point] = (),
+) -> LatencyModel:
+    """Learn a latency model.
+
+    Args:
+        graph: The traced model; its formulas explain the shapes in the profiles.
+        builds: The unpruned build first, then probes and corrections.
+        multiple: Channel block of the device; convolutions cost whole blocks.
+        known: Timings of other models on the same device, for signatures with few points.
+
+    Raises:
+        PlanError: There is no build, or nothing was profiled or measured.
+    """
+    profiled = [build for build in builds if build.profile]
+    sizes = {axis.name: axis.size for axis in graph.axes}
+    if not profiled:
+        return _fit_macs(graph, sizes, builds)
+    identifier = Identifier(graph, [build.counts for build in profiled])
+    found = [identifier.identify(seen) for seen in align([b.profile for b in profiled])]
+    padded = [widths(sizes, build.counts, multiple) for build in profiled]
+    points = [p for one in found for p in _points(one, padded).values()]
+    whole = sum(timing.ns for timing in profiled[0].profile)
+    costs = fit_costs([*points, *known], whole)
+    operators = tuple(_operator(one, padded, costs, len(profiled)) for one in found)
+    unmatched = tuple(one.seen.name for one in found if not one.matched)
+    model = LatencyModel(sizes, multiple, operators, (), "profiles", unmatched)
+    return _anchored(model, builds)
+
+
+def points_of(graph: Graph, builds: Sequence[Build], *, multiple: int = 1) -> tuple[Point, ...]:
+    """Every profiled operator as a point with its signature, for a cache of the device."""
+    profiled = [build for build in builds if build.profile]
+    if not profiled:
+        return ()
+    sizes = {axis.name: axis.size for axis in graph.axes}
+    identifier = Identifier(graph, [build.counts for build in profiled])
+    padded = [widths(sizes, build.counts, multiple) for build in profiled]
+    found = [identifier.identify(seen) for seen in align([b.profile for b in profiled])]
+    return tuple(p for one in found if one.work.axes for p in _points(one, padded).values())
+
+
+def _points(
+    one: Identified, sizes: Sequence[tuple[Mapping[str, int], Mapping[str, int]]]
+) -> dict[int, Point]:
+    which = 1 if is_convolution(one.seen.kind) else 0
+    return {
+        build: Point(
+            one.seen.kind, one.signature, numbers(one.work, sizes[build][which]), timing.ns
+        )
+        for build, timing in one.seen.timings.items()
+    }
+
+
+def numbers(work: Work, sizes: Counts) -> tuple[float, float, float]:
+    """Work at concrete axis sizes: multiply-accumulates, elements read, elements written."""
+    return float(work.macs(sizes)), float(work.read(sizes)), float(work.written(sizes))
+
+
+def _operator(
+    one: Identified,
+    sizes: Sequence[tuple[Mapping[str, int], Mapping[str, int]]],
+    costs: Mapping[str, Cost],
+    builds: int,
+) -> OperatorModel:
+    points = _points(one, sizes)
+    times = np.array([point.ns for point in points.values()])
+    share = len(points) / builds
+    padded = is_convolution(one.seen.kind)
+    common = (one.seen.name, one.seen.kind, one.signature)
+    if not one.work.axes:
+        none = Polynomial.constant(0)
+        steady = float(times[0]) if not one.matched else float(np.median(times))
+        empty = Work(none, none, none)
+        cost = (0.0, 0.0, 0.0, steady)
+        nothing = np.zeros((0, 3)), np.zeros(0)
+        return OperatorModel(*common, empty, padded, cost, *nothing, share, one.matched)
+    work = np.array([point.work for point in points.values()])
+    cost = costs[one.signature]
+    plain = time_ns(work, np.array(cost), np.zeros((0, 3)), np.zeros(0))
+    residual = np.log(np.maximum(times, 1.0) / np.maximum(plain, 1.0))
+    seen = np.log(np.maximum(work, 1.0))
+    return OperatorModel(*common, one.work, padded, cost, seen, residual, share, one.matched)
+
+
+def _one(operator: OperatorModel, sizes: Counts) -> float:
+    work = np.array(numbers(operator.work, sizes))
+    return float(time_ns(work, np.array(operator.cost), operator.seen, operator.residual))
+
+
+def _anchored(model: LatencyModel, builds: Sequence[Build]) -> LatencyModel:
+    for build in builds:
+        if build.measured_ms is not None:
+            model = model.measured(build.counts, build.measured_ms)
+    return model
+
+
+def _fit_macs(graph: Graph, sizes: Mapping[str, int], builds: Sequence[Build]) -> LatencyModel:
+    """One cost per multiply-accumulate and one fixed cost, from whole-model measurements."""
+    measured = [build for build in builds if build.measured_ms is not None]
+    if not measured:
+        raise PlanError(
+            f"{len(builds)} builds without a profile or a measured latency found; the latency "
+            "model needs at least one of both: profile or measure the unpruned model"
+        )
+    none = Polynomial.constant(0)
+    points = [
+        Point("model", "model", (float(graph.macs(b.counts)), 0.0, 0.0), b.measured_ms * NS_PER_MS)
+        for b in measured
+        if b.measured_ms is not None
+    ]
+    cost = fit_costs(points, points[0].ns)["model"]
+    nothing = np.zeros((0, 3)), np.zeros(0)
+    operators = [
+        OperatorModel(
+            layer.name,
+            layer.operator,
+            "model",
+            Work(layer.macs, none, none),
+            False,
+            (cost[0], 0.0, 0.0, 0.0),
+            *nothing,
+        )
+        for layer in graph.layers
+    ]
+    fixed = OperatorModel(
+        "fixed cost",
+        "fixed",
+        "fixed",
+        Work(none, none, none),
+        False,
+        (0.0, 0.0, 0.0, cost[3]),
+        *nothing,
+    )
+    return _anchored(LatencyModel(sizes, 1, (*operators, fixed), (), "macs"), measured)

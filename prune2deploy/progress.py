@@ -1,0 +1,35 @@
+"""What long work reports while it runs; the command line draws it, a library caller may not.
+
+In: nothing. Out: :class:`Step`, and the type of the callable that takes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where long work stands.
+
+    Attributes:
+        stage: What is being done (``"building"``, ``"measuring"`` ...).
+        number: Which build or ratio, 0 for the baseline.
+        total: How many there are at most.
+        detail: More about it, or empty.
+        remaining_s: Estimated seconds to the end, ``None`` while there is nothing to go by.
+    """
+
+    stage: str
+    number: int
+    total: int
+    detail: str = ""
+    remaining_s: float | None = None
+
+
+Progress = Callable[[Step], None]
+
+
+def silent(step: Step) -> None:
+    """Report nothing."""

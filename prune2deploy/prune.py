@@ -1,0 +1,233 @@
+"""Plan → a new, smaller module; the module that was traced is not touched.
+
+In: a module, its graph, a plan. Out: a pruned copy whose forward pass was checked, operator by
+operator, against the shapes that the plan implies. First the stored tensors of a deep copy are
+sliced and the width attributes of standard ``torch.nn`` modules follow. Where the model's own
+Python code holds widths as constants, so that this copy does not run as planned, the recorded
+operators are handed back as a captured module instead (``capture``).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from prune2deploy.capture import capture
+from prune2deploy.errors import PruneError
+from prune2deploy.graph.axes import Graph
+from prune2deploy.graph.record import Recording, Ref, quiet, run, tensors_in
+from prune2deploy.graph.trace import unwrap
+from prune2deploy.plan.plan import Plan
+from prune2deploy.widths import Widths
+
+Kept = Mapping[str, list[npt.NDArray[np.int64] | None]]
+
+
+def apply(model: nn.Module, graph: Graph, plan: Plan, example_inputs: Any = None) -> nn.Module:
+    """Prune a copy of ``model`` as ``plan`` says.
+
+    Args:
+        model: The module that ``graph`` was traced from.
+        graph: Its graph.
+        plan: Kept channels per axis.
+        example_inputs: Inputs to check the result with; those of the trace by default.
+
+    Returns:
+        A pruned module of the same class, or a captured ``torch.fx.GraphModule`` with the same
+        parameter names where the model's code holds widths as constants.
+
+    Raises:
+        PlanError: the plan does not fit the graph.
+        PruneError: the result does not run.
+    """
+    plan.check(graph)
+    source = unwrap(model)
+    recording: Recording = graph.recording
+    example = recording.example if example_inputs is None else example_inputs
+    kept = kept_positions(graph, plan)
+    pruned = copy.deepcopy(source)
+    slice_tensors(pruned, kept)
+    widths = Widths(graph, plan)
+    update_attributes(pruned, recording, widths)
+    if runs_as_planned(pruned, recording, widths, example):
+        return pruned
+    captured = capture(pruned, source, graph, plan)
+    check_outputs(captured, recording, widths, example)
+    return captured
+
+
+def kept_positions(graph: Graph, plan: Plan) -> dict[str, list[npt.NDArray[np.int64] | None]]:
+    """For every stored tensor, the kept positions of each dimension (None: all of them)."""
+    gone: dict[tuple[str, int], npt.NDArray[np.bool_]] = {}
+    for name, channels in plan.kept.items():
+        axis = graph[name]
+        removed = np.ones(axis.size + 1, dtype=bool)
+        removed[[*channels, -1]] = False  # position -1 belongs to no channel and stays
+        for member in axis.members:
+            place = (member.tensor, member.dim)
+            mask = removed[member.channel]
+            gone[place] = gone[place] | mask if place in gone else mask
+    return {
+        name: [
+            np.flatnonzero(~gone[name, dim]) if (name, dim) in gone else None
+            for dim in range(len(dims))
+        ]
+        for name, dims in graph.tensors.items()
+    }
+
+
+def slice_tensors(module: nn.Module, kept: Kept) -> None:
+    """Slice parameters and buffers in place; tensors that are shared stay shared."""
+    done: dict[int, torch.Tensor] = {}
+    owners = dict(module.named_modules(remove_duplicate=False))
+    for name, dims in kept.items():
+        if all(positions is None for positions in dims):
+            continue
+        path, _, leaf = name.rpartition(".")
+        owner = owners[path]
+        table: Any = owner._parameters if leaf in owner._parameters else owner._buffers
+        old = table[leaf]
+        if id(old) not in done:
+            done[id(old)] = sliced(old, dims)
+            done[id(done[id(old)])] = done[id(old)]
+        table[leaf] = done[id(old)]
+
+
+def sliced(tensor: torch.Tensor, dims: list[npt.NDArray[np.int64] | None]) -> torch.Tensor:
+    """Keep the given positions of each dimension; a parameter stays one, its gradient follows."""
+    result = _pick(tensor.detach(), dims)
+    if not isinstance(tensor, nn.Parameter):
+        return result
+    parameter = nn.Parameter(result, requires_grad=tensor.requires_grad)
+    if tensor.grad is not None:
+        parameter.grad = _pick(tensor.grad, dims)
+    return parameter
+
+
+def _pick(tensor: torch.Tensor, dims: list[npt.NDArray[np.int64] | None]) -> torch.Tensor:
+    for dim, positions in enumerate(dims):
+        if positions is not None:
+            index = torch.as_tensor(positions, device=tensor.device)
+            tensor = tensor.index_select(dim, index)
+    return tensor.contiguous()
+
+
+FROM_WEIGHT: tuple[tuple[tuple[type[nn.Module], ...], dict[str, int]], ...] = (
+    ((nn.Linear,), {"out_features": 0, "in_features": 1}),
+    ((nn.Embedding, nn.EmbeddingBag), {"embedding_dim": 1}),
+    ((nn.PReLU,), {"num_parameters": 0}),
+    ((nn.GroupNorm,), {"num_channels": 0}),
+    ((nn.modules.batchnorm._NormBase,), {"num_features": 0}),
+)
+"""Attributes of ``torch.nn`` modules that repeat a dimension of their weight."""
+
+CONVOLUTIONS = nn.modules.conv._ConvNd
+TRANSPOSED = nn.modules.conv._ConvTransposeNd
+
+
+def update_attributes(module: nn.Module, recording: Recording, widths: Widths) -> None:
+    """Let the width attributes of standard modules say what their tensors now are."""
+    symbols = {op.scope: op.symbols for op in recording.operations if op.symbols}
+    for name, part in module.named_modules():
+        for types, attributes in FROM_WEIGHT:
+            if isinstance(part, types):
+                _follow_weight(part, attributes)
+        if isinstance(part, CONVOLUTIONS):
+            _follow_convolution(part, widths.of(symbols.get(name, {}).get("groups", ())))
+        elif isinstance(part, nn.GroupNorm) and name in symbols:
+            part.num_groups = widths.of(symbols[name].get("group", ())) or part.num_groups
+        elif isinstance(part, nn.LayerNorm | nn.RMSNorm) and name in symbols:
+            shape = symbols[name].get("normalized_shape")
+            if shape:
+                part.normalized_shape = tuple(widths.of((node,)) or 1 for node in shape)
+
+
+def _follow_weight(part: Any, attributes: dict[str, int]) -> None:
+    stored = part.running_mean if isinstance(part, nn.modules.batchnorm._NormBase) else part.weight
+    stored = part.weight if stored is None else stored
+    if stored is None:
+        return
+    for attribute, dim in attributes.items():
+        if getattr(part, attribute) != stored.shape[dim]:
+            setattr(part, attribute, stored.shape[dim])
+
+
+def _follow_convolution(part: nn.modules.conv._ConvNd, groups: int | None) -> None:
+    if groups is not None:
+        part.groups = groups
+    rows, columns = part.weight.shape[:2]
+    if isinstance(part, TRANSPOSED):
+        part.in_channels, part.out_channels = rows, columns * part.groups
+    else:
+        part.in_channels, part.out_channels = columns * part.groups, rows
+
+
+class _Shapes(TorchDispatchMode):
+    """Lists each operator with the shapes that it returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, tuple[tuple[int, ...], ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        shapes = tuple(tuple(t.shape) for t in tensors_in(result))
+        self.seen.append((func._schema.name, shapes))
+        return result
+
+
+def runs_as_planned(
+    module: nn.Module, recording: Recording, widths: Widths, example: Any
+) -> bool:
+    """Whether every operator of the module returns the shapes that the plan implies."""
+    shapes = _Shapes()
+    try:
+        with quiet(module), shapes:
+            run(module, example, recording.forward_fn)
+    except Exception:  # noqa: BLE001  the user's code may fail in any way when widths change
+        return False
+    if len(shapes.seen) != len(recording.operations):
+        return False
+    for (name, found), operation in zip(shapes.seen, recording.operations, strict=True):
+        if name != operation.func._schema.name:
+            return False
+        planned = tuple(widths.shape(dims) for dims in operation.layouts)
+        if found != planned:
+            return False
+    return True
+
+
+def check_outputs(module: nn.Module, recording: Recording, widths: Widths, example: Any) -> None:
+    """Raise PruneError unless the module runs and returns the shapes that the original returns."""
+    try:
+        with quiet(module):
+            result = run(module, example, recording.forward_fn)
+    except Exception as error:
+        raise PruneError(
+            f"the pruned model does not run: {type(error).__name__}: {error}. Expected it to run "
+            "on the inputs that the original was traced with. Prune fewer axes, or report the "
+            "model: its code depends on widths in a way that is not understood."
+        ) from error
+    found = [tuple(t.shape) for t in tensors_in(result)]
+    planned = [
+        widths.shape(recording.values[ref.number].dims) for ref in refs_in(recording.outputs)
+    ]
+    if found != planned:
+        raise PruneError(f"the pruned model returns shapes {found}, expected {planned}")
+
+
+def refs_in(tree: Any) -> list[Any]:
+    """The value references of a nested result, in order."""
+    if isinstance(tree, Mapping):
+        tree = list(tree.values())
+    if isinstance(tree, list | tuple):
+        return [ref for item in tree for ref in refs_in(item)]
+    return [tree] if isinstance(tree, Ref) else []
+

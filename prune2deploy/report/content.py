@@ -1,0 +1,199 @@
+"""What a report says, as frozen values: the one thing that every rendering reads.
+
+In: plain numbers that the loop or a sweep found. Out: JSON text and back, so that a report can be
+rendered again without the run. A latency is *measured* unless its name begins with ``predicted``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+from prune2deploy.errors import ConfigError
+from prune2deploy.journal import decode, encode
+
+SCHEMA = 1  # 1: as below
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of the result table.
+
+    Attributes:
+        p50_ms: Measured median wall time of one inference, milliseconds.
+        p95_ms: Measured 95th percentile, milliseconds.
+        p99_ms: Measured 99th percentile, milliseconds.
+        ci95_ms: 95 % interval of the median, milliseconds.
+        samples: Inferences timed.
+        params: Parameters, buffers not counted.
+        macs: Multiply-accumulates of one inference (whole batch).
+        bytes: Size of the ONNX file.
+    """
+
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+    ci95_ms: tuple[float, float]
+    samples: int
+    params: int
+    macs: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ParityLine:
+    """Agreement of two stages: largest absolute and relative difference of the worst output."""
+
+    border: str
+    max_abs: float
+    max_rel: float
+    tolerance: float
+    output: str
+    passed: bool
+
+
+@dataclass(frozen=True)
+class AxisLine:
+    """One axis of the model.
+
+    Attributes:
+        name: As in the graph.
+        kept: Channels left.
+        size: Channels before.
+        frozen: Why it had to keep all, or ``None``.
+        off_step: The kept width is no multiple of what the target runs well at.
+    """
+
+    name: str
+    kept: int
+    size: int
+    frozen: str | None = None
+    off_step: bool = False
+
+
+@dataclass(frozen=True)
+class LayerLine:
+    """One operator of the engine: profiled milliseconds before and after, and as predicted."""
+
+    name: str
+    kind: str
+    before_ms: float | None
+    after_ms: float | None
+    predicted_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class BuildLine:
+    """One engine build besides the baseline, in order; ``step`` is probe, correction or final."""
+
+    number: int
+    step: str
+    params: int
+    macs: int
+    predicted_ms: float | None = None
+    measured_ms: float | None = None
+    ci95_ms: tuple[float, float] | None = None
+    verdict: str = ""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What keeps the model from being faster.
+
+    Attributes:
+        floor_ms: Predicted latency of the smallest plan allowed, or ``None`` if not computed.
+        fixed_share: Share of the baseline's profiled time in operators without prunable width.
+        overhead_ms: Baseline time outside its operators (calls, copies), milliseconds.
+        channel_multiple: Width step of the target.
+        multiple_source: Where that step is from.
+    """
+
+    floor_ms: float | None
+    fixed_share: float
+    overhead_ms: float
+    channel_multiple: int
+    multiple_source: str
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """Everything that the report of one run shows."""
+
+    model: str
+    target: str
+    met: bool
+    verdict: str
+    budget_ms: float
+    speedup: float
+    builds: int
+    seconds: float
+    baseline: Row
+    final: Row
+    limits: Limits
+    parity: tuple[ParityLine, ...] = ()
+    axes: tuple[AxisLine, ...] = ()
+    layers: tuple[LayerLine, ...] = ()
+    steps: tuple[BuildLine, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    kind: str = "run"
+    schema: int = SCHEMA
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """One ratio of a sweep: fraction of channels removed, size, cost, measured latency.
+
+    Attributes:
+        speedup: Measured baseline latency over this model's, from interleaved pairs.
+        speedup_ci95: Its 95 % interval.
+    """
+
+    ratio: float
+    macs: int
+    params: int
+    p50_ms: float
+    ci95_ms: tuple[float, float]
+    speedup: float
+    speedup_ci95: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class SweepReport:
+    """Everything that the report of one sweep shows."""
+
+    model: str
+    target: str
+    channel_multiple: int
+    baseline_ms: float
+    points: tuple[SweepPoint, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    kind: str = "sweep"
+    schema: int = SCHEMA
+
+
+def to_json(report: RunReport | SweepReport) -> str:
+    """Write a report as JSON text."""
+    return json.dumps(encode(report), indent=2) + "\n"
+
+
+def from_json(text: str, source: Path) -> RunReport | SweepReport:
+    """Read what :func:`to_json` wrote; ``source`` is named when it did not.
+
+    Raises:
+        ConfigError: The text is no report of this version.
+    """
+    try:
+        data = json.loads(text)
+        kind = {"run": RunReport, "sweep": SweepReport}[data["kind"]]
+        if data["schema"] != SCHEMA:
+            raise ConfigError(f"{source}: report schema {data['schema']!r}, expected {SCHEMA}")
+        return cast("RunReport | SweepReport", decode(kind, data))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{source}: not a report ({error!r}), expected the report.json of a run or sweep"
+        ) from error

@@ -1,0 +1,177 @@
+"""Reports as plain text and CSV.
+
+In: the frozen values of ``content``. Out: text; nothing is printed here.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+
+from prune2deploy.report.content import Row, RunReport, SweepReport
+from prune2deploy.units import readable
+
+Cells = Sequence[Sequence[str]]
+
+
+def table(head: Sequence[str], rows: Cells) -> str:
+    """Align columns: the first to the left, the others to the right.
+
+    >>> print(table(["", "ms"], [["a", "1.0"], ["bcd", "12.5"]]))
+           ms
+    a     1.0
+    bcd  12.5
+    """
+    lines = [list(head), *(list(row) for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    shown = (
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+    return "\n".join(shown)
+
+
+def milliseconds(value: float) -> str:
+    """Four significant digits of a time in milliseconds."""
+    return f"{value:.4g}" if value < 1000 else f"{value:.0f}"
+
+
+def interval(bounds: tuple[float, float]) -> str:
+    """An interval in milliseconds."""
+    return f"{milliseconds(bounds[0])}-{milliseconds(bounds[1])}"
+
+
+def result_rows(report: RunReport) -> list[list[str]]:
+    """Rows of the result table: what, baseline, pruned, change."""
+    before, after = report.baseline, report.final
+
+    def line(name: str, old: float, new: float, shown: tuple[str, str]) -> list[str]:
+        change = f"{new / old - 1:+.1%}" if old else ""
+        return [name, *shown, change]
+
+    rows = [
+        line(f"measured {name} (ms)", a, b, (milliseconds(a), milliseconds(b)))
+        for name, a, b in (
+            ("p50", before.p50_ms, after.p50_ms),
+            ("p95", before.p95_ms, after.p95_ms),
+            ("p99", before.p99_ms, after.p99_ms),
+        )
+    ]
+    rows.insert(1, ["95 % interval of p50 (ms)", *map(interval, _intervals(report)), ""])
+    rows.append(["samples", str(before.samples), str(after.samples), ""])
+    for name, a, b, unit in (
+        ("parameters", before.params, after.params, ""),
+        ("MACs", before.macs, after.macs, ""),
+        ("ONNX file", before.bytes, after.bytes, "B"),
+    ):
+        rows.append(line(name, a, b, (readable(a, unit), readable(b, unit))))
+    return rows
+
+
+def _intervals(report: RunReport) -> tuple[tuple[float, float], tuple[float, float]]:
+    return report.baseline.ci95_ms, report.final.ci95_ms
+
+
+def run_text(report: RunReport) -> str:
+    """The result of a run as a terminal shows it."""
+    lines = [
+        f"{report.model} on {report.target}",
+        "",
+        table(["", "baseline", "pruned", "change"], result_rows(report)),
+        "",
+        f"verdict   {report.verdict}",
+        f"budget    {milliseconds(report.budget_ms)} ms; measured p50 is "
+        f"{report.final.p50_ms / report.budget_ms:.1%} of it",
+        f"speed-up  {report.speedup:.3f}x, measured interleaved with the baseline",
+        f"builds    {report.builds} besides the baseline, {report.seconds:.0f} s in all",
+        f"widths    multiples of {report.limits.channel_multiple} "
+        f"({report.limits.multiple_source})",
+    ]
+    lines += [
+        f"parity    {p.border}: max |difference| {p.max_abs:.2g}, relative {p.max_rel:.2g} "
+        f"(tolerance {p.tolerance:g})"
+        for p in report.parity
+    ]
+    return "\n".join([*lines, *(f"note      {note}" for note in report.notes)])
+
+
+def sweep_text(report: SweepReport) -> str:
+    """The latency-against-ratio table as a terminal shows it."""
+    rows = [
+        [
+            f"{p.ratio:.2f}",
+            readable(p.macs),
+            readable(p.params),
+            milliseconds(p.p50_ms),
+            interval(p.ci95_ms),
+            f"{p.speedup:.3f}x",
+            f"{p.speedup_ci95[0]:.3f}-{p.speedup_ci95[1]:.3f}",
+        ]
+        for p in report.points
+    ]
+    head = ["ratio", "MACs", "params", "measured p50 (ms)", "95 %", "speed-up", "95 %"]
+    title = f"{report.model} on {report.target}, widths in steps of {report.channel_multiple}"
+    return "\n".join([title, "", table(head, rows), *report.notes])
+
+
+def compare_text(reports: Sequence[tuple[str, RunReport]]) -> str:
+    """Several runs beside each other."""
+    rows = [
+        [
+            name,
+            r.target,
+            milliseconds(r.budget_ms),
+            milliseconds(r.final.p50_ms),
+            interval(r.final.ci95_ms),
+            f"{r.speedup:.3f}x",
+            readable(r.final.params),
+            readable(r.final.macs),
+            str(r.builds),
+            "yes" if r.met else "no",
+        ]
+        for name, r in reports
+    ]
+    head = ["run", "target", "budget (ms)", "measured p50 (ms)", "95 %", "speed-up"]
+    return table([*head, "params", "MACs", "builds", "met"], rows)
+
+
+def run_csv(report: RunReport) -> str:
+    """Baseline and pruned model, one line each."""
+    names = ("p50_ms", "p95_ms", "p99_ms", "ci95_low_ms", "ci95_high_ms")
+    head = ["model", "target", "row", *names, "samples", "params", "macs", "bytes"]
+    rows = [
+        [report.model, report.target, label, *_numbers(row)]
+        for label, row in (("baseline", report.baseline), ("pruned", report.final))
+    ]
+    return _csv(head, rows)
+
+
+def _numbers(row: Row) -> list[object]:
+    low, high = row.ci95_ms
+    return [
+        *(row.p50_ms, row.p95_ms, row.p99_ms, low, high),
+        *(row.samples, row.params, row.macs, row.bytes),
+    ]
+
+
+def sweep_csv(report: SweepReport) -> str:
+    """One line per ratio."""
+    head = ["ratio", "macs", "params", "p50_ms", "ci95_low_ms", "ci95_high_ms"]
+    head += ["speedup", "speedup_ci95_low", "speedup_ci95_high"]
+    rows = [
+        [p.ratio, p.macs, p.params, p.p50_ms, *p.ci95_ms, p.speedup, *p.speedup_ci95]
+        for p in report.points
+    ]
+    return _csv(head, rows)
+
+
+def _csv(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(head)
+    writer.writerows(rows)
+    return out.getvalue()

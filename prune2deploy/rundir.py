@@ -1,0 +1,253 @@
+"""The run directory: artefacts, manifest, lock, and the rules for going on with a run.
+
+In: a folder and what identifies the run. Out: a :class:`RunDir` that places files under a
+temporary name and renames them, so that a file that is there is whole. One process at a time
+holds a run directory (an advisory lock that dies with the process).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from typing_extensions import Self
+
+from prune2deploy import atomic
+from prune2deploy.errors import ConfigError
+from prune2deploy.journal import Journal
+
+SCHEMA = 1  # 1: the keys listed in KEYS
+KEYS = (
+    "schema", "met", "verdict", "budget_ms", "speedup", "builds", "seconds", "threads",
+    "target", "host", "baseline", "final", "parity", "artefacts",
+)  # fmt: skip
+MANIFEST = "manifest.json"
+JOURNAL = "journal.jsonl"
+IDENTITY = "run.json"
+LOCK = ".lock"
+WORK = "builds"  # engines of every build; only what the manifest lists outlives the run
+PARTIAL = ".part-"  # what ``atomic`` calls its temporary folders
+_OURS = frozenset({MANIFEST, JOURNAL, IDENTITY, LOCK})
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A finished file of a run: path relative to the run directory, size and content hash."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+class RunDir:
+    """An opened run directory; use it as a context manager.
+
+    Args:
+        path: The folder; made when it is not there.
+        identity: Plain values that must agree for one run to go on from another.
+        resume: Go on from what the folder holds.
+
+    Raises:
+        ConfigError: The folder cannot be written, holds something else, holds another run, or
+            is in use by another process.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, object], *, resume: bool = False) -> None:
+        self.path = path.resolve()
+        with writing(path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            _check_contents(self.path, identity, resume=resume)
+            self._lock = (self.path / LOCK).open("a")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise ConfigError(
+                f"{path}: found a run in progress there, expected a free folder; "
+                "wait for it to end or choose another --out"
+            ) from error
+        try:
+            self._start(identity)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def _start(self, identity: Mapping[str, object]) -> None:
+        for left in [*self.path.rglob(f"{PARTIAL}*")]:
+            _remove(left)
+        if not (self.path / IDENTITY).exists():
+            self.write_text(IDENTITY, json.dumps(identity, indent=2, sort_keys=True) + "\n")
+        self.journal = Journal(self.path / JOURNAL)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._lock.close()
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @contextlib.contextmanager
+    def place(self, name: str) -> Iterator[Path]:
+        """Give a temporary path; what is written there is renamed to ``name`` on leaving.
+
+        On an exception nothing named ``name`` is left behind or changed.
+        """
+        final = self.path / name
+        with writing(final), atomic.replacing(final) as temporary:
+            yield temporary
+            _flush(temporary)
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Write a text file whole or not at all."""
+        with self.place(name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        return self.path / name
+
+    def copy(self, source: Path, name: str) -> Path:
+        """Copy a file into the run directory whole or not at all."""
+        with self.place(name) as temporary:
+            shutil.copyfile(source, temporary)
+        return self.path / name
+
+    def artefacts(self) -> tuple[Artefact, ...]:
+        """Every finished file of the run except the manifest, the lock and the working files."""
+        found = []
+        for path in sorted(self.path.rglob("*")):
+            name = path.relative_to(self.path)
+            if path.is_file() and name.parts[0] not in (MANIFEST, LOCK, WORK):
+                found.append(Artefact(name.as_posix(), path.stat().st_size, sha256(path)))
+        return tuple(found)
+
+    def finish(self, facts: Mapping[str, object]) -> dict[str, object]:
+        """Write the manifest from ``facts`` (every key of ``KEYS`` but the two added here)."""
+        listed = [vars(artefact) for artefact in self.artefacts()]
+        manifest = {"schema": SCHEMA, **facts, "artefacts": listed}
+        missing = [key for key in KEYS if key not in manifest]
+        assert not missing, f"the manifest lacks {missing}"
+        self.write_text(MANIFEST, json.dumps(manifest, indent=2, allow_nan=False) + "\n")
+        return manifest
+
+    def clear_work(self) -> None:
+        """Remove the working files; called once the manifest is written."""
+        _remove(self.path / WORK)
+
+
+def read_manifest(path: Path) -> dict[str, object]:
+    """Read the manifest of a finished run.
+
+    Raises:
+        ConfigError: There is none, or another version wrote it.
+    """
+    file = path / MANIFEST
+    if not file.is_file():
+        raise ConfigError(f"{path}: found no {MANIFEST}, expected the folder of a finished run")
+    try:
+        manifest = json.loads(file.read_text("utf-8"))
+        schema = manifest["schema"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file}: not a manifest ({error!r}); run again") from error
+    if schema != SCHEMA:
+        raise ConfigError(f"{file}: found manifest schema {schema!r}, expected {SCHEMA}")
+    return dict(manifest)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    state = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            state.update(piece)
+    return state.hexdigest()
+
+
+def free_name(parent: Path, name: str) -> Path:
+    """Return ``parent/name``, or the first of ``name-2``, ``name-3`` ... that is not there."""
+    path, number = parent / name, 1
+    while path.exists():
+        number += 1
+        path = parent / f"{name}-{number}"
+    return path
+
+
+def latest_name(parent: Path, name: str) -> Path:
+    """Return the newest of ``name``, ``name-2`` ... that :func:`free_name` has handed out."""
+    path, number = parent / name, 2
+    while (newer := parent / f"{name}-{number}").exists():
+        path, number = newer, number + 1
+    return path
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the system says while ``path`` is written into an error a user can act on."""
+    try:
+        yield
+    except OSError as error:
+        raise explain(error, path) from error
+
+
+def explain(error: OSError, path: Path) -> ConfigError:
+    """Say what a failed write means and what to do."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return ConfigError(
+            f"{path}: the disk is full; nothing half-written is kept: free some space, then "
+            "repeat the command with --resume"
+        )
+    return ConfigError(
+        f"{path}: cannot be written ({error.strerror or error}); expected a folder that you may "
+        "write to: choose another with --out"
+    )
+
+
+def _check_contents(path: Path, identity: Mapping[str, object], *, resume: bool) -> None:
+    held = path / IDENTITY
+    names = {entry.name for entry in path.iterdir() if not entry.name.startswith(PARTIAL)}
+    if not held.exists():
+        if names - _OURS:
+            raise ConfigError(
+                f"{path}: found files that are no run ({', '.join(sorted(names)[:3])} ...), "
+                "expected an empty folder, a new name or a run; choose another --out"
+            )
+        return
+    try:
+        before = json.loads(held.read_text("utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{held}: not JSON ({error}); choose another --out") from error
+    now = json.loads(json.dumps(identity))
+    differing = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    if differing:
+        shown = "; ".join(f"{k}: {before.get(k)!r} there, {now.get(k)!r} here" for k in differing)
+        raise ConfigError(f"{path}: holds another run ({shown}); choose another --out")
+    if not resume:
+        raise ConfigError(
+            f"{path}: holds this run already; go on with --resume or choose another --out"
+        )
+
+
+def _flush(path: Path) -> None:
+    if path.is_file():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

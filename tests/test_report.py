@@ -1,0 +1,176 @@
+"""Every rendering says the same numbers, fetches nothing, and survives odd input."""
+
+import csv
+import io
+import struct
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from prune2deploy.errors import ConfigError
+from prune2deploy.report import html, svg, text, write
+from prune2deploy.report.content import (
+    AxisLine,
+    BuildLine,
+    LayerLine,
+    Limits,
+    ParityLine,
+    Row,
+    RunReport,
+    SweepPoint,
+    SweepReport,
+    from_json,
+    to_json,
+)
+from prune2deploy.rundir import RunDir
+
+RUN = RunReport(
+    model="net<1>",
+    target="ort",
+    met=True,
+    verdict="met",
+    budget_ms=10.0,
+    speedup=1.53,
+    builds=4,
+    seconds=61.5,
+    baseline=Row(15.1, 16.0, 17.0, (15.0, 15.2), 200, 11_000_000, 1_800_000_000, 44_000_000),
+    final=Row(9.8, 10.4, 11.0, (9.7, 9.9), 210, 6_000_000, 1_000_000_000, 24_000_000),
+    limits=Limits(2.5, 0.031, 0.2, 16, "detected"),
+    parity=(ParityLine("torch to ONNX", 1e-6, 2e-6, 1e-3, "out", True),),
+    axes=(
+        AxisLine("conv1", 48, 64),
+        AxisLine("odd", 47, 64, None, True),
+        AxisLine("fc", 1000, 1000, "model output"),
+    ),
+    layers=(LayerLine("conv1", "Conv", 3.0, 2.0, 2.1), LayerLine("gone", "Conv", 1.0, None)),
+    steps=(
+        BuildLine(1, "probe", 7_000_000, 1_200_000_000),
+        BuildLine(2, "correction", 6_000_000, 1_000_000_000, 9.7, 9.8, (9.7, 9.9), "met"),
+    ),
+    environment={"machine": "a cpu", "onnxruntime": "1.0"},
+    notes=("scores are data-free",),
+)
+SWEEP = SweepReport(
+    "net",
+    "ort",
+    16,
+    15.0,
+    tuple(
+        SweepPoint(r, int(1e9 * (1 - r)), 1000, 15 * (1 - r), (14 * (1 - r), 16 * (1 - r)),
+                   1 / (1 - r), (0.9 / (1 - r), 1.1 / (1 - r)))
+        for r in (0.0, 0.25, 0.5)
+    ),
+    {"machine": "a cpu"},
+)  # fmt: skip
+
+
+class Page(HTMLParser):
+    """Collects tags, what would be fetched, and whether every element is closed."""
+
+    VOID = ("meta", "br", "img", "link", "input", "hr")
+
+    def __init__(self, source):
+        super().__init__()
+        self.tags, self.open, self.fetched, self.text = [], [], [], []
+        self.feed(source)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.fetched += [v for k, v in attrs if k in ("src", "href", "xlink:href", "data")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+PAGES = {
+    "run": html.run_page(RUN),
+    "sweep": html.sweep_page(SWEEP),
+    "compare": html.compare_page([("a", RUN), ("b", RUN)]),
+}
+
+
+@pytest.mark.parametrize("page", PAGES.values(), ids=PAGES)
+def test_pages_are_whole_and_fetch_nothing(page):
+    parsed = Page(page)
+    assert parsed.open == []
+    assert parsed.fetched == []
+    assert "script" not in parsed.tags
+    assert "url(" not in page and "@import" not in page and "http" not in page
+    assert 'name="viewport"' in page and "prefers-color-scheme:dark" in page
+
+
+def test_the_run_page_shows_what_was_traded():
+    said = "".join(Page(PAGES["run"]).text)
+    for fact in ("48 / 64", "model output", "Widths off that step: odd", "3.1%", "multiples of 16",
+                 "a cpu", "2.5 ms", "scores are data-free"):  # fmt: skip
+        assert fact in said
+    assert "net<1>" in said  # escaped in the source, whole in the page
+    assert "<1>" not in PAGES["run"]
+
+
+def test_no_latency_stands_unlabelled():
+    for source in (text.run_text(RUN), text.sweep_text(SWEEP), text.compare_text([("a", RUN)])):
+        for line in source.splitlines():
+            if "p50" in line:
+                assert "measured p50" in line or "95 % interval of p50" in line
+
+
+@pytest.mark.parametrize("report", [RUN, SWEEP])
+def test_json_comes_back_equal(report):
+    assert from_json(to_json(report), Path("x")) == report
+
+
+@pytest.mark.parametrize("bad", ["", "[]", "{}", '{"kind": "run", "schema": 1}'])
+def test_text_that_is_no_report_is_refused(bad):
+    with pytest.raises(ConfigError, match="not a report"):
+        from_json(bad, Path("x"))
+
+
+def test_csv_holds_the_numbers_unrounded():
+    before, after = csv.DictReader(io.StringIO(text.run_csv(RUN)))
+    assert (before["row"], float(before["p50_ms"])) == ("baseline", 15.1)
+    assert float(after["ci95_high_ms"]) == 9.9
+    assert int(after["macs"]) == 1_000_000_000
+    rows = list(csv.DictReader(io.StringIO(text.sweep_csv(SWEEP))))
+    assert [float(r["ratio"]) for r in rows] == [0.0, 0.25, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("report", "plots"), [(RUN, ["axes.png", "layers.png"]), (SWEEP, ["latency.png"])]
+)
+def test_a_run_directory_gets_every_rendering(tmp_path, report, plots):
+    with RunDir(tmp_path, {}) as run:
+        write.write(report, run)
+        listed = {a.path for a in run.artefacts()}
+    assert listed == {"run.json", "report.json", "report.csv", "report.html", *plots}
+    for plot in plots:
+        data = (tmp_path / plot).read_bytes()
+        assert data[:8] == b"\x89PNG\r\n\x1a\n"
+        width, height = struct.unpack(">II", data[16:24])
+        assert width > 300 and height > 200
+    assert write.load(tmp_path) == report
+
+
+def test_runs_of_different_machines_are_not_compared(tmp_path):
+    for name, machine in (("a", "one"), ("b", "two")):
+        with RunDir(tmp_path / name, {}) as run:
+            write.write(replace(RUN, layers=(), environment={"machine": machine}), run)
+    assert len(write.comparable([tmp_path / "a"])) == 1
+    with pytest.raises(ConfigError, match="different machines"):
+        write.comparable([tmp_path / "a", tmp_path / "b"])
+
+
+def test_a_chart_of_one_point_and_a_bar_of_nothing_are_drawn():
+    assert "polyline" in svg.line_chart([svg.Point(0, 1, 1, 1)], "x", "y")
+    assert 'width="0.00"' in svg.bar(0, 0)
