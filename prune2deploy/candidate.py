@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prune2deploy import export, parity, precision, prune, simplify
+from prune2deploy import export, measure, parity, precision, simplify
 from prune2deploy.backends.base import Backend, Engine
-from prune2deploy.backends.feeds import random_feeds
 from prune2deploy.graph.axes import Graph
 from prune2deploy.parity import Parity
 from prune2deploy.plan.plan import Plan
 from prune2deploy.progress import Progress, Step
+from prune2deploy.prune import apply as apply_plan
 from prune2deploy.rundir import WORK, RunDir
 from prune2deploy.target import Target
 from prune2deploy.timing import OperatorTiming
@@ -123,7 +123,7 @@ def build(shop: Workshop, number: int, step: str, plan: Plan) -> Built:
 
     def work() -> Built:
         shop.say("pruning", number)
-        module = prune.apply(shop.module, shop.graph, plan, shop.example_inputs)
+        module = apply_plan(shop.module, shop.graph, plan, shop.example_inputs)
         return _assemble(shop, (number, step), plan, module)
 
     return shop.run.journal.once(f"{key}/build", Built, work)
@@ -143,10 +143,7 @@ def profile(shop: Workshop, built: Built) -> tuple[OperatorTiming, ...]:
 
     def work() -> Profile:
         shop.say("profiling", built.number)
-        engine = shop.engine(built)
-        with shop.backend.open(engine, shop.target) as session:
-            feeds = random_feeds(session.inputs, seed=0)
-        return Profile(shop.backend.profile(engine, shop.target, feeds, PROFILE_RUNS))
+        return Profile(measure.profile(shop.engine(built), shop.target, runs=PROFILE_RUNS))
 
     return shop.run.journal.once(f"{built.key}/profile", Profile, work).operators
 
@@ -212,16 +209,12 @@ def _lower(shop: Workshop, path: Path, folder: Path) -> Path:
     return out
 
 
-def _check(
-    shop: Workshop, module: nn.Module, exported: Path, engine: Engine
-) -> tuple[Border, ...]:
+def _check(shop: Workshop, module: nn.Module, exported: Path, engine: Engine) -> tuple[Border, ...]:
     """Compare torch with the exported file, and with the engine that will be shipped."""
     samples = _samples(shop, exported)
     reference = parity.torch_runner(module, shop.input_names, shop.output_names)
     found = [
-        Border(
-            "torch and ONNX", parity.compare(reference, parity.onnx_runner(exported), samples)
-        )
+        Border("torch and ONNX", parity.compare(reference, parity.onnx_runner(exported), samples))
     ]
     with shop.backend.open(engine, shop.target) as session:
         found.append(

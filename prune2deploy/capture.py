@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from prune2deploy.errors import PruneError, TraceError
 from prune2deploy.graph.axes import Graph
 from prune2deploy.graph.build import build
-from prune2deploy.graph.layout import CAT, LEAF, Layout, Node, find
+from prune2deploy.graph.layout import CAT, LEAF, Layout, Node, find, leaves
 from prune2deploy.graph.record import ModuleCall, Operation, Recording, Ref, record, tensors_in
 from prune2deploy.plan.plan import Plan
 from prune2deploy.widths import Widths
@@ -170,7 +170,7 @@ class _Writer:
     def size(self, node: Node) -> Argument:
         """A width: a number, or a product with the size of the batch as it is at run time."""
         node = find(node)
-        if not any(id(below) in self.batch for below in _leaves(node)):
+        if not any(id(below) in self.batch for below in leaves(node)):
             return self.widths(node)
         if node.kind == LEAF:
             number, dim = self.batch[id(node)]
@@ -192,12 +192,6 @@ class _Writer:
         )
 
 
-def _leaves(node: Node) -> list[Node]:
-    from prune2deploy.graph.layout import leaves
-
-    return leaves(node)
-
-
 def _add(a: int, b: int) -> int:
     return a + b
 
@@ -217,7 +211,9 @@ def _returns_list(operation: Operation) -> bool:
 
 def _parameter_names(source: nn.Module, count: int) -> list[str]:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    known = [p.name for p in inspect.signature(source.forward).parameters.values() if p.kind in kinds]
+    known = [
+        p.name for p in inspect.signature(source.forward).parameters.values() if p.kind in kinds
+    ]
     return known[:count] if len(known) >= count else [f"input_{i}" for i in range(count)]
 
 
@@ -246,7 +242,11 @@ def _as_recorded(writer: _Writer, operation: Operation) -> fx.Node:
             continue
         listed = isinstance(args[place] if place < len(args) else kwargs[argument.name], list)
         sizes = writer.sizes(terms)
-        new = sizes if listed else (sum(sizes) if all(isinstance(s, int) for s in sizes) else sizes[0])
+        new = (
+            sizes
+            if listed
+            else (sum(sizes) if all(isinstance(s, int) for s in sizes) else sizes[0])
+        )
         if place < len(args):
             args[place] = new
         else:
@@ -327,7 +327,9 @@ def _softmax(writer: _Writer, operation: Operation) -> fx.Node:
 def _max_pool(writer: _Writer, operation: Operation) -> fx.Node:
     function = F.max_pool3d if "3d" in operation.func._schema.name else F.max_pool2d
     names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
-    return writer.call(function, operation.args[0], *(_given(operation, n) or _none(n) for n in names))
+    return writer.call(
+        function, operation.args[0], *(_given(operation, n) or _none(n) for n in names)
+    )
 
 
 def _none(name: str) -> Any:
@@ -361,7 +363,10 @@ SPELLINGS: dict[str, Callable[[_Writer, Operation], Argument]] = {
         (("view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy"), _view),
         (("expand",), _expand),
         (("split", "split_with_sizes", "unsafe_split"), _split),
-        (("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty"), _filled),
+        (
+            ("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty"),
+            _filled,
+        ),
         (_NORMS, _batch_norm),
         (("native_layer_norm",), _layer_norm),
         (("native_group_norm",), _group_norm),

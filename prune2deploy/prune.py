@@ -183,9 +183,7 @@ class _Shapes(TorchDispatchMode):
         return result
 
 
-def runs_as_planned(
-    module: nn.Module, recording: Recording, widths: Widths, example: Any
-) -> bool:
+def runs_as_planned(module: nn.Module, recording: Recording, widths: Widths, example: Any) -> bool:
     """Whether every operator of the module returns the shapes that the plan implies."""
     shapes = _Shapes()
     try:
@@ -230,4 +228,3 @@ def refs_in(tree: Any) -> list[Any]:
     if isinstance(tree, list | tuple):
         return [ref for item in tree for ref in refs_in(item)]
     return [tree] if isinstance(tree, Ref) else []
-

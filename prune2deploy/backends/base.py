@@ -122,6 +122,10 @@ class Backend(ABC):
     def availability(self, target: Target) -> Availability:
         """Say whether ``target`` can be used on this machine; must not raise."""
 
+    def can_build(self, target: Target) -> Availability:
+        """Say whether engines for ``target`` can be built here, even if they cannot run here."""
+        return self.availability(target)
+
     @abstractmethod
     def build(self, onnx: Path, target: Target, out: Path) -> Engine:
         """Build an engine from ``onnx`` into the folder ``out``; raises BuildError."""

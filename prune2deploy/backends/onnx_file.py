@@ -22,7 +22,7 @@ def check(path: Path) -> Any:
         BuildError: The file is missing, truncated, not ONNX, or breaks the standard.
     """
     import onnx
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     if not path.is_file():
         raise BuildError(f"{path}: no such file; expected an ONNX model")

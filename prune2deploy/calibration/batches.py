@@ -7,6 +7,7 @@ again, holding one batch at a time.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -73,7 +74,7 @@ class Batches:
         return len(self.chosen)
 
     def __len__(self) -> int:
-        return -(-len(self.chosen) // self.batch)
+        return math.ceil(len(self.chosen) / self.batch)
 
     def __iter__(self) -> Iterator[Batch]:
         for start in range(0, len(self.chosen), self.batch):

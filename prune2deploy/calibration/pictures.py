@@ -42,10 +42,11 @@ def read(path: Path, how: Preprocessing) -> Pixels:
         ConfigError: The file is missing, corrupt or not a picture; names it.
     """
     image = pillow()
+    unreadable = (OSError, ValueError, SyntaxError, image.DecompressionBombError)
     try:
         with image.open(path) as picture:
             loaded = picture.convert("L" if how.channel_order == "gray" else "RGB")
-    except (OSError, ValueError, SyntaxError, image.DecompressionBombError) as error:
+    except (*unreadable, ImportError) as error:  # ultralytics' open imports decoders for the rest
         raise ConfigError(
             f"{path}: cannot be read as a picture ({error}); remove the file or replace it"
         ) from error

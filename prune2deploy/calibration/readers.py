@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from prune2deploy.calibration import pictures
 from prune2deploy.calibration.preprocessing import Preprocessing
@@ -76,9 +77,11 @@ class PictureReader(Reader):
     def __len__(self) -> int:
         return len(self._files)
 
+    @override
     def name(self, number: int) -> str:
         return str(self._files[number][0])
 
+    @override
     def read(self, number: int) -> Sample:
         path, label = self._files[number]
         return (pictures.read(path, self._how),), label
@@ -129,6 +132,7 @@ class ArrayReader(Reader):
     def __len__(self) -> int:
         return len(self._inputs[0])
 
+    @override
     def read(self, number: int) -> Sample:
         label = None if self._labels is None else int(self._labels[number])
         return tuple(np.array(array[number]) for array in self._inputs), label
@@ -155,7 +159,11 @@ def _arrays(path: Path) -> dict[str, Array]:
 
 def _members(path: Path) -> Iterator[tuple[str, Array]]:
     """Map the arrays of an ``.npz`` file (a zip of ``.npy`` files); load those compressed."""
-    with np.load(path, allow_pickle=False) as archive, zipfile.ZipFile(path) as parts:
+    with (
+        path.open("rb") as file,
+        zipfile.ZipFile(file) as parts,
+        np.load(file, allow_pickle=False) as archive,
+    ):
         for part in parts.infolist():
             name = part.filename.removesuffix(".npy")
             if part.compress_type != zipfile.ZIP_STORED:
@@ -203,6 +211,7 @@ class SequenceReader(Reader):
     def __len__(self) -> int:
         return len(self._data)
 
+    @override
     def read(self, number: int) -> Sample:
         item = self._data[number]
         inputs, label = item, None
@@ -251,6 +260,7 @@ class DigitsReader(Reader):
     def __len__(self) -> int:
         return len(self._labels)
 
+    @override
     def read(self, number: int) -> Sample:
         return (pictures.from_bytes(self._pixels[number], self._how),), int(self._labels[number])
 
@@ -269,6 +279,7 @@ class RandomReader(Reader):
     def __len__(self) -> int:
         return self._count
 
+    @override
     def read(self, number: int) -> Sample:
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + number)
         return tuple(self._draw(one[0], generator).numpy() for one in self._examples), None
@@ -304,25 +315,27 @@ def open_reader(recipe: Recipe, how: Preprocessing, examples: tuple[Tensor, ...]
 
 def _called(recipe: Recipe, name: str, inputs: int) -> Reader:
     """Call the user's function, which lies beside the recipe or is importable."""
-    where = f"{recipe.path}:options.callable"
-    place, _, attribute = name.rpartition(":")
     beside = str(recipe.path.parent)
     sys.path.insert(0, beside)
     try:
-        module = importlib.import_module(place)
-        if attribute not in vars(module):
-            near = difflib.get_close_matches(attribute, list(vars(module)), n=3)
-            raise ConfigError(
-                f"{where}: {place!r} has no {attribute!r}; nearest: {', '.join(near) or 'none'}"
-            )
-        dataset = vars(module)[attribute]()
-        return SequenceReader(dataset, name, inputs=inputs)
+        return _dataset(name, f"{recipe.path}:options.callable", inputs)
     except (ConfigError, MissingBackend):
         raise
     except Exception as error:
         raise ConfigError(
-            f"{where}: {name!r} failed: {type(error).__name__}: {error}; expected a callable "
-            "without arguments that returns a dataset with len() and indexing"
+            f"{recipe.path}:options.callable: {name!r} failed: {type(error).__name__}: {error}; "
+            "expected a callable without arguments that returns a dataset with len() and indexing"
         ) from error
     finally:
         sys.path.remove(beside)
+
+
+def _dataset(name: str, where: str, inputs: int) -> Reader:
+    place, _, attribute = name.rpartition(":")
+    module = importlib.import_module(place)
+    if attribute not in vars(module):
+        near = difflib.get_close_matches(attribute, list(vars(module)), n=3)
+        raise ConfigError(
+            f"{where}: {place!r} has no {attribute!r}; nearest: {', '.join(near) or 'none'}"
+        )
+    return SequenceReader(vars(module)[attribute](), name, inputs=inputs)

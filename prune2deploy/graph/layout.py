@@ -6,9 +6,9 @@ and pixels after a flatten). ``cat(s, t)`` is a concatenation of segments.
 
 Nodes are terms of a unification problem: ``unify`` says that two dimensions hold the same
 channels, ``regroup`` and ``cut`` refine a leaf into a product or a concatenation, ``settle_ties``
-says that two dimensions must keep equally many channels. What cannot be reconciled freezes the leaves
-involved and remembers why, so that a model that is not understood loses prunability and nothing
-else. Pure arithmetic: no tensors here.
+says that two dimensions must keep equally many channels. What cannot be reconciled freezes the
+leaves involved and remembers why, so that a model that is not understood loses prunability and
+nothing else. Pure arithmetic: no tensors here.
 
 The coupling that these terms express is that of DepGraph (Fang et al., CVPR 2023), one level
 deeper: on the factors and segments of dimensions instead of on layers.

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prune2deploy.errors import TraceError
 from prune2deploy.graph import layout as algebra
-from prune2deploy.graph.layout import Layout, leaf
 from prune2deploy.graph import rules_shape as _shape_rules  # noqa: F401  fills the table
+from prune2deploy.graph.layout import Layout, leaf
 from prune2deploy.graph.rules import Call, Value, apply_rule
 
 Inputs = tuple[Any, ...] | dict[str, Any]

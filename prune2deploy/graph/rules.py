@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -166,7 +166,7 @@ def apply_rule(call: Call) -> list[Value]:
     if found is None:
         found = pointwise if torch.Tag.pointwise in call.func.tags else _unknown
     result = found(call)
-    layouts: Sequence[Layout] = [result] if _is_layout(result) else result  # type: ignore[list-item]
+    layouts = cast("Sequence[Layout]", [result] if _is_layout(result) else result)
     values = []
     for tensor, dims in zip(call.outputs, layouts, strict=True):
         sizes = tuple(node.size for node in dims)
@@ -305,7 +305,9 @@ def convolution(call: Call) -> Layout:
     batch, channels = (x[0], x[1]) if len(x) == len(weight) else (None, x[0])
     out, inner = _couple_groups(channels, weight, groups, transposed=transposed)
     if groups > 1:
-        call.symbols["groups"] = (regroup([channels], (groups, channels.size // groups)) or (leaf(groups),))[:1]
+        call.symbols["groups"] = (
+            regroup([channels], (groups, channels.size // groups)) or (leaf(groups),)
+        )[:1]
     bias = call.dims("bias")
     if bias:
         unify(bias[0], out)

@@ -280,7 +280,8 @@ def _couple_values(call: Call, x: Layout, indexed: list[int]) -> None:
 
 def _indexed(chosen: list[Any], rank: int) -> list[int]:
     """The dimensions that index tensors address; a mask of rank r addresses r of them."""
-    places, at = [], 0
+    places: list[int] = []
+    at = 0
     for entry in chosen:
         width = 1
         if entry is not None:

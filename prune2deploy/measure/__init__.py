@@ -1,0 +1,19 @@
+"""Honest latency: raw nanoseconds of interleaved runs become an interval and a verdict."""
+
+from prune2deploy.measure.compare import Measurement, compare, profile, single
+from prune2deploy.measure.host import fingerprint, native_channel_multiple
+from prune2deploy.measure.summary import Comparison, LatencyStats
+from prune2deploy.measure.verdict import Verdict, verdict
+
+__all__ = [
+    "Comparison",
+    "LatencyStats",
+    "Measurement",
+    "Verdict",
+    "compare",
+    "fingerprint",
+    "native_channel_multiple",
+    "profile",
+    "single",
+    "verdict",
+]

@@ -2,7 +2,7 @@
 
 In: the path of a ``config.json``, or of a folder that holds one. Out: the model class that the
 configuration names (``architectures``; the base model where it names none) with random weights,
-set to return plain tuples and no cache. Nothing is downloaded and no code from a folder is run.
+set to keep no cache. Nothing is downloaded and no code from a folder is run.
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ def load(request: Request) -> LoadedModel:
         )
     try:
         config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-        config.return_dict = False
         config.use_cache = False
         module = _model_class(transformers, config)(config)
     except Exception as error:

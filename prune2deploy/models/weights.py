@@ -7,8 +7,10 @@ pickle that would run code.
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from prune2deploy.errors import MissingBackend, ModelError
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "ema", "params")
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile, Lightning
+_CODE = ("GLOBAL", "REDUCE", "BUILD", "Unsupported class")  # what torch refuses to run
 _OPTIONAL = "num_batches_tracked"  # counters that old checkpoints lack
 
 
@@ -68,18 +71,19 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # on unusual pickle protocols
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        text = str(error)
-        if "GLOBAL" in text or "REDUCE" in text or "BUILD" in text or "Unsupported class" in text:
-            reason = text.replace("\n", " ").partition("Please file")[0]
-            raise ModelError(
-                f"weights: {str(path)!r} holds pickled Python objects, which are refused because "
-                "loading them can run code; save the tensors alone with "
-                f"torch.save(model.state_dict(), FILE). torch says: {_short(reason)}"
-            ) from error
-        raise ModelError(_broken(path, error)) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).partition("Please file")[0]
+        if not any(word in reason for word in _CODE):
+            raise ModelError(_broken(path, error)) from error
+        raise ModelError(
+            f"weights: {str(path)!r} holds pickled Python objects, which are refused because "
+            "loading them can run code; save the tensors alone with "
+            f"torch.save(model.state_dict(), FILE). torch says: {_short(reason)}"
+        ) from error
+    except Exception as error:  # damaged bytes make the unpickler raise anything
         raise ModelError(_broken(path, error)) from error
 
 
@@ -124,13 +128,14 @@ def _unwrapped(found: Any) -> Any:
 
 
 def _without_prefix(state: dict[str, Tensor], names: Any) -> dict[str, Tensor]:
-    """Strip the prefixes of wrappers as long as that makes more names match."""
+    """Strip the prefixes of nested wrappers with which most names match."""
     wanted = set(names)
     best = state
-    for prefix in PREFIXES:
-        candidate = {key.removeprefix(prefix): value for key, value in best.items()}
-        if len(wanted & candidate.keys()) > len(wanted & best.keys()):
-            best = candidate
+    for depth in range(1, len(PREFIXES) + 1):
+        for prefix in map("".join, itertools.permutations(PREFIXES, depth)):
+            candidate = {key.removeprefix(prefix): value for key, value in state.items()}
+            if len(wanted & candidate.keys()) > len(wanted & best.keys()):
+                best = candidate
     return best
 
 

@@ -69,9 +69,7 @@ class Problem:
 
     def worth(self, chosen: Sequence[int]) -> float:
         """The objective: summed worth of the options taken."""
-        return float(
-            sum(c.worth[option] for c, option in zip(self.choices, chosen, strict=True))
-        )
+        return float(sum(c.worth[option] for c, option in zip(self.choices, chosen, strict=True)))
 
 
 def grid(graph: Graph, multiple: int) -> dict[str, int]:

@@ -70,6 +70,7 @@ class Evaluator:
     Attributes:
         problem: What is being allocated.
         limits: float array: the budget of the operators in milliseconds, then the caps.
+        constant: float array, the cost against each limit that no choice changes.
         chosen: int array, the option that each choice takes at present.
         totals: float array, the present cost against each limit.
     """
@@ -77,7 +78,7 @@ class Evaluator:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         model = problem.model
-        self.limits, self.terms, self._constant = _terms(problem)
+        self.limits, self.terms, self.constant = _terms(problem)
         blocks = [-(-c.options // model.multiple) * model.multiple for c in problem.choices]
         self._values = [
             np.array([c.options, b], dtype=np.float64)
@@ -98,9 +99,7 @@ class Evaluator:
         operators = len(self.terms.cost)
         self._work = np.bincount(self.terms.row, self._monomial, 3 * operators)
         self._time = self._times(np.arange(operators), self._work.reshape(-1, 3, 1))[:, 0]
-        self.totals = self._constant + np.bincount(
-            self.terms.limit, self._time, len(self.limits)
-        )
+        self.totals = self.constant + np.bincount(self.terms.limit, self._time, len(self.limits))
 
     def costs(self, choice: int) -> Floats:
         """Cost against each limit for every option of one choice, float array (limits, options)."""
@@ -150,7 +149,9 @@ class Evaluator:
                 if variable < 2 * count and variable % count in choices:
                     place = list(choices).index(variable % count)
                     own = self._values[variable % count][variable // count]
-                    value = value * own.reshape([-1 if i == place else 1 for i in range(len(shape))])
+                    value = value * own.reshape(
+                        [-1 if i == place else 1 for i in range(len(shape))]
+                    )
                 elif variable < 2 * count:
                     option = self.chosen[variable % count]
                     value = value * self._values[variable % count][variable // count][option]

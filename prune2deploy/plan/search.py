@@ -68,8 +68,7 @@ def search(evaluator: Evaluator) -> Found:
 def smallest(evaluator: Evaluator) -> None:
     """Move to a least-cost assignment (a local one: all least widths, then single moves)."""
     evaluator.assign([0] * len(evaluator.problem.choices))
-    for price in (np.inf,):
-        _climb(evaluator, np.full(len(evaluator.limits), price))
+    _climb(evaluator, np.full(len(evaluator.limits), np.inf))
 
 
 def _bisect(evaluator: Evaluator, weights: Floats, found: Found) -> None:

@@ -1,0 +1,309 @@
+"""Engines on disk: the manifest beside each, the cache, its lock, and the builder's process.
+
+An engine is bound to the ONNX file, the runtime's version and the GPU that it was built for. The
+manifest says which, so a stale or damaged engine is noticed before a runtime reads it. Whatever
+is in the cache was written whole, under a lock, by one process.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import prune2deploy
+from prune2deploy.atomic import replacing, scratch, write_text
+from prune2deploy.backends import onnx_file
+from prune2deploy.backends.engine_build import ANSWER, BuildRequest
+from prune2deploy.errors import BackendError, BuildError
+
+SCHEMA = 1  # 1: what Manifest holds
+LOG_TAIL = 12  # lines of the builder's log that go into an error
+POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an engine file was built from, with and for.
+
+    Attributes:
+        module: ``tensorrt`` or ``tensorrt_rtx``.
+        version: Of that module.
+        device: Name and compute capability of the GPU that the engine runs on.
+        onnx_sha256: Of the ONNX file and its external weights.
+        engine_sha256: Of the engine file.
+        settings: Build settings that change the engine.
+        seconds: Build time.
+    """
+
+    module: str
+    version: str
+    device: str
+    onnx_sha256: str
+    engine_sha256: str
+    settings: Mapping[str, Any]
+    seconds: float
+
+    @property
+    def key(self) -> str:
+        """Cache key: all that decides the engine's contents."""
+        facts = [self.module, self.version, self.device, self.onnx_sha256, dict(self.settings)]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+    def write(self, engine: Path) -> None:
+        """Write it beside ``engine``."""
+        values = {"schema": SCHEMA, **asdict(self)}
+        write_text(manifest_path(engine), json.dumps(values, indent=2))
+
+
+def manifest_path(engine: Path) -> Path:
+    """Where the manifest of an engine lies."""
+    return engine.with_name(engine.name + ".json")
+
+
+def read_manifest(engine: Path) -> Manifest:
+    """Read the manifest of ``engine`` and check the engine file against it.
+
+    Raises:
+        BackendError: Either file is missing or damaged; says to build again.
+    """
+    again = "build it again: prune2deploy build MODEL.onnx --target TARGET"
+    if not engine.is_file():
+        raise BackendError(f"{engine}: no such engine; {again}")
+    try:
+        values = json.loads(manifest_path(engine).read_text())
+        if values.pop("schema") != SCHEMA:
+            raise BackendError(f"{manifest_path(engine)}: expected schema {SCHEMA}; {again}")
+        manifest = Manifest(**values)
+    except FileNotFoundError as error:
+        raise BackendError(
+            f"{engine}: there is no {manifest_path(engine).name} beside it, so it is unknown which "
+            f"TensorRT and GPU it fits (engines of other tools are not taken); {again}"
+        ) from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise BackendError(f"{manifest_path(engine)}: damaged ({error}); {again}") from error
+    if sha256(engine) != manifest.engine_sha256:
+        raise BackendError(
+            f"{engine}: corrupt: its contents are not those that were built "
+            f"({engine.stat().st_size} bytes now); {again}"
+        )
+    return manifest
+
+
+def check_fits(engine: Path, manifest: Manifest, *, module: str, version: str, device: str) -> None:
+    """Raise BackendError unless the engine fits this runtime and this GPU."""
+    pairs = (
+        ("runtime", manifest.module, module),
+        (f"{module} version", manifest.version, version),
+        ("GPU", manifest.device, device),
+    )
+    for what, built, here in pairs:
+        if built != here:
+            raise BackendError(
+                f"{engine}: built for {what} {built}, but here it is {here}; engines fit only what "
+                "they were built for, build it again from its ONNX file"
+            )
+
+
+def sha256(*paths: Path) -> str:
+    """Hash of the contents of files, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def text_key(text: str) -> str:
+    """Short file-name-safe key of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def hash_onnx(path: Path) -> str:
+    """Hash of an ONNX file with its external weights."""
+    return sha256(path, *(path.parent / name for name in onnx_file.external_files(path)))
+
+
+def default_cache() -> Path:
+    """Per-user folder for engines: ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "prune2deploy" / "engines"
+
+
+@contextmanager
+def lock(path: Path, seconds: float) -> Iterator[None]:
+    """Hold an exclusive lock on ``path`` between processes; it goes when its holder dies.
+
+    Raises:
+        BuildError: Another process held it for longer than ``seconds``.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        deadline = time.monotonic() + seconds
+        while not _try_lock(file.fileno()):
+            if time.monotonic() > deadline:
+                raise BuildError(
+                    f"another process has been building this engine for {seconds:g} s "
+                    f"(it holds {path}); wait for it, or end it"
+                )
+            time.sleep(POLL_SECONDS)
+        yield
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def obtain(cache: Path, wanted: Manifest, request: BuildRequest, seconds: float) -> Path:
+    """Return the engine that ``wanted`` describes, built unless the cache has a sound one.
+
+    Args:
+        cache: Folder of the cache.
+        wanted: What is needed; its ``engine_sha256`` and ``seconds`` are not known yet.
+        request: What to tell the builder; its ``engine`` is ignored.
+        seconds: Time limit of the build and of waiting for another process's build.
+
+    Raises:
+        BuildError: The build failed, crashed, or took too long; with the end of its log.
+    """
+    engine = cache / f"{wanted.key}.engine"
+    with lock(cache / f"{wanted.key}.lock", seconds):
+        if sound(engine):
+            os.utime(engine)  # the oldest unused ones are dropped first
+            return engine
+        with scratch(cache) as folder:
+            made = folder / engine.name
+            answer = run_builder(replace(request, engine=str(made)), folder, seconds)
+            manifest = replace(wanted, engine_sha256=sha256(made), seconds=answer["seconds"])
+            timing = made.with_name("timing.bin")
+            if timing.exists() and request.timing_cache:
+                timing.replace(request.timing_cache)
+            (folder / "build.log").replace(engine.with_suffix(".log"))
+            manifest.write(engine)
+            made.replace(engine)
+    return engine
+
+
+def sound(engine: Path) -> bool:
+    """Whether an engine and its manifest are there and belong together."""
+    try:
+        read_manifest(engine)
+    except BackendError:
+        return False
+    return True
+
+
+def trim(cache: Path, limit_bytes: int, keep: Path) -> None:
+    """Remove the longest unused engines until the cache holds at most ``limit_bytes``."""
+    engines = sorted(cache.glob("*.engine"), key=lambda p: p.stat().st_mtime, reverse=True)
+    total = 0
+    for engine in engines:
+        total += engine.stat().st_size
+        if total > limit_bytes and engine != keep:
+            for path in (engine, manifest_path(engine), engine.with_suffix(".log")):
+                path.unlink(missing_ok=True)
+
+
+def place(engine: Path, out: Path, stem: str) -> Path:
+    """Put an engine of the cache with manifest and log into ``out`` as ``stem.engine``."""
+    target = out / f"{stem}.engine"
+    pairs = (
+        (engine.with_suffix(".log"), out / f"{stem}.build.log"),
+        (manifest_path(engine), manifest_path(target)),
+        (engine, target),
+    )
+    for source, copy in pairs:
+        with replacing(copy) as temporary:
+            shutil.copyfile(source, temporary)
+    return target
+
+
+def run_builder(request: BuildRequest, folder: Path, seconds: float) -> dict[str, Any]:
+    """Run the builder's process in ``folder``; return its answer.
+
+    Raises:
+        BuildError: It failed, crashed, or took longer than ``seconds``; with its log's end.
+    """
+    order = folder / "request.json"
+    order.write_text(request.to_json())
+    log = folder / "build.log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command(order),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=_environment(),
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired as error:
+            raise BuildError(
+                f"{request.onnx}: the build took longer than {seconds:g} s and was stopped; raise "
+                f"build_seconds in the profile's [options]. Its log ends:\n{_tail(log)}"
+            ) from error
+        finally:
+            _end(process)
+    answer = folder / ANSWER
+    if code < 0:
+        name = signal.Signals(-code).name
+        raise BuildError(
+            f"{request.onnx}: the builder crashed ({name}). {_crash_hint(name)}"
+            f" Its log ends:\n{_tail(log)}"
+        )
+    if not answer.is_file() or code not in (0, 1):
+        raise BuildError(
+            f"{request.onnx}: the builder ended with code {code} and no answer. "
+            f"Its log ends:\n{_tail(log)}"
+        )
+    values: dict[str, Any] = json.loads(answer.read_text())
+    if "error" in values:
+        raise BuildError(f"{request.onnx}: {values['error']}")
+    return values
+
+
+def command(order: Path) -> list[str]:
+    """Command line of the builder's process."""
+    return [sys.executable, "-m", "prune2deploy.backends.engine_build", str(order)]
+
+
+def _environment() -> dict[str, str]:
+    """This process's, with the package findable from wherever it was imported."""
+    home = str(Path(prune2deploy.__file__).resolve().parent.parent)
+    others = os.environ.get("PYTHONPATH")
+    path = os.pathsep.join([home, others]) if others else home
+    return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Stop the builder and what it started, also when we are interrupted."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _crash_hint(name: str) -> str:
+    if name == "SIGKILL":
+        return "Something killed it, most often the system for want of memory."
+    return "This is a fault of TensorRT, not of the model file; try another version of it."
+
+
+def _tail(log: Path) -> str:
+    lines = log.read_text(errors="replace").splitlines()[-LOG_TAIL:]
+    return "\n".join(f"  {line[:300]}" for line in lines) or "  (empty)"

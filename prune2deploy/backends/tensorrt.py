@@ -1,0 +1,252 @@
+"""TensorRT: one adapter for ``tensorrt`` 10 and 11 and for ``tensorrt_rtx`` 1.x.
+
+The profile's ``module`` option selects the library. Both get the same ONNX file, in which the
+precision is written (see ``precision``), and the same build program; only ``tensorrt_rtx`` builds
+for a GPU that is not there. Engines are cached by everything that decides their contents.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from prune2deploy.backends import engine_store, gpu_driver, gpu_memory, onnx_file
+from prune2deploy.backends.base import Array, Availability, Backend, Engine, Session
+from prune2deploy.backends.engine_build import BuildRequest
+from prune2deploy.backends.engine_store import Manifest
+from prune2deploy.errors import BackendError, BuildError, ConfigError, MissingBackend
+from prune2deploy.target import Option, Target
+from prune2deploy.timing import OperatorTiming
+
+INSTALL = {"tensorrt": "trt", "tensorrt_rtx": "rtx"}
+"""Module to the extra of this package that installs it."""
+
+
+class TensorRtBackend(Backend):
+    """TensorRT, or TensorRT for RTX."""
+
+    name = "tensorrt"
+    options: ClassVar[Mapping[str, Option]] = {
+        "module": "tensorrt",
+        "compute_capability": "",  # tensorrt_rtx: build for this GPU ("89") in place of ours
+        "workspace_mb": 0,  # scratch memory limit; 0 is TensorRT's default
+        "tf32": True,
+        "batch_min": 1,  # of inputs whose batch is free in the ONNX file
+        "batch_opt": 1,
+        "batch_max": 8,
+        "build_seconds": 1800.0,
+        "cache": "",  # folder of the engine cache; empty is the user's cache folder
+        "cache_mb": 8192,
+        "memory": "auto",  # library for buffers and streams: pycuda, cuda or torch
+        "cuda_graph": True,
+        "transfers": False,  # count copies to and from the GPU as part of the latency
+    }
+
+    def availability(self, target: Target) -> Availability:
+        """Look for the module, the GPU and a library for its memory; imports none of them."""
+        found = self.can_build(target)
+        if not found.usable:
+            return found
+        facts = gpu_driver.facts(device_index(target))
+        if isinstance(facts, str):
+            reason = f"engines can be built here but not run: {facts}"
+            return Availability(False, reason, _GPU_FIX)
+        named = _option_text(target, "compute_capability")
+        if named and named != facts.capability:
+            return Availability(
+                False,
+                f"the profile builds for compute capability {named}, but the GPU here has "
+                f"{facts.capability} ({facts.name})",
+                "leave compute_capability out of the profile's [options] to build for this GPU",
+            )
+        return gpu_memory.availability(_option_text(target, "memory"))
+
+    def can_build(self, target: Target) -> Availability:
+        """Say whether engines can be built here: ``tensorrt_rtx`` needs no GPU for that."""
+        module = _option_text(target, "module")
+        if module not in INSTALL:
+            return Availability(
+                False,
+                f"{target.path}:options.module: found {module!r}, "
+                f"expected one of {', '.join(INSTALL)}",
+            )
+        fix = f'pip install "prune2deploy[{INSTALL[module]}]"'
+        if importlib.util.find_spec(module) is None:
+            gpu = gpu_driver.facts(device_index(target))
+            also = f", and {gpu}" if isinstance(gpu, str) else ""
+            return Availability(False, f"the Python package {module} is not installed{also}", fix)
+        if module == "tensorrt_rtx" and _option_text(target, "compute_capability"):
+            return Availability(True)
+        facts = gpu_driver.facts(device_index(target))
+        if isinstance(facts, str):
+            return Availability(False, facts, _GPU_FIX)
+        return Availability(True)
+
+    def build(self, onnx: Path, target: Target, out: Path) -> Engine:
+        """Build in a process of its own, or take the engine from the cache."""
+        started = time.perf_counter()
+        known = self.can_build(target)
+        if not known.usable:
+            raise MissingBackend(f"{target.name}: {known.reason}; {known.fix}")
+        onnx_file.check(onnx)
+        cache = _cache(target)
+        request = _request(onnx, target, cache)
+        seconds = float(target.option("build_seconds", 1800.0))
+        try:
+            cached = engine_store.obtain(cache, _wanted(onnx, target, request), request, seconds)
+            engine = engine_store.place(cached, out, onnx.stem)
+            engine_store.trim(cache, int(target.option("cache_mb", 8192)) << 20, cached)
+        except OSError as error:
+            raise BuildError(
+                f"{onnx}: the engine cannot be written: {error}; free space in {cache} and {out}, "
+                "or set cache in the profile's [options] to another folder"
+            ) from error
+        log = out / f"{onnx.stem}.build.log"
+        return Engine(engine, onnx, self.name, time.perf_counter() - started, log)
+
+    def open(self, engine: Engine, target: Target) -> Session:
+        """Open an engine after checking that it fits this runtime and this GPU."""
+        from prune2deploy.backends.tensorrt_session import TensorRtSession
+
+        manifest = engine_store.read_manifest(engine.path)
+        module = _option_text(target, "module")
+        engine_store.check_fits(
+            engine.path,
+            manifest,
+            module=module,
+            version=version(module),
+            device=_device_text(target),
+        )
+        known = self.availability(target)
+        if not known.usable:
+            raise MissingBackend(f"{target.name}: {known.reason}; {known.fix}")
+        memory = gpu_memory.choose(_option_text(target, "memory"), device_index(target))
+        return TensorRtSession(import_module(module), engine.path, memory, target)
+
+    def profile(
+        self, engine: Engine, target: Target, feeds: Mapping[str, Array], runs: int
+    ) -> tuple[OperatorTiming, ...]:
+        """Time every layer with TensorRT's own profiler; shapes come from its inspector."""
+        from prune2deploy.backends.tensorrt_session import TensorRtSession
+
+        with self.open(engine, target) as session:
+            if not isinstance(session, TensorRtSession):
+                raise BackendError("the engine did not open as a TensorRT session")
+            return session.profile(feeds, runs)
+
+    def versions(self) -> dict[str, str]:
+        """Versions of whichever TensorRT libraries are installed, and of the GPU driver."""
+        found = {name: version(name) for name in INSTALL}
+        return {**{n: v for n, v in found.items() if v}, **gpu_driver.versions()}
+
+
+_GPU_FIX = "install the NVIDIA driver, or give the container its GPU (--gpus all)"
+
+
+def version(module: str) -> str:
+    """Version of a TensorRT library; empty if it is not there or does not import."""
+    if importlib.util.find_spec(module) is None:
+        return ""
+    try:
+        return str(import_module(module).__version__)
+    except MissingBackend:
+        return ""
+
+
+def import_module(module: str) -> Any:
+    """Import a TensorRT library.
+
+    Raises:
+        MissingBackend: It cannot be imported; its import may raise anything.
+    """
+    try:
+        return importlib.import_module(module)
+    except Exception as error:
+        raise MissingBackend(
+            f"{module} is installed but does not import ({type(error).__name__}: {error}); "
+            f'pip install --force-reinstall "prune2deploy[{INSTALL[module]}]"'
+        ) from error
+
+
+def device_index(target: Target) -> int:
+    """Number of the GPU in the profile's ``device`` (``cuda:1``).
+
+    Raises:
+        ConfigError: It is not of that form.
+    """
+    kind, _, number = target.device.partition(":")
+    if kind != "cuda" or not (number or "0").isdigit():
+        raise ConfigError(f"{target.path}:device: found {target.device!r}, expected cuda:0")
+    return int(number or 0)
+
+
+def _option_text(target: Target, name: str) -> str:
+    return str(target.option(name, TensorRtBackend.options[name]))
+
+
+def _cache(target: Target) -> Path:
+    given = _option_text(target, "cache")
+    return Path(given).expanduser() if given else engine_store.default_cache()
+
+
+def _device_text(target: Target) -> str:
+    """What an engine of this profile is bound to."""
+    named = _option_text(target, "compute_capability")
+    if named:
+        return f"compute capability {named}"
+    facts = gpu_driver.facts(device_index(target))
+    if isinstance(facts, str):
+        return "no GPU"
+    if _option_text(target, "module") == "tensorrt_rtx":
+        return f"compute capability {facts.capability}"
+    return f"{facts.name}, compute capability {facts.capability}"
+
+
+def _request(onnx: Path, target: Target, cache: Path) -> BuildRequest:
+    module = _option_text(target, "module")
+    capability = _option_text(target, "compute_capability")
+    if capability and module != "tensorrt_rtx":
+        raise ConfigError(
+            f"{target.path}:options.compute_capability: only tensorrt_rtx builds for another GPU; "
+            f"leave it out for {module}"
+        )
+    sizes = [int(target.option(f"batch_{n}", d)) for n, d in (("min", 1), ("opt", 1), ("max", 8))]
+    if not 1 <= sizes[0] <= sizes[1] <= sizes[2]:
+        raise ConfigError(
+            f"{target.path}:options: expected 1 <= batch_min <= batch_opt <= "
+            f"batch_max, found {sizes}"
+        )
+    timing = ""
+    if module == "tensorrt":  # tensorrt_rtx accepts one and ignores it
+        name = engine_store.text_key(f"{version(module)} {_device_text(target)}")
+        timing = str(cache / f"timing-{name}.bin")
+    return BuildRequest(
+        module=module,
+        onnx=str(onnx),
+        engine="",
+        capability=capability,
+        workspace_mb=int(target.option("workspace_mb", 0)),
+        tf32=bool(target.option("tf32", True)),
+        batch=(sizes[0], sizes[1], sizes[2]),
+        timing_cache=timing,
+    )
+
+
+def _wanted(onnx: Path, target: Target, request: BuildRequest) -> Manifest:
+    return Manifest(
+        module=request.module,
+        version=version(request.module),
+        device=_device_text(target),
+        onnx_sha256=engine_store.hash_onnx(onnx),
+        engine_sha256="",
+        settings={
+            "workspace_mb": request.workspace_mb,
+            "tf32": request.tf32,
+            "batch": list(request.batch),
+        },
+        seconds=0.0,
+    )

@@ -1,0 +1,146 @@
+"""Run a measurement in a fresh process of its own, and leave nothing of it behind.
+
+In: a specification in plain values. Out: the last message of the child. The child writes one JSON
+document per line: progress, a result, or an error that is raised again here. It ends when this
+process does, however that ends, because it notices that its standard input closes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import prune2deploy
+from prune2deploy import errors
+from prune2deploy.errors import MeasureError, Prune2DeployError
+
+Progress = Callable[[str, float], None]
+
+
+def run(spec: Mapping[str, Any], seconds: float, progress: Progress | None) -> dict[str, Any]:
+    """Start ``prune2deploy.measure.worker`` on ``spec`` and wait for its result.
+
+    Args:
+        spec: What the worker is to do (see there); ``threads`` limits the libraries' thread pools.
+        seconds: Time limit; the child is killed beyond it.
+        progress: Told what the child reports.
+
+    Raises:
+        Prune2DeployError: What the child raised.
+        MeasureError: It crashed, or did not end in time.
+    """
+    with tempfile.TemporaryDirectory(prefix="prune2deploy-measure-") as folder:
+        path = Path(folder) / "spec.json"
+        path.write_text(json.dumps(spec), encoding="utf-8")
+        with (Path(folder) / "stderr").open("w+b") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "prune2deploy.measure.worker", str(path)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                cwd=folder,
+                env=_environment(int(spec.get("threads", 0))),
+                start_new_session=True,
+            )
+            try:
+                result = _listen(process, seconds, progress)
+            finally:
+                _end(process)
+            if result is None:
+                log.seek(0)
+                raise MeasureError(_obituary(process.returncode, spec, log.read()))
+    return result
+
+
+def _environment(threads: int) -> dict[str, str]:
+    package = str(Path(prune2deploy.__file__).resolve().parent.parent)
+    old = os.environ.get("PYTHONPATH")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([package, old] if old else [package])}
+    if threads:
+        env.update({name: str(threads) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")})
+    return env
+
+
+def _listen(
+    process: subprocess.Popen[bytes], seconds: float, progress: Progress | None
+) -> dict[str, Any] | None:
+    """Return the result; ``None`` when the child ended without one."""
+    assert process.stdout is not None
+    lines: queue.Queue[bytes | None] = queue.Queue()
+    threading.Thread(target=_read, args=(process.stdout, lines), daemon=True).start()
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            line = lines.get(timeout=max(0.01, deadline - time.monotonic()))
+        except queue.Empty:
+            raise MeasureError(
+                f"the measuring process did not end within {seconds:.0f} s and was killed; "
+                "raise max_seconds in the target's [measure], or free the machine"
+            ) from None
+        if line is None:
+            process.wait()
+            return None
+        message = _message(line)
+        if "error" in message:
+            raise _error(message)
+        if "result" in message:
+            return dict(message["result"])
+        if "progress" in message and progress:
+            progress(str(message["progress"][0]), float(message["progress"][1]))
+
+
+def _read(stream: IO[bytes], lines: queue.Queue[bytes | None]) -> None:
+    for line in stream:
+        lines.put(line)
+    lines.put(None)
+
+
+def _message(line: bytes) -> dict[str, Any]:
+    """Parse one line; what a library printed is not a message."""
+    try:
+        message = json.loads(line)
+    except ValueError:
+        return {}
+    return message if isinstance(message, dict) else {}
+
+
+def _error(message: Mapping[str, Any]) -> Prune2DeployError:
+    kinds: dict[str, type[Prune2DeployError]] = {
+        name: kind
+        for name, kind in vars(errors).items()
+        if isinstance(kind, type) and issubclass(kind, Prune2DeployError)
+    }
+    return kinds.get(str(message["error"]), MeasureError)(message["message"])
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kill the child if it still runs, and take its exit status."""
+    if process.poll() is None:
+        process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            stream.close()
+
+
+def _obituary(code: int, spec: Mapping[str, Any], log: bytes) -> str:
+    cause = f"ended with status {code}"
+    if code < 0:
+        cause = f"was killed by {signal.Signals(-code).name}"
+    paths = ", ".join(str(e["path"]) for e in spec.get("engines", ()))
+    tail = log.decode(errors="replace").strip().splitlines()[-12:]
+    return (
+        f"the process that measured {paths} {cause}. A segmentation fault is the runtime's or its "
+        "driver's; SIGKILL is usually a lack of memory. Its last words:\n  "
+        + "\n  ".join(tail or ["(none)"])
+    )

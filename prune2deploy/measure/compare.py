@@ -1,0 +1,163 @@
+"""Measure engines honestly: side by side, in a fresh process, until the interval is narrow.
+
+In: built engines and their target. Out: frozen results; raw samples in a file where asked for.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from prune2deploy.backends import registry
+from prune2deploy.backends.base import Engine
+from prune2deploy.backends.feeds import random_feeds
+from prune2deploy.measure import child, run, samples
+from prune2deploy.measure.sample import Progress
+from prune2deploy.measure.samples import Samples
+from prune2deploy.measure.summary import Comparison, LatencyStats, summarise
+from prune2deploy.target import Target
+from prune2deploy.timing import OperatorTiming
+
+STARTUP_SECONDS = 180.0
+"""Allowance for opening the engines, before the time limit of a child process."""
+
+
+def compare(
+    candidate: Engine,
+    reference: Engine,
+    target: Target,
+    *,
+    raw_path: Path | None = None,
+    progress: Progress | None = None,
+    stop_at: float | None = None,
+) -> Comparison:
+    """Time two engines side by side.
+
+    Args:
+        candidate: The engine in question.
+        reference: What it is compared with, usually the baseline.
+        target: Where; its policy says how precisely and how long.
+        raw_path: Keep the raw samples in this file (``.npz``).
+        progress: Called with a stage and the fraction done.
+        stop_at: Greatest ratio candidate / reference that meets the budget: sampling may stop as
+            soon as the side of it is clear.
+
+    Raises:
+        MeasureError: The measuring process crashed or did not end.
+        BackendError: An engine could not be opened or run.
+    """
+    taken = _take((candidate, reference), target, raw_path, (stop_at, progress))
+    return summarise(taken, target, raw_path)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One engine measured by itself.
+
+    Attributes:
+        latency: Wall time.
+        clock: Clock that the control's ratio was taken from.
+        control_ratio: Of two copies of the engine side by side; far from 1 means a poor host.
+        control_ci95: Its 95 % interval.
+        flags: What to mistrust.
+        fingerprint: Facts of host and runtime.
+        raw: File of the raw samples, where one was asked for.
+    """
+
+    latency: LatencyStats
+    clock: str
+    control_ratio: float
+    control_ci95: tuple[float, float]
+    flags: tuple[str, ...]
+    fingerprint: Mapping[str, Any]
+    raw: Path | None = None
+
+
+def single(
+    engine: Engine,
+    target: Target,
+    *,
+    raw_path: Path | None = None,
+    progress: Progress | None = None,
+) -> Measurement:
+    """Time one engine: two copies of it side by side, so that the control comes for free.
+
+    Raises:
+        MeasureError: The measuring process crashed or did not end.
+        BackendError: The engine could not be opened or run.
+    """
+    policy = replace(target.measure, control=False)
+    taken = _take((engine, engine), replace(target, measure=policy), raw_path, (None, progress))
+    both = summarise(taken, target, raw_path)
+    return Measurement(
+        both.reference,
+        both.clock,
+        both.ratio,
+        both.ratio_ci95,
+        both.flags,
+        both.fingerprint,
+        raw_path,
+    )
+
+
+def profile(engine: Engine, target: Target, *, runs: int = 30) -> tuple[OperatorTiming, ...]:
+    """Time every operator of an engine in a fresh process; the minimum over ``runs`` of each.
+
+    Raises:
+        MeasureError: The process crashed or did not end.
+        BackendError: The engine could not be opened or run.
+    """
+    backend = registry.for_target(target)
+    if backend.simulated:
+        with backend.open(engine, target) as session:
+            feeds = random_feeds(session.inputs, seed=0)
+        return backend.profile(engine, target, feeds, runs)
+    spec = {**_spec((engine,), target, "profile"), "runs": runs}
+    result = child.run(spec, STARTUP_SECONDS + target.measure.max_seconds, None)
+    return tuple(
+        OperatorTiming(
+            o["name"],
+            o["kind"],
+            tuple(tuple(s) for s in o["input_shapes"]),
+            tuple(tuple(s) for s in o["output_shapes"]),
+            o["ns"],
+        )
+        for o in result["operators"]
+    )
+
+
+def _take(
+    engines: tuple[Engine, Engine],
+    target: Target,
+    raw_path: Path | None,
+    stopping: tuple[float | None, Progress | None],
+) -> Samples:
+    """Take the samples where they belong: simulated ones here, real ones in a child process."""
+    stop_at, progress = stopping
+    backend = registry.for_target(target)
+    if backend.simulated:
+        taken = run.interleaved(backend, engines, target, stop_at=stop_at, progress=progress)
+        if raw_path is not None:
+            samples.save(taken, raw_path)
+        return taken
+    with tempfile.TemporaryDirectory(prefix="prune2deploy-raw-") as folder:
+        raw = raw_path.resolve() if raw_path else Path(folder) / "raw.npz"
+        spec = {**_spec(engines, target, "compare"), "raw": str(raw), "stop_at": stop_at}
+        limit = STARTUP_SECONDS + 2.5 * target.measure.max_seconds
+        child.run(spec, limit, progress)
+        return samples.load(raw)
+
+
+def _spec(engines: tuple[Engine, ...], target: Target, task: str) -> dict[str, Any]:
+    return {
+        "task": task,
+        "target": target.to_dict(),
+        "threads": target.threads,
+        "engines": [
+            {"path": str(e.path.resolve()), "onnx": str(e.onnx.resolve()), "backend": e.backend}
+            for e in engines
+        ],
+    }

@@ -1,0 +1,39 @@
+"""Open the engines of one comparison in this process and sample them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+from prune2deploy.backends.base import Backend, Engine, Session
+from prune2deploy.backends.feeds import random_feeds
+from prune2deploy.measure import host
+from prune2deploy.measure.clock import RealClock, SimulatedClock
+from prune2deploy.measure.sample import Progress, Sampler
+from prune2deploy.measure.samples import Samples
+from prune2deploy.target import Target
+
+
+def interleaved(
+    backend: Backend,
+    engines: tuple[Engine, Engine],
+    target: Target,
+    *,
+    stop_at: float | None,
+    progress: Progress | None,
+) -> Samples:
+    """Open candidate and reference (twice, if the policy wants a control) and sample them."""
+
+    def opener(engine: Engine) -> Session:
+        session = backend.open(engine, target)
+        session.prepare(random_feeds(session.inputs, seed=0))
+        return session
+
+    chosen = [*engines, engines[1]] if target.measure.control else list(engines)
+    clock = SimulatedClock() if backend.simulated else RealClock()
+    openers = [partial(opener, engine) for engine in chosen]
+    sampler = Sampler(openers, target, clock, simulated=backend.simulated)
+    taken = sampler.collect(stop_at, progress)
+    facts = {} if backend.simulated else host.fingerprint()
+    facts.update(versions=backend.versions(), threads=target.threads, target=target.sha256)
+    return replace(taken, notes={**taken.notes, "fingerprint": facts})

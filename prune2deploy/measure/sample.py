@@ -1,0 +1,197 @@
+"""Take interleaved samples of engines until the statistics allow to stop.
+
+In: functions that open prepared sessions, a policy, a clock. Out: raw ``Samples``.
+
+Rounds run every session once in a random order and once in the reverse one; rounds make blocks of
+at least ``BLOCK_NS``. Sessions are opened afresh for every block, because where an engine's
+buffers happen to lie in memory sways its latency by about one per cent until it is closed (measured
+with six copies of one network in one process); a ratio from a single opening would be wrong by
+that much however narrow its interval. Where opening is too slow for this they stay open.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from statistics import median
+
+import numpy as np
+
+from prune2deploy.backends.base import Sample, Session
+from prune2deploy.measure import host, stats
+from prune2deploy.measure.clock import Clock
+from prune2deploy.measure.samples import NOISE, Samples
+from prune2deploy.measure.summary import choose_clock, effects
+from prune2deploy.target import MeasurePolicy, Target
+
+Progress = Callable[[str, float], None]
+"""Called with what is being done and the fraction done (0..1)."""
+Opener = Callable[[], Session]
+"""Opens and prepares a session."""
+
+BLOCK_NS = 100_000_000
+WARM_BLOCKS = 12
+WARM_RUNS = 3  # after each opening: the first runs of a session are slower
+COOL_NS = 5_000_000_000
+REOPENINGS = 24  # sessions stay open when opening takes more than this part of the time cap
+_FLOOR_NS = 1_000  # a run is never taken for shorter when blocks are sized
+_SIMULATED_ROUNDS = 2
+
+
+class Sampler:
+    """Takes samples of the engines behind some openers: candidate, reference, perhaps its twin."""
+
+    def __init__(
+        self, openers: Sequence[Opener], target: Target, clock: Clock, *, simulated: bool
+    ) -> None:
+        self._openers = openers
+        self._target = target
+        self._clock = clock
+        self._simulated = simulated
+        self._random = np.random.default_rng(0)
+        self._sessions: list[Session] = []
+        self._open = ExitStack()
+        self._reopen = False
+        self._rounds = 1
+        self._rows: list[list[tuple[int, int, int]]] = []
+        self._blocks: list[int] = []
+        self._noise: list[tuple[int, ...]] = []
+
+    def collect(self, stop_at: float | None, progress: Progress | None) -> Samples:
+        """Warm up, sample until the policy is content, and once more if the device throttled.
+
+        Args:
+            stop_at: Limit of the ratio: its side may be decided early. ``None`` for precision only.
+            progress: Told how far it is.
+        """
+        with self._open:
+            samples = self._attempt(stop_at, progress)
+            if not self._simulated and self._throttled(samples):
+                if progress:
+                    progress("cooling down", 0.0)
+                self._clock.sleep(COOL_NS)
+                samples = self._attempt(stop_at, progress)
+                samples = replace(samples, notes={**samples.notes, "cooled": True})
+        return samples
+
+    def _attempt(self, stop_at: float | None, progress: Progress | None) -> Samples:
+        self._rows = [[] for _ in self._openers]
+        self._blocks, self._noise = [], []
+        warm = self._warm_up(progress)
+        stopped = self._sample(stop_at, progress)
+        return self._samples({"warm": warm, "stopped": stopped, "reopened": self._reopen})
+
+    def _renew(self) -> None:
+        """Close what is open, open every engine again and run each a few times."""
+        self._open.close()
+        self._sessions = [self._open.enter_context(opener()) for opener in self._openers]
+        for session in self._sessions:
+            for _ in range(WARM_RUNS):
+                self._time(session)
+
+    def _time(self, session: Session) -> Sample:
+        sample = session.time_once()
+        self._clock.ran(sample.wall_ns)
+        return sample
+
+    def _warm_up(self, progress: Progress | None) -> bool:
+        """Run until consecutive medians of every engine agree within 2 %; size the blocks."""
+        policy = self._target.measure
+        started = self._clock.now()
+        self._renew()
+        opening = self._clock.now() - started
+        limit = started + int(0.25 * policy.max_seconds * 1e9)
+        medians: list[list[float]] = [[] for _ in self._sessions]
+        settled = False
+        for block in range(WARM_BLOCKS):
+            for kept, times in zip(medians, self._warm_block(), strict=True):
+                kept.append(max(float(median(times)), _FLOOR_NS))
+            if progress:
+                progress("warming up", block / WARM_BLOCKS)
+            settled = all(stats.settled(values) for values in medians)
+            if settled or self._clock.now() > limit:
+                break
+        self._reopen = not self._simulated and opening < policy.max_seconds * 1e9 / REOPENINGS
+        length = max(BLOCK_NS, opening) if self._reopen else BLOCK_NS
+        self._rounds = max(1, round(length / (2 * sum(kept[-1] for kept in medians))))
+        if self._simulated:
+            self._rounds = _SIMULATED_ROUNDS
+        return settled
+
+    def _warm_block(self) -> list[list[int]]:
+        ends = self._clock.now() + BLOCK_NS // 2
+        times: list[list[int]] = [[] for _ in self._sessions]
+        while not times[0] or self._clock.now() < ends:
+            for kept, session in zip(times, self._sessions, strict=True):
+                sample = self._time(session)
+                kept.append(sample.device_ns or sample.cpu_ns or sample.wall_ns)
+            if self._simulated:
+                break
+        return times
+
+    def _sample(self, stop_at: float | None, progress: Progress | None) -> str:
+        """Take blocks until a look says stop; return why."""
+        policy = self._target.measure
+        started = self._clock.now()
+        look = max(stats.MIN_BLOCKS, -(-policy.min_samples // (2 * self._rounds)))
+        count = 0
+        while True:
+            self._block(count)
+            count += 1
+            seconds = (self._clock.now() - started) / 1e9
+            if progress:
+                progress("measuring", min(1.0, seconds / policy.max_seconds))
+            if count >= look:
+                look = int(np.ceil(count * stats.LOOK_GROWTH))
+                reason = self._reason(policy, stop_at, seconds)
+                if reason:
+                    return reason
+            if seconds >= policy.max_seconds:
+                return "time"
+
+    def _reason(self, policy: MeasurePolicy, stop_at: float | None, seconds: float) -> str | None:
+        samples = self._samples({})
+        stop = stats.stopping(
+            effects(samples, choose_clock(samples, self._target)), policy, stop_at
+        )
+        least = 0.0 if self._simulated else policy.min_seconds
+        if stop.precise and seconds >= least:
+            return "precise"
+        return "decided" if stop.decided and seconds >= least / 3 else None
+
+    def _block(self, number: int) -> None:
+        """Time one block of rounds and note what the host did meanwhile."""
+        if self._reopen:
+            self._renew()
+        before, started = host.counters(), self._clock.now()
+        gc.disable()
+        for _ in range(self._rounds):
+            order = self._random.permutation(len(self._sessions))
+            for turn in (order, order[::-1]):
+                for index in turn:
+                    sample = self._time(self._sessions[index])
+                    self._rows[index].append((sample.wall_ns, sample.cpu_ns, sample.device_ns))
+                self._blocks.append(number)
+        gc.enable()
+        wall = self._clock.now() - started
+        after = host.counters()
+        self._noise.append((wall, *(b - a for a, b in zip(before, after, strict=True))))
+
+    def _throttled(self, samples: Samples) -> bool:
+        clock = choose_clock(samples, self._target)
+        values = samples.reference[:, clock].astype(np.float64)
+        drift = stats.drift(stats.block_medians(values, samples.block))
+        return drift.change > 0.03 and drift.steady
+
+    def _samples(self, notes: dict[str, bool | str]) -> Samples:
+        rows = [np.array(values, dtype=np.int64).reshape(-1, 3) for values in self._rows]
+        return Samples(
+            candidate=rows[0],
+            reference=rows[1],
+            twin=rows[2] if len(rows) > 2 else np.empty((0, 3), dtype=np.int64),
+            block=np.array(self._blocks, dtype=np.int64),
+            noise=np.array(self._noise, dtype=np.int64).reshape(-1, len(NOISE)),
+            notes=dict(notes),
+        )

@@ -1,0 +1,200 @@
+"""From raw samples to results: which clock counts, ratio, percentiles, flags. Pure functions.
+
+The ratio of candidate to reference comes from pairs; the scale in milliseconds from the wall
+median of the reference in the same session.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prune2deploy.measure import stats
+from prune2deploy.measure.samples import CPU, DEVICE, WALL, Ints, Samples
+from prune2deploy.measure.stats import Floats
+from prune2deploy.target import Target
+from prune2deploy.units import ms
+
+CLOCKS = ("wall", "cpu", "device")
+
+
+@dataclass(frozen=True)
+class LatencyStats:
+    """Latency of one engine in milliseconds.
+
+    Attributes:
+        p50_ms: Median.
+        p95_ms: Upper 95 % confidence bound of the 95th percentile of wall time.
+        p99_ms: The same of the 99th; the largest sample where there are too few (see the flags).
+        ci95_ms: 95 % interval of the median.
+        samples: Runs that it rests on.
+    """
+
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+    ci95_ms: tuple[float, float]
+    samples: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A candidate measured beside a reference.
+
+    The median of the candidate is that of the reference's wall time multiplied by ``ratio``, and
+    its interval that of the ratio on the same scale: pairs fix the relation of the two far better
+    than either can be known by itself on a shared machine. ``wall_p50_ms`` is the candidate's plain
+    wall median, for comparison.
+
+    Attributes:
+        candidate: Latency of the candidate.
+        reference: Latency of the reference, wall time of the same session.
+        ratio: Candidate over reference.
+        ratio_ci95: Its 95 % interval.
+        clock: What the ratio was taken from: ``"cpu"`` (CPU time of the thread), ``"wall"`` or
+            ``"device"``.
+        wall_p50_ms: Plain wall median of the candidate.
+        control_ratio: The same ratio between two copies of the reference (A/A); ``None`` without.
+        control_ci95: Its 95 % interval.
+        stopped: ``"precise"``, ``"decided"`` (which side of the limit) or ``"time"``.
+        flags: What to mistrust, one word or two each; empty is good.
+        outliers: Wall samples of the candidate beyond Tukey's fences, by kind; none was dropped.
+        fingerprint: Facts of the host and runtime; never pool samples of different ones.
+        raw: File of the raw samples, where one was asked for.
+    """
+
+    candidate: LatencyStats
+    reference: LatencyStats
+    ratio: float
+    ratio_ci95: tuple[float, float]
+    clock: str
+    wall_p50_ms: float
+    control_ratio: float | None
+    control_ci95: tuple[float, float] | None
+    stopped: str
+    flags: tuple[str, ...]
+    outliers: Mapping[str, int]
+    fingerprint: Mapping[str, Any]
+    raw: Path | None = None
+
+
+def choose_clock(samples: Samples, target: Target) -> int:
+    """Return the column of the clock that the ratio is taken from.
+
+    Device time where the backend gives it. CPU time where the calling thread does all the work:
+    one thread, on a CPU, and its CPU time plus its waiting for a processor makes up 90 % of the
+    wall time (or of the wall time of the least disturbed runs, where the kernel does not tell).
+    Else wall time.
+    """
+    both = np.concatenate([samples.candidate, samples.reference])
+    if both.size and (both[:, DEVICE] > 0).all():
+        return DEVICE
+    if target.threads != 1 or not target.device.lower().startswith("cpu") or not both.size:
+        return WALL
+    delay = samples.noise[:, 3].sum()
+    every = np.concatenate([both, samples.twin])
+    accounted = (every[:, CPU].sum() + delay) / max(1, every[:, WALL].sum())
+    undisturbed = np.quantile(both[:, CPU] / np.maximum(1, both[:, WALL]), 0.9)
+    share = both[:, CPU].sum() / max(1, both[:, WALL].sum())
+    valid = share > 0.3 and max(accounted, undisturbed) >= 0.9
+    return CPU if valid else WALL
+
+
+def effects(samples: Samples, clock: int) -> Floats:
+    """Logarithm of candidate over reference, one per block (blocks,)."""
+    return _effects(samples.candidate, samples.reference, samples.block, clock)
+
+
+def _effects(first: Ints, second: Ints, block: Ints, clock: int) -> Floats:
+    logs = np.log(np.maximum(1, first[:, clock]) / np.maximum(1, second[:, clock]))
+    return stats.block_medians(logs, block)
+
+
+def summarise(samples: Samples, target: Target, raw: Path | None = None) -> Comparison:
+    """Turn raw samples into a result.
+
+    Args:
+        samples: As taken; ``notes`` carry ``stopped``, ``warm``, ``cooled`` and ``fingerprint``.
+        target: Where they were taken.
+        raw: The file that keeps them.
+    """
+    clock = choose_clock(samples, target)
+    block_effects = effects(samples, clock)
+    ratio, interval = stats.ratio_interval(block_effects)
+    reference = _latency(samples.reference[:, WALL], samples.block)
+    plain = _latency(samples.candidate[:, WALL], samples.block)
+    control = _control(samples, clock)
+    return Comparison(
+        candidate=LatencyStats(
+            reference.p50_ms * ratio,
+            plain.p95_ms,
+            plain.p99_ms,
+            (reference.p50_ms * interval[0], reference.p50_ms * interval[1]),
+            plain.samples,
+        ),
+        reference=reference,
+        ratio=ratio,
+        ratio_ci95=interval,
+        clock=CLOCKS[clock],
+        wall_p50_ms=plain.p50_ms,
+        control_ratio=control[0] if control else None,
+        control_ci95=control[1] if control else None,
+        stopped=str(samples.notes.get("stopped", "")),
+        flags=_flags(samples, target, clock),
+        outliers=stats.outliers(samples.candidate[:, WALL].astype(float)),
+        fingerprint=samples.notes.get("fingerprint", {}),
+        raw=raw,
+    )
+
+
+def _latency(wall: Ints, block: Ints) -> LatencyStats:
+    values = wall.astype(float)
+    low, high = stats.median_interval(values, block)
+    return LatencyStats(
+        p50_ms=ms(float(np.median(values))),
+        p95_ms=ms(stats.upper_quantile(values, 0.95)[0]),
+        p99_ms=ms(stats.upper_quantile(values, 0.99)[0]),
+        ci95_ms=(ms(low), ms(high)),
+        samples=len(values),
+    )
+
+
+def _control(samples: Samples, clock: int) -> tuple[float, tuple[float, float]] | None:
+    if not samples.twin.size or samples.block[-1] < 1:
+        return None
+    return stats.ratio_interval(_effects(samples.twin, samples.reference, samples.block, clock))
+
+
+def _flags(samples: Samples, target: Target, clock: int) -> tuple[str, ...]:
+    both = np.concatenate([samples.candidate, samples.reference])
+    noise = samples.noise.sum(axis=0)
+    wall_us = max(1.0, float(noise[0]) / 1e3)
+    share = both[:, CPU].sum() / max(1, both[:, WALL].sum())
+    drift = stats.drift(
+        stats.block_medians(samples.reference[:, clock].astype(np.float64), samples.block)
+    )
+    interval = stats.ratio_interval(effects(samples, clock))[1]
+    control = _control(samples, clock)
+    wide = np.log(interval[1] / interval[0]) / 2 > np.log1p(target.measure.half_width)
+    checks = {
+        "not warm": not samples.notes.get("warm", True),
+        "noisy host": (clock == CPU and share < 0.9) or noise[4] / wall_us > 0.1,
+        "steal": float(noise[5]) * 1e4 / wall_us > 0.02,  # ticks of 10 ms
+        "throttled": drift.change > 0.03 and drift.steady,
+        "drift": abs(drift.change) > 0.03 and not (drift.change > 0.03 and drift.steady),
+        "wide interval": bool(wide),
+        "too few samples for p95": not stats.upper_quantile(both[: len(both) // 2, 0], 0.95)[1],
+        "too few samples for p99": not stats.upper_quantile(both[: len(both) // 2, 0], 0.99)[1],
+        "opened once": not samples.notes.get("reopened", True),
+        "control off": control is not None and _off(*control),
+    }
+    return tuple(name for name, raised in checks.items() if raised)
+
+
+def _off(ratio: float, interval: tuple[float, float]) -> bool:
+    """Whether an A/A control differs from 1 for sure and by more than one per cent."""
+    return abs(ratio - 1) > 0.01 and not interval[0] <= 1 <= interval[1]

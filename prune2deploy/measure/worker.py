@@ -1,0 +1,85 @@
+"""The child process that holds the engines: ``python -m prune2deploy.measure.worker SPEC.json``.
+
+The specification has ``task`` (``"compare"`` or ``"profile"``), ``target`` (``Target.to_dict``),
+``engines`` (path, onnx, backend of each: candidate, reference), and for comparing ``raw`` (where
+the samples go) and ``stop_at``, for profiling ``runs``. Messages go to standard output, one JSON
+document a line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prune2deploy.backends import registry
+from prune2deploy.backends.base import Backend, Engine
+from prune2deploy.backends.feeds import random_feeds
+from prune2deploy.errors import Prune2DeployError
+from prune2deploy.measure import run, samples
+from prune2deploy.target import Target
+
+
+def main(argv: list[str]) -> int:
+    """Do what the specification asks; return the exit status."""
+    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what a library prints must not mix with the messages
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    spec = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
+
+    def say(message: dict[str, Any]) -> None:
+        channel.write(json.dumps(message) + "\n")
+        channel.flush()
+
+    try:
+        say({"result": _TASKS[spec["task"]](spec, say)})
+    except Prune2DeployError as error:
+        say({"error": type(error).__name__, "message": str(error)})
+        return error.exit_code
+    return 0
+
+
+def _end_with_parent() -> None:
+    """Wait until the parent is gone, then leave at once."""
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
+def _context(spec: Mapping[str, Any]) -> tuple[Target, Backend, list[Engine]]:
+    target = Target.from_dict(spec["target"])
+    engines = [
+        Engine(Path(e["path"]), Path(e["onnx"]), str(e["backend"]), 0.0) for e in spec["engines"]
+    ]
+    return target, registry.for_target(target), engines
+
+
+def _compare(spec: Mapping[str, Any], say: Any) -> dict[str, Any]:
+    target, backend, (candidate, reference) = _context(spec)
+
+    def progress(stage: str, done: float) -> None:
+        say({"progress": [stage, done]})
+
+    taken = run.interleaved(
+        backend, (candidate, reference), target, stop_at=spec["stop_at"], progress=progress
+    )
+    samples.save(taken, Path(spec["raw"]))
+    return {"raw": spec["raw"]}
+
+
+def _profile(spec: Mapping[str, Any], say: Any) -> dict[str, Any]:
+    target, backend, (engine,) = _context(spec)
+    with backend.open(engine, target) as session:
+        feeds = random_feeds(session.inputs, seed=0)
+    timings = backend.profile(engine, target, feeds, int(spec["runs"]))
+    return {"operators": [dataclasses.asdict(t) for t in timings]}
+
+
+_TASKS = {"compare": _compare, "profile": _profile}
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

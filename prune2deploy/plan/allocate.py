@@ -1,0 +1,189 @@
+"""Choose the kept channels of every axis so that the predicted latency keeps the budget.
+
+In: a problem (choices, latency model, budget, caps). Out: an allocation, i.e. counts per axis with
+their predicted latency, objective and optimality gap; then, with scores, a plan of channels.
+
+``lagrangian`` searches with prices and exchanges (a second or two), ``milp`` proves its result,
+``uniform``, ``global`` and ``greedy`` are there to compare with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from prune2deploy.errors import BudgetUnreachable, PlanError
+from prune2deploy.graph.axes import Counts, Graph
+from prune2deploy.plan.baselines import BASELINES
+from prune2deploy.plan.choices import Ints, Problem
+from prune2deploy.plan.evaluate import Evaluator
+from prune2deploy.plan.milp import solve
+from prune2deploy.plan.plan import Plan
+from prune2deploy.plan.search import Found, search, smallest
+
+METHODS = ("lagrangian", "milp", *BASELINES)
+
+Curve = tuple[tuple[float, float], ...]
+"""``((predicted milliseconds, objective), ...)``, both ascending."""
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Kept channels per axis.
+
+    Attributes:
+        counts: Kept channels of every axis that may be pruned.
+        predicted_ms: Predicted latency of the whole model.
+        objective: Summed worth.
+        gap: How much more the best assignment could be worth at most, as a fraction; ``None``
+            where no bound was computed or operators had to be approximated.
+        method: One of ``METHODS``.
+        curve: What other latencies are worth, as found on the way.
+        linearised: Operators whose cost the exact method approximated.
+    """
+
+    counts: Mapping[str, int]
+    predicted_ms: float
+    objective: float
+    gap: float | None
+    method: str
+    curve: Curve
+    linearised: int = 0
+
+
+class SmallestMisses(BudgetUnreachable):
+    """Even the least widths are predicted to miss the budget.
+
+    Attributes:
+        floor_ms: Predicted latency of the fastest plan found.
+        fixed_share: Share of the unpruned model's time that no width changes.
+        counts: The fastest plan found.
+    """
+
+    def __init__(self, problem: Problem, counts: Counts) -> None:
+        self.floor_ms = problem.model.predict(counts)
+        self.fixed_share = problem.model.fixed_share
+        self.counts = dict(counts)
+        super().__init__(
+            f"a budget of {problem.budget_ms:.4g} ms was asked for, but the narrowest allowed plan "
+            f"is predicted to take {self.floor_ms:.4g} ms; {100 * self.fixed_share:.0f} % of the "
+            "unpruned model's time is in operators that pruning cannot touch; raise the budget, "
+            "allow narrower layers, or take a faster target or precision"
+        )
+
+
+def allocate(problem: Problem, method: str = "lagrangian", *, seconds: float = 20.0) -> Allocation:
+    """Choose kept channels.
+
+    Args:
+        problem: Choices, latency model, budget and caps.
+        method: One of ``METHODS``.
+        seconds: Time limit of the exact solver.
+
+    Raises:
+        SmallestMisses: The budget cannot be kept.
+        PlanError: A cap cannot be kept, the method is unknown, or there is nothing to choose.
+    """
+    if method not in METHODS:
+        raise PlanError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
+    if not problem.choices:
+        raise PlanError("nothing to allocate: every axis is frozen or has a single allowed width")
+    evaluator = Evaluator(problem)
+    _require_floor(problem, evaluator)
+    if method in BASELINES:
+        chosen = BASELINES[method](evaluator)
+        if chosen is None:
+            raise SmallestMisses(problem, problem.counts([0] * len(problem.choices)))
+        return _result(problem, chosen, method, Found(), None)
+    found = search(evaluator)
+    if found.chosen is None:
+        raise SmallestMisses(problem, problem.counts(evaluator.chosen.tolist()))
+    if method == "lagrangian":
+        return _result(problem, found.chosen, method, found, None)
+    return _exact(problem, evaluator, found, seconds)
+
+
+def channels(graph: Graph, scores: Mapping[str, npt.ArrayLike], counts: Counts) -> Plan:
+    """The plan that keeps the best channels of every axis.
+
+    Args:
+        graph: The traced model.
+        scores: Axis name to one score per channel, float (size,); higher is kept. Among equal
+            scores the lower channel number is kept.
+        counts: Kept channels per axis.
+
+    Raises:
+        PlanError: Scores are missing for an axis that loses channels, or the plan does not fit.
+    """
+    kept = {}
+    for name, count in counts.items():
+        size = graph[name].size
+        if count >= size:
+            continue
+        if name not in scores:
+            raise PlanError(
+                f"axis {name!r} is to keep {count} of {size} channels but has no scores"
+            )
+        values = np.asarray(scores[name], dtype=np.float64)
+        if values.shape != (size,):
+            raise PlanError(f"scores of {name!r} have shape {values.shape}, expected ({size},)")
+        order = np.argsort(-values, kind="stable")
+        kept[name] = tuple(sorted(int(i) for i in order[:count]))
+    plan = Plan(kept)
+    plan.check(graph)
+    return plan
+
+
+def _require_floor(problem: Problem, evaluator: Evaluator) -> None:
+    smallest(evaluator)
+    over = evaluator.totals > evaluator.limits + 1e-9
+    if over[0]:
+        raise SmallestMisses(problem, problem.counts(evaluator.chosen.tolist()))
+    names = [f"{v} {n}" for v, n in ((problem.max_params, "parameters"),
+             (problem.max_macs, "multiply-accumulates")) if v is not None]  # fmt: skip
+    for name, is_over, total in zip(names, over[1:], evaluator.totals[1:], strict=True):
+        if is_over:
+            raise PlanError(
+                f"a cap of {name} was asked for, but the narrowest allowed plan has {total:.0f}; "
+                "raise the cap or allow narrower layers"
+            )
+
+
+def _exact(problem: Problem, evaluator: Evaluator, found: Found, seconds: float) -> Allocation:
+    assert found.chosen is not None
+    evaluator.assign(found.chosen)
+    solved = solve(evaluator, seconds=seconds)
+    if solved.chosen is not None:
+        evaluator.assign(solved.chosen)
+        found.offer(evaluator)
+    gap = None
+    if not solved.linearised and not solved.thinned and np.isfinite(solved.bound):
+        gap = max(0.0, solved.bound - found.worth) / max(abs(solved.bound), 1e-12)
+    return _result(problem, found.chosen, "milp", found, gap, solved.linearised)
+
+
+def _result(
+    problem: Problem,
+    chosen: Ints,
+    method: str,
+    found: Found,
+    gap: float | None,
+    linearised: int = 0,
+) -> Allocation:
+    picks = [int(option) for option in chosen]
+    counts = problem.counts(picks)
+    here = (problem.model.predict(counts), problem.worth(picks))
+    curve = [(ms + problem.model.offset_ms(ms), worth) for ms, worth in found.points]
+    return Allocation(counts, *here, gap, method, _rising([*curve, here]), linearised)
+
+
+def _rising(points: list[tuple[float, float]]) -> Curve:
+    """The points that no other beats in both latency and worth."""
+    best: list[tuple[float, float]] = []
+    for ms, worth in sorted(points, key=lambda p: (p[0], -p[1])):
+        if not best or worth > best[-1][1] + 1e-12:
+            best.append((ms, worth))
+    return tuple(best)

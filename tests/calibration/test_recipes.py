@@ -1,0 +1,247 @@
+"""Recipes and batches: every promise of a recipe, on files made here."""
+
+import tracemalloc
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from prune2deploy import shipped
+from prune2deploy.calibration import Preprocessing, from_dataset, load_recipe, open_recipe
+from prune2deploy.errors import ConfigError
+
+
+def model(*shapes, preprocessing=None, dtype=torch.float32):
+    shapes = shapes or ((1, 3, 16, 16),)
+    inputs = tuple(torch.ones(shape, dtype=dtype) for shape in shapes)
+    size = shapes[0][-2:]
+    known = preprocessing or (Preprocessing(size=size) if len(shapes[0]) == 4 else None)
+    return SimpleNamespace(example_inputs=inputs, preprocessing=known)
+
+
+def recipe(folder, text):
+    path = folder / "mine.toml"
+    path.write_text(text)
+    return path
+
+
+def colours(folder, classes=("ant", "bee", "cat"), each=4):
+    for number, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for i in range(each):
+            Image.new("RGB", (20, 30), (80 * number, 10 * i, 5)).save(folder / name / f"{i}.png")
+    return folder
+
+
+def test_class_folders_give_each_picture_its_label(tmp_path):
+    colours(tmp_path / "data")
+    path = recipe(tmp_path, 'reader = "class-folders"\npath = "data"\ncount = 12\nbatch = 5')
+    batches = open_recipe(path, model())
+    assert [len(labels) for _, labels in batches] == [5, 5, 2] and len(batches) == 3
+    for (images,), labels in batches:
+        assert images.shape[1:] == (3, 16, 16) and images.dtype == torch.float32
+        red = (images[:, 0, 0, 0] * 255 / 80).round().long()
+        assert torch.equal(red, labels)
+
+
+def test_every_pass_is_the_same_and_the_seed_decides_the_choice(tmp_path):
+    colours(tmp_path / "data", each=10)
+    text = 'reader = "class-folders"\npath = "data"\ncount = 9\nbatch = 4\nseed = {}'
+    batches = open_recipe(recipe(tmp_path, text.format(1)), model())
+    first, second = list(batches), list(batches)
+    assert all(torch.equal(a[0][0], b[0][0]) for a, b in zip(first, second, strict=True))
+    again = open_recipe(recipe(tmp_path, text.format(1)), model())
+    other = open_recipe(recipe(tmp_path, text.format(2)), model())
+    assert again.chosen == batches.chosen != other.chosen
+    assert again.sha256 == batches.sha256 != other.sha256
+
+
+def test_images_have_no_labels_and_are_found_in_sub_folders(tmp_path):
+    colours(tmp_path / "data")
+    (tmp_path / "data" / "notes.txt").write_text("not a picture")
+    path = recipe(tmp_path, 'reader = "images"\npath = "data"\ncount = 12\nbatch = 12')
+    ((images,), labels), *rest = list(open_recipe(path, model()))
+    assert images.shape == (12, 3, 16, 16) and labels is None and not rest
+
+
+def test_fewer_samples_than_asked_for_is_said(tmp_path):
+    colours(tmp_path / "data")
+    batches = open_recipe(
+        recipe(tmp_path, 'reader = "images"\npath = "data"\ncount = 99'), model()
+    )
+    assert batches.count == 12 and "asks for 99 samples" in batches.notices[0]
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_npz_arrays_come_back_exactly(tmp_path, save):
+    x = np.random.default_rng(0).normal(size=(7, 3, 4, 4))
+    x = np.asfortranarray(x)
+    y = np.arange(7)
+    save(tmp_path / "data.npz", other=np.ones(3), pixels=x, labels=y)
+    path = recipe(
+        tmp_path,
+        'reader = "arrays"\npath = "data.npz"\ncount = 7\nbatch = 3\n[options]\ninputs="pixels"',
+    )
+    for (inputs,), labels in open_recipe(path, model((1, 3, 4, 4))):
+        assert np.array_equal(inputs.numpy(), x[labels.numpy()].astype(np.float32))
+
+
+def test_several_inputs_with_their_types(tmp_path):
+    np.savez(tmp_path / "data.npz", ids=np.arange(12).reshape(3, 4), mask=np.ones((3, 4)))
+    path = recipe(
+        tmp_path, 'reader = "arrays"\npath = "data.npz"\n[options]\ninputs = "ids, mask"'
+    )
+    loaded = model((1, 4), (1, 4), dtype=torch.int64)
+    ((ids, mask), labels), *_ = open_recipe(path, loaded)
+    assert ids.dtype == mask.dtype == torch.int64 and ids.sum() == 66 and labels is None
+
+
+def test_memory_stays_flat_with_the_number_of_samples(tmp_path):
+    np.save(tmp_path / "data.npy", np.zeros((512, 3, 64, 64), np.float32))  # 25 MB
+    path = recipe(tmp_path, 'reader = "arrays"\npath = "data.npy"\ncount = 512\nbatch = 8')
+    batches = open_recipe(path, model((1, 3, 64, 64)))
+    tracemalloc.start()
+    seen = sum(len(inputs) for (inputs,), _ in batches)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert seen == 512 and peak < 4e6
+
+
+def test_callable_beside_the_recipe(tmp_path):
+    (tmp_path / "my_calibration_data.py").write_text(
+        "import torch\ndef made():\n    return [(torch.full((2,), float(i)), i) for i in range(6)]\n"
+    )
+    path = recipe(
+        tmp_path, 'reader = "callable"\n[options]\ncallable = "my_calibration_data:made"'
+    )
+    ((x,), y), *_ = open_recipe(path, model((1, 2)))
+    assert sorted(y.tolist()) == list(range(6)) and torch.equal(x[:, 0], y.float())
+    bad = recipe(tmp_path, 'reader = "callable"\n[options]\ncallable = "my_calibration_data:mad"')
+    with pytest.raises(ConfigError, match="has no 'mad'; nearest: made"):
+        open_recipe(bad, model((1, 2)))
+
+
+def test_random_is_loud_repeatable_and_never_zero():
+    batches = open_recipe("random", model())
+    assert any("RANDOM" in notice for notice in batches.notices)
+    ((a,), labels), *_ = batches
+    ((b,), _), *_ = batches
+    assert torch.equal(a, b) and labels is None and (a != 0).all()
+
+
+def test_digits_come_enlarged_with_their_labels():
+    pytest.importorskip("sklearn")
+    batches = open_recipe("digits", model())
+    assert batches.count == 1437 and batches.labelled
+    (images,), labels = next(iter(batches))
+    assert images.shape == (32, 3, 16, 16) and 0 <= labels.min() <= labels.max() <= 9
+
+
+def test_rebatched_first_and_shuffled_keep_the_samples(tmp_path):
+    data = [(torch.tensor([float(i)]), i) for i in range(10)]
+    batches = from_dataset(data, (torch.zeros(1, 1),), batch=4)
+    assert [len(y) for _, y in batches.rebatched(5)] == [5, 5]
+    assert set(batches.shuffled(3).chosen) == set(batches.chosen) != batches.shuffled(3).chosen
+    assert batches.shuffled(3).chosen == batches.shuffled(3).chosen
+    assert batches.first(3).chosen == batches.chosen[:3]
+
+
+def test_every_shipped_recipe_is_valid(monkeypatch, tmp_path):
+    for name in ("IMAGENET_VAL", "COCO_IMAGES", "CALIBRATION_ARRAYS"):
+        monkeypatch.setenv(name, str(tmp_path))
+    names = shipped.files("calibration")
+    assert {"imagenet", "coco", "arrays", "digits", "random"} <= names.keys()
+    for name in names:
+        assert load_recipe(name).name == name
+
+
+def test_unset_variable_is_named(monkeypatch):
+    monkeypatch.delenv("IMAGENET_VAL", raising=False)
+    with pytest.raises(ConfigError, match="IMAGENET_VAL is not set; set it to where"):
+        load_recipe("imagenet")
+
+
+BAD = {
+    "readr = 1": "mine.toml:readr: unknown key; did you mean 'reader'",
+    "count = 3": "mine.toml:reader: missing",
+    'reader = "imges"': "mine.toml:reader: found 'imges', expected one of",
+    'reader = "random"\ncount = "3"': "mine.toml:count: found '3', expected a whole number",
+    'reader = "random"\ncount = 0': "mine.toml:count: found 0",
+    'reader = "random"\nbatch = true': "mine.toml:batch: found True",
+    'reader = "random"\npath = "x"': "mine.toml:path: reader 'random' takes none",
+    'reader = "images"': "mine.toml:path: missing",
+    'reader = "images"\npath = "nowhere"': "mine.toml:path: no such file or folder",
+    'reader = "random"\npurposes = ["int9"]': "mine.toml:purposes: found",
+    'reader = "random"\npurposes = ["evaluate"]': "purpose 'evaluate' needs labels",
+    'reader = "random"\n[preprocessing]\nsize = 3': "mine.toml:preprocessing.size: found 3",
+    'reader = "random"\n[preprocessing]\nstd = [0]': "mine.toml:preprocessing.std",
+    'reader = "random"\n[preprocessing]\nmeen = [0]': "mine.toml:preprocessing.meen: unknown",
+    'reader = "random"\n[options]\nsplit = "x"': "mine.toml:options.split: unknown key",
+    'reader = "digits"\n[options]\nsplit = "x"': "mine.toml:options.split: found 'x'",
+    'reader = "callable"': "mine.toml:options.callable: found None",
+    'reader = "callable"\n[options]\ncallable = "no_such_module:f"': "no_such_module",
+    "reader = ": "mine.toml: not valid TOML",
+    "schema = 2": "mine.toml:reader: missing",
+    'reader = "random"\nschema = 2': "mine.toml:schema: found 2",
+}
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_wrong_recipe_names_file_and_key(tmp_path, text):
+    with pytest.raises(ConfigError) as caught:
+        open_recipe(recipe(tmp_path, text), model())
+    assert BAD[text] in str(caught.value)
+
+
+def test_unknown_recipe_offers_the_nearest():
+    with pytest.raises(ConfigError, match="did you mean 'imagenet'"):
+        load_recipe("imagnet")
+
+
+def test_empty_folder_and_corrupt_picture_are_named(tmp_path):
+    (tmp_path / "data").mkdir()
+    for reader in ("images", "class-folders"):
+        with pytest.raises(ConfigError, match=r"data: holds no picture"):
+            open_recipe(recipe(tmp_path, f'reader = "{reader}"\npath = "data"'), model())
+    (tmp_path / "data" / "bad.jpg").write_bytes(b"nothing")
+    with pytest.raises(ConfigError, match=r"bad\.jpg: cannot be read as a picture"):
+        open_recipe(recipe(tmp_path, 'reader = "images"\npath = "data"'), model())
+
+
+def test_arrays_that_do_not_fit_are_named(tmp_path):
+    path = recipe(tmp_path, 'reader = "arrays"\npath = "data.npz"')
+    np.savez(tmp_path / "data.npz", x=np.zeros((4, 3, 8, 8)))
+    with pytest.raises(ConfigError, match=r"found \(3, 8, 8\); the model takes \(3, 16, 16\)"):
+        open_recipe(path, model())
+    np.savez(tmp_path / "data.npz", x=np.zeros((4, 3, 16, 16)), labels=np.zeros(3, int))
+    with pytest.raises(ConfigError, match="expected equally many"):
+        open_recipe(path, model())
+    np.savez(tmp_path / "data.npz", x=np.full((4, 3, 16, 16), np.nan))
+    with pytest.raises(ConfigError, match="not finite"):
+        open_recipe(path, model())
+    np.savez(tmp_path / "data.npz", x=np.array([{}, {}], dtype=object))
+    with pytest.raises(ConfigError, match="Python objects"):
+        open_recipe(path, model())
+    (tmp_path / "data.npz").write_bytes(b"PK\x03\x04 cut off")
+    with pytest.raises(ConfigError, match=r"data\.npz: cannot be read as numpy arrays"):
+        open_recipe(path, model())
+
+
+def test_purposes_are_kept_to(tmp_path):
+    np.save(tmp_path / "d.npy", np.zeros((4, 3, 16, 16), np.float32))
+    text = 'reader = "arrays"\npath = "d.npy"\npurposes = ["bn"]'
+    batches = open_recipe(recipe(tmp_path, text), model())
+    assert batches.need("bn") is batches
+    with pytest.raises(ConfigError, match="is not for 'int8'"):
+        batches.need("int8")
+    everything = open_recipe(recipe(tmp_path, 'reader = "arrays"\npath = "d.npy"'), model())
+    with pytest.raises(ConfigError, match="purpose 'evaluate' needs labels"):
+        everything.need("evaluate")
+
+
+def test_channel_counts_of_mean_must_fit(tmp_path):
+    text = 'reader = "digits"\n[preprocessing]\nchannel_order = "gray"\nmean = [0.1, 0.2, 0.3]'
+    with pytest.raises(ConfigError, match=r"preprocessing\.mean: found 3 numbers for 1 channel"):
+        open_recipe(recipe(tmp_path, text), model((1, 1, 8, 8)))

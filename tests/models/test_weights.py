@@ -1,0 +1,138 @@
+"""Weights files: right ones in every wrapping, wrong ones of every kind."""
+
+import os
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from prune2deploy.errors import ModelError
+from prune2deploy.models import load_weights
+
+
+def net(width=8):
+    torch.manual_seed(width)
+    return nn.Sequential(nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.Linear(4, 2))
+
+
+def other_values(module):
+    return {
+        k: torch.rand_like(v) if v.is_floating_point() else v + 3
+        for k, v in module.state_dict().items()
+    }
+
+
+WRAPS = {
+    "plain": lambda s: s,
+    "state_dict": lambda s: {"state_dict": s, "epoch": 3, "best": 0.7},
+    "model": lambda s: {"model": s},
+    "nested": lambda s: {"checkpoint": 1, "state_dict": {"model": s}},
+    "ddp": lambda s: {f"module.{k}": v for k, v in s.items()},
+    "compiled in ddp": lambda s: {f"module._orig_mod.{k}": v for k, v in s.items()},
+    "lightning": lambda s: {"state_dict": {f"model.{k}": v for k, v in s.items()}},
+    "without counters": lambda s: {k: v for k, v in s.items() if "num_batches" not in k},
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_weights_arrive_whatever_wraps_them(tmp_path, wrap):
+    wanted = other_values(net())
+    torch.save(WRAPS[wrap](wanted), tmp_path / "w.pth")
+    module = net()
+    load_weights(module, tmp_path / "w.pth")
+    for name, value in module.state_dict().items():
+        if wrap != "without counters" or "num_batches" not in name:
+            assert torch.equal(value, wanted[name]), name
+
+
+def test_safetensors(tmp_path):
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    wanted = other_values(net())
+    save_file(wanted, tmp_path / "w.safetensors")
+    module = net()
+    load_weights(module, tmp_path / "w.safetensors")
+    assert torch.equal(module[0].weight, wanted["0.weight"])
+    data = (tmp_path / "w.safetensors").read_bytes()
+    (tmp_path / "w.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ModelError, match="truncated or not a safetensors file"):
+        load_weights(module, tmp_path / "w.safetensors")
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.system, ("touch " + os.environ["EVIL_PROOF"],))
+
+
+def old_format(value, path):
+    torch.save(value, path, _use_new_zipfile_serialization=False)
+
+
+def bare_pickle(value, path):
+    path.write_bytes(pickle.dumps(value))
+
+
+@pytest.mark.parametrize("save", [torch.save, old_format, bare_pickle])
+def test_a_pickle_that_runs_code_is_refused(tmp_path, monkeypatch, save):
+    proof = tmp_path / "ran"
+    monkeypatch.setenv("EVIL_PROOF", str(proof))
+    save({"0.weight": Evil()}, tmp_path / "w.pth")
+    with pytest.raises(ModelError, match=r"refused because loading them can run code"):
+        load_weights(net(), tmp_path / "w.pth")
+    assert not proof.exists()
+
+
+def test_a_pickled_module_is_refused(tmp_path):
+    torch.save(net(), tmp_path / "w.pth")
+    with pytest.raises(ModelError, match=r"save the tensors alone"):
+        load_weights(net(), tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("keep", [0, 1, 30, 0.5, 0.9])
+@pytest.mark.parametrize("save", [torch.save, old_format])
+def test_truncated_file(tmp_path, keep, save):
+    path = tmp_path / "w.pth"
+    save(net(64).state_dict(), path)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
+    with pytest.raises(ModelError, match=r"w\.pth.*(truncated|not written by torch\.save)"):
+        load_weights(net(64), path)
+
+
+def test_missing_text_and_folder(tmp_path):
+    with pytest.raises(ModelError, match="no file"):
+        load_weights(net(), tmp_path / "nowhere.pth")
+    with pytest.raises(ModelError, match="no file"):
+        load_weights(net(), tmp_path)
+    (tmp_path / "w.pth").write_text("hello, these are not weights at all")
+    with pytest.raises(ModelError, match="not written by torch"):
+        load_weights(net(), tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("value", [torch.zeros(3), [1, 2], {"a": 1}, {}, {3: torch.zeros(2)}])
+def test_not_a_state_dict(tmp_path, value):
+    torch.save(value, tmp_path / "w.pth")
+    with pytest.raises(ModelError, match="expected a state dict"):
+        load_weights(net(), tmp_path / "w.pth")
+
+
+def test_of_another_model_says_how_many_match_and_where_it_differs(tmp_path):
+    module = net(8)
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    torch.save(net(16).state_dict(), tmp_path / "w.pth")
+    with pytest.raises(ModelError) as caught:
+        load_weights(module, tmp_path / "w.pth")
+    text = str(caught.value)
+    assert "3 of 9 tensors match" in text  # the counter and the linear layer
+    assert "'0.weight' has shape (16, 3, 3, 3) in the file and (8, 3, 3, 3) in the model" in text
+    assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())
+
+
+def test_missing_and_extra_names(tmp_path):
+    state = net().state_dict()
+    torch.save({k: v for k, v in state.items() if k != "2.bias"}, tmp_path / "less.pth")
+    with pytest.raises(ModelError, match=r"'2\.bias' of the model is not in the file"):
+        load_weights(net(), tmp_path / "less.pth")
+    torch.save({**state, "3.weight": torch.zeros(2)}, tmp_path / "more.pth")
+    with pytest.raises(ModelError, match=r"'3\.weight' of the file is not in the model"):
+        load_weights(net(), tmp_path / "more.pth")

@@ -1,0 +1,145 @@
+"""Stages import only what lies before them, and optional libraries only when they are used."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "prune2deploy"
+
+ORDER = [
+    {"errors", "units", "timing", "atomic", "progress"},
+    {"shipped"},
+    {"target"},
+    {"calibration"},
+    {"config"},
+    {"models"},
+    {"graph"},
+    {"importance"},
+    {"plan"},
+    {"prune", "capture", "widths"},
+    {"recover"},
+    {"export", "simplify", "precision", "parity"},
+    {"backends"},
+    {"measure"},
+    {"journal", "rundir"},
+    {"loop", "sweep", "candidate", "report"},
+    {"pruning"},
+    {"api", "cli", "commands", "console", "__init__", "__main__"},
+]
+RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
+PRINTERS = {"cli"}
+OPTIONAL = (
+    "timm", "ultralytics", "transformers", "diffusers", "openvino", "tensorrt", "tensorrt_rtx",
+    "pycuda", "cuda", "PIL", "cv2", "sklearn", "torchvision", "onnxscript", "onnxsim",
+    "torch_pruning",
+)  # fmt: skip
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def stage(path):
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imported(path):
+    """Every stage that a file imports, with the line."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == "prune2deploy":
+            names = [f"prune2deploy.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            names = [node.module or ""]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "prune2deploy" and len(parts) > 1 and parts[1] != "__version__":
+                yield parts[1], node.lineno
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_one_way(path):
+    own = stage(path)
+    assert own in RANK, f"{own} has no place in the order: add it to ORDER"
+    wrong = [
+        f"{path.name}:{line}: {own} imports {other}"
+        for other, line in imported(path)
+        if RANK[other] > RANK[own]
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_stay_small_and_quiet(path):
+    source = path.read_text("utf-8")
+    assert len(source.splitlines()) <= 400, "split the file"
+    assert len(path.relative_to(PACKAGE).parts) <= 2, "two folder levels at most"
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno - node.lineno < 40 + _docstring(node), node.name
+            count = len(node.args.args) + len(node.args.kwonlyargs)
+            assert count <= 6 + (node.args.args[:1] != [] and node.args.args[0].arg == "self"), (
+                f"{node.name} takes {count} parameters"
+            )
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id != "print" or stage(path) in PRINTERS, (
+                f"print in line {node.lineno}"
+            )
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"bare except in line {node.lineno}"
+
+
+def _docstring(node):
+    first = node.body[0]
+    is_text = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    return first.end_lineno - first.lineno + 1 if is_text else 0
+
+
+BLOCK = """
+import importlib, importlib.abc, sys
+class Wall(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in {blocked!r}:
+            raise ImportError('blocked: ' + name)
+sys.meta_path.insert(0, Wall())
+{then}
+"""
+
+
+def run_blocked(blocked, then):
+    code = BLOCK.format(blocked=tuple(blocked), then=then)
+    return subprocess.run(
+        [sys.executable, "-W", "error::ImportWarning", "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=PACKAGE.parent,
+    )
+
+
+def test_every_module_imports_without_optional_libraries():
+    names = [
+        ".".join(("prune2deploy", *p.relative_to(PACKAGE).with_suffix("").parts))
+        for p in FILES
+        if p.stem not in ("__init__", "__main__")
+    ]
+    done = run_blocked(OPTIONAL, f"[importlib.import_module(n) for n in {names!r}]")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "then",
+    [
+        "import prune2deploy; assert 'prune' in prune2deploy.__all__",
+        "from prune2deploy.cli import run; assert run(['--help']) == 0",
+        "from prune2deploy.cli import run; assert run(['run', '--help']) == 0",
+        "from prune2deploy.cli import run; assert run(['--target', 'ort']) == 2",
+    ],
+)
+def test_help_and_usage_errors_need_no_library(then):
+    heavy = ("torch", "numpy", "onnx", "onnxruntime", "scipy", "matplotlib", "rich")
+    done = run_blocked((*OPTIONAL, *heavy), then)
+    assert done.returncode == 0, done.stderr
