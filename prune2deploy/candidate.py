@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prune2deploy import export, measure, parity, precision, simplify
+from prune2deploy import export, measure, parity, simplify
 from prune2deploy.backends.base import Backend, Engine
 from prune2deploy.graph.axes import Graph
 from prune2deploy.parity import Parity
@@ -201,6 +201,8 @@ def _lower(shop: Workshop, path: Path, folder: Path) -> Path:
     wanted = shop.target.precision
     if wanted == "fp32":
         return path.rename(out)
+    from prune2deploy import precision
+
     shop.say(f"converting to {wanted}", 0)
     if wanted == "fp16":
         precision.to_fp16(path, out)

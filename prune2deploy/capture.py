@@ -287,13 +287,20 @@ def _filled(writer: _Writer, operation: Operation) -> fx.Node:
 
 
 def _batch_norm(writer: _Writer, operation: Operation) -> fx.Node:
-    pick = lambda *names: next((g for n in names if (g := _given(operation, n)) is not None), None)  # noqa: E731
-    mean, variance = pick("running_mean"), pick("running_var")
-    training = writer.graph.get_attr("training") if mean is not None else True
+    given = {name: _given(operation, name) for name in ("running_mean", "weight", "bias")}
+    training = writer.graph.get_attr("training") if given["running_mean"] is not None else True
+    epsilon = _given(operation, "eps")
     return writer.call(
-        F.batch_norm, pick("input"), mean, variance, pick("weight"), pick("bias"), training,
-        pick("momentum"), pick("eps", "epsilon"),
-    )  # fmt: skip
+        F.batch_norm,
+        _given(operation, "input"),
+        given["running_mean"],
+        _given(operation, "running_var"),
+        given["weight"],
+        given["bias"],
+        training,
+        _given(operation, "momentum"),
+        _given(operation, "epsilon") if epsilon is None else epsilon,
+    )
 
 
 def _layer_norm(writer: _Writer, operation: Operation) -> fx.Node:

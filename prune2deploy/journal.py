@@ -8,6 +8,7 @@ middle of a line leaves a tail without newline, which the next one cuts off.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import time
@@ -20,6 +21,8 @@ from typing import Any, TypeVar
 from prune2deploy.errors import ConfigError
 
 SCHEMA = 1  # 1: {"schema", "key", "time", "value"} per line
+
+SESSION = "session/"
 
 T = TypeVar("T")
 
@@ -37,11 +40,13 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._values: dict[str, Any] = {}
+        self._times: list[tuple[str, float]] = []
         if path.exists():
             _cut_tail(path)
             for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
-                key, value = _parse(path, number, line)
+                key, when, value = _parse(path, number, line)
                 self._values[key] = value
+                self._times.append((key, when))
 
     def __contains__(self, key: str) -> bool:
         return key in self._values
@@ -60,13 +65,28 @@ class Journal:
 
     def write(self, key: str, value: object) -> None:
         """Append a finished step; it is on disk when this returns."""
-        plain = encode(value)
-        line = json.dumps({"schema": SCHEMA, "key": key, "time": time.time(), "value": plain})
+        plain, now = encode(value), time.time()
+        line = json.dumps({"schema": SCHEMA, "key": key, "time": now, "value": plain})
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
         self._values[key] = plain
+        self._times.append((key, now))
+
+    def open_session(self) -> None:
+        """Note that a process begins to work here."""
+        number = sum(key.startswith(SESSION) for key in self._values)
+        self.write(f"{SESSION}{number}", os.getpid())
+
+    def seconds(self) -> float:
+        """Time worked so far; what passed between a session's last record and the next is not."""
+        spent = sum(
+            now - before
+            for (_, before), (key, now) in itertools.pairwise(self._times)
+            if not key.startswith(SESSION)
+        )
+        return spent + (time.time() - self._times[-1][1] if self._times else 0.0)
 
     def once(self, key: str, kind: type[T], work: Callable[[], T]) -> T:
         """Return what ``work`` gave when ``key`` was finished, working only the first time."""
@@ -83,10 +103,11 @@ def _cut_tail(path: Path) -> None:
             file.truncate(end)
 
 
-def _parse(path: Path, number: int, line: str) -> tuple[str, Any]:
+def _parse(path: Path, number: int, line: str) -> tuple[str, float, Any]:
     try:
         record = json.loads(line)
         schema, key, value = record["schema"], str(record["key"]), record["value"]
+        when = float(record["time"])
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path}:{number}: found a damaged line ({error!r}), expected one JSON record; "
@@ -97,7 +118,7 @@ def _parse(path: Path, number: int, line: str) -> tuple[str, Any]:
             f"{path}:{number}: found journal schema {schema!r}, expected {SCHEMA}; "
             "resume with the version of prune2deploy that started the run"
         )
-    return key, value
+    return key, when, value
 
 
 def encode(value: Any) -> Any:

@@ -1,149 +1,50 @@
 """The main path: from a model and a budget to a smaller model that was measured to meet it.
 
-    open → baseline → probes → fit → (allocate → build → measure → correct)* → recover → outcome
+    open → baseline → probes → (fit → allocate → build → measure)* → recover → outcome
 
-In: a :class:`Job`. Out: an :class:`Outcome`. The one cycle of the product is here: what was
-measured goes back into the latency model, which allocates anew. Every finished step is in the
-journal of the run directory, so a run that was stopped goes on without doing anything twice.
+In: a :class:`~prune2deploy.job.Job`. Out: an :class:`~prune2deploy.job.Outcome`. The one cycle of
+the product is here: what was measured goes back into the latency model, which allocates anew.
+Every finished step is in the journal of the run directory, so a run that was stopped goes on
+without doing anything twice.
 
 Latencies inside the search are in *baseline milliseconds*: a candidate's measured ratio to the
 baseline times the baseline's first measured median. Machines change speed between two
 measurements; the ratio, taken from interleaved runs, does not.
+
+Widths decide latency and weights do not, so the search works on models as pruned; accuracy is
+recovered once, on the plan that was found, and the recovered model is built and measured again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from prune2deploy import candidate, measure
 from prune2deploy.backends import registry
 from prune2deploy.candidate import Built, Workshop
-from prune2deploy.config import FILL, Budget, RunOptions
-from prune2deploy.errors import BudgetUnreachable, ConfigError, MissingBackend
-from prune2deploy.graph import Graph, trace
+from prune2deploy.config import FILL
+from prune2deploy.errors import ConfigError, MissingBackend
+from prune2deploy.graph import trace
 from prune2deploy.importance import score
+from prune2deploy.job import Attempt, Baseline, Job, Outcome, aim, best, judge
 from prune2deploy.measure import Comparison, Measurement
-from prune2deploy.plan import allocate, latency_model
+from prune2deploy.plan import latency_model
+from prune2deploy.plan.allocate import SmallestMisses, allocate, channels
+from prune2deploy.plan.choices import Choice, Problem, choices, importance_curves
 from prune2deploy.plan.latency_model import LatencyModel
 from prune2deploy.plan.plan import Plan
-from prune2deploy.progress import Progress, silent
 from prune2deploy.prune import apply as apply_plan
 from prune2deploy.recover import reestimate_batchnorm
-from prune2deploy.rundir import RunDir
 from prune2deploy.target import Target
-from prune2deploy.timing import OperatorTiming
 
-MARGIN = 0.005  # aimed below the budget, beside the half-width of the interval
-WIDEST = 0.03  # half-width up to which a wide interval lowers the aim
-Finetune = Callable[[nn.Module], nn.Module | None]
-
-
-@dataclass(frozen=True, eq=False)
-class Job:
-    """What one run works on.
-
-    Attributes:
-        module: The model; it is not changed.
-        example_inputs: What ``module(*example_inputs)`` takes.
-        target: Where the result runs.
-        options: The checked options.
-        run: The opened run directory.
-        batches: Calibration data, or ``None``.
-        finetune: Called with the pruned module; trains it in place or returns another.
-        input_names: Names of the inputs in the ONNX file; empty leaves them to the exporter.
-        output_names: Names of the outputs in the ONNX file; empty likewise.
-        progress: Hears of every step.
-    """
-
-    module: nn.Module
-    example_inputs: tuple[Tensor, ...]
-    target: Target
-    options: RunOptions
-    run: RunDir
-    batches: Any = None
-    finetune: Finetune | None = None
-    input_names: tuple[str, ...] = ()
-    output_names: tuple[str, ...] = ()
-    progress: Progress = silent
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """The unpruned model, built, profiled and measured."""
-
-    built: Built
-    profile: tuple[OperatorTiming, ...]
-    measured: Measurement
-
-    @property
-    def p50_ms(self) -> float:
-        """Its measured median."""
-        return self.measured.latency.p50_ms
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One candidate that was measured beside the baseline.
-
-    Attributes:
-        built: The build.
-        profile: Time of each operator.
-        comparison: What was measured.
-        predicted_ms: What the model had predicted, in baseline milliseconds.
-        budget_ms: The budget in this session: for a speed-up, the baseline's median over it.
-        value_ms: The percentile that the budget is for.
-        verdict: ``met``, ``missed`` or ``uncertain``.
-    """
-
-    built: Built
-    profile: tuple[OperatorTiming, ...]
-    comparison: Comparison
-    predicted_ms: float
-    budget_ms: float
-    value_ms: float
-    verdict: str
-
-    @property
-    def share(self) -> float:
-        """Measured latency as a fraction of the budget."""
-        return self.value_ms / self.budget_ms
-
-
-@dataclass(frozen=True, eq=False)
-class Outcome:
-    """What a run ended with.
-
-    Attributes:
-        verdict: ``met``, ``unreachable``, ``missed`` or ``uncertain``.
-        module: The pruned module.
-        final: Its build and measurement.
-        baseline: What it is compared with.
-        attempts: Every measured candidate in order, the final one last.
-        probes: Builds that were profiled only.
-        model: The latency model at the end; ``None`` where no plan was needed.
-        graph: Axes and layers of the model.
-        multiple: The channel multiple that was used.
-        target: The target with the precision of the run.
-        floor_ms: Measured latency of the smallest plan, where the budget was out of reach.
-        notes: What a reader of the report should know.
-    """
-
-    verdict: str
-    module: nn.Module
-    final: Attempt
-    baseline: Baseline
-    attempts: tuple[Attempt, ...]
-    probes: tuple[Built, ...]
-    model: LatencyModel | None
-    graph: Graph
-    multiple: int
-    target: Target
-    floor_ms: float | None = None
-    notes: tuple[str, ...] = ()
+NUDGES = 12  # times that the aim is moved to find a plan that was not tried before
+NUDGE = 0.005
 
 
 def prune_to_budget(job: Job) -> Outcome:
@@ -157,12 +58,12 @@ def prune_to_budget(job: Job) -> Outcome:
         MeasureError: A measurement failed.
     """
     shop = open_workshop(job)
-    search = Search(shop, job, channel_multiple(shop.target), measure_baseline(shop))
-    if search.meets_already():
-        return search.unpruned()
-    search.probe()
-    found = search.correct()
-    return search.recover(found)
+    search = Search(job, shop, measure_baseline(shop))
+    search.unpruned()
+    if not search.done:
+        search.probe()
+        search.correct()
+    return search.recover()
 
 
 def open_workshop(job: Job) -> Workshop:
@@ -211,32 +112,236 @@ def measure_baseline(shop: Workshop) -> Baseline:
     return Baseline(built, profile, measured)
 
 
-def judge(comparison: Comparison, budget: Budget) -> tuple[float, float, str]:
-    """Compare a measurement with the budget.
+@dataclass(frozen=True)
+class Wanted:
+    """Counts to try next, as the journal keeps them.
 
-    Returns:
-        Budget in this session, the latency it is for, and the verdict. A percentile above the
-        median is an upper confidence bound already, so it is met or missed.
+    Attributes:
+        counts: Kept channels per axis.
+        predicted_ms: Predicted latency in baseline milliseconds.
+        floor: Whether it is the smallest plan there is.
     """
-    measured = comparison.candidate
-    limit = budget.latency_ms
-    if limit is None:
-        assert budget.speedup is not None
-        limit = comparison.reference.p50_ms / budget.speedup
-    if budget.percentile == 50:
-        return limit, measured.p50_ms, measure.verdict(measured.ci95_ms, limit)
-    value = measured.p95_ms if budget.percentile == 95 else measured.p99_ms
-    return limit, value, "met" if value <= limit else "missed"
+
+    counts: Mapping[str, int]
+    predicted_ms: float
+    floor: bool = False
 
 
-def best(attempts: Sequence[Attempt]) -> Attempt:
-    """The slowest that meets the budget, since it kept most; else the fastest there is."""
-    met = [a for a in attempts if a.verdict == "met"]
-    if met:
-        return max(met, key=lambda a: a.share)
-    return min(attempts, key=lambda a: a.share)
+class Search:
+    """The search of one run: what has been built and measured so far, and what comes next."""
+
+    def __init__(self, job: Job, shop: Workshop, baseline: Baseline) -> None:
+        self.job, self.shop, self.baseline = job, shop, baseline
+        self.budget = job.options.budget
+        self.graph = shop.graph
+        self.multiple = channel_multiple(shop.target)
+        self.probes: list[Built] = []
+        self.attempts: list[Attempt] = []
+        self.model: LatencyModel | None = None
+        self.floor_missed = False
+        self.notes: list[str] = []
+
+    def unpruned(self) -> None:
+        """Where the budget is in milliseconds, see first whether the model as it is meets it."""
+        limit = self.budget.latency_ms
+        if limit is None or self.baseline.p50_ms > limit:
+            return
+        attempt = self._measure(self.baseline.built, self.baseline.p50_ms)
+        if attempt.verdict == "met":
+            self.attempts.append(attempt)
+            self.notes.append("the model meets the budget as it is; nothing was pruned")
+
+    @property
+    def done(self) -> bool:
+        """Whether an attempt meets the budget and fills it, or needs no pruning at all."""
+        return any(
+            a.verdict == "met" and (a.share >= FILL or a.built.number == 0) for a in self.attempts
+        )
+
+    @property
+    def builds_left(self) -> int:
+        """Builds that the search may still use; recovery needs one at the end."""
+        spare = 1 if self._recovers else 0
+        used = len(self.probes) + sum(a.built.number > 0 for a in self.attempts)
+        return self.job.options.max_builds - spare - used
+
+    @property
+    def _recovers(self) -> bool:
+        return self.job.batches is not None or self.job.finetune is not None
+
+    def probe(self) -> None:
+        """Build and profile random aligned plans: the latency model is learnt from them."""
+        self.scores = score(
+            self.job.options.importance, self.job.module, self.graph, self.job.batches
+        )
+        self.choices = choices(
+            self.graph, importance_curves(self.graph, self.scores), multiple=self.multiple
+        )
+        wanted = min(self.job.options.probes, self.builds_left - 1)
+        dice = random.Random(self.job.options.model.seed)  # noqa: S311  (no secret)
+        for number in range(1, wanted + 1):
+            plan = channels(self.graph, self.scores, random_counts(self.choices, dice))
+            built = candidate.build(self.shop, number, "probe", plan)
+            candidate.profile(self.shop, built)
+            self.probes.append(built)
+
+    def correct(self) -> None:
+        """Allocate, build, measure and learn until the budget is met and filled."""
+        while not self.done and not self.floor_missed and self.builds_left > 0:
+            number = len(self.probes) + len(self.attempts) + 1
+            self._learn()
+            wanted = self._wanted(number)
+            if wanted is None:
+                break
+            plan = channels(self.graph, self.scores, wanted.counts)
+            built = candidate.build(self.shop, number, "correction", plan)
+            attempt = self._measure(built, wanted.predicted_ms)
+            self.attempts.append(attempt)
+            self.floor_missed = wanted.floor and attempt.verdict != "met"
+        self._learn()
+
+    def _learn(self) -> None:
+        """Fit the latency model on everything that was profiled and measured."""
+        base = self.baseline
+        builds = [latency_model.Build({}, base.profile, base.p50_ms)]
+        builds += [
+            latency_model.Build(b.plan.counts, candidate.profile(self.shop, b)) for b in self.probes
+        ]
+        builds += [
+            latency_model.Build(a.built.plan.counts, a.profile, a.comparison.ratio * base.p50_ms)
+            for a in self.attempts
+        ]
+        self.model = latency_model.fit(self.graph, builds, multiple=self.multiple)
+
+    def _limit(self) -> float:
+        """The budget for the median in baseline milliseconds, as of the last session."""
+        if self.budget.latency_ms is None:
+            assert self.budget.speedup is not None
+            return self.baseline.p50_ms / self.budget.speedup
+        if not self.attempts:
+            tail = self.baseline.measured.latency
+            value = {50: tail.p50_ms, 95: tail.p95_ms, 99: tail.p99_ms}[self.budget.percentile]
+            return self.budget.latency_ms * tail.p50_ms / value
+        last = self.attempts[-1]
+        seen = last.comparison
+        speed = self.baseline.p50_ms / seen.reference.p50_ms
+        return self.budget.latency_ms * speed * seen.candidate.p50_ms / last.value_ms
+
+    def _wanted(self, number: int) -> Wanted | None:
+        """The counts of build ``number``: from the journal, else allocated; None if all tried."""
+        journal, key = self.shop.run.journal, f"{number:02d}-correction/wanted"
+        if key not in journal:
+            self.shop.say("planning", number)
+            found = self._allocate()
+            if found is None:
+                return None
+            journal.write(key, found)
+        return journal.read(key, Wanted)
+
+    def _allocate(self) -> Wanted | None:
+        assert self.model is not None
+        limit, tried = self._limit(), [a.built.plan.counts for a in self.attempts]
+        target = aim(limit, self._half_width())
+        up = bool(self.attempts) and self.attempts[-1].verdict == "met"
+        for _ in range(NUDGES):
+            problem = Problem(self.graph, self.model, self.choices, target)
+            try:
+                found = allocate(problem)
+            except SmallestMisses as floor:
+                smallest = Wanted(floor.counts, floor.floor_ms, floor=True)
+                return None if _pruned(self.graph, floor.counts) in tried else smallest
+            if _pruned(self.graph, found.counts) not in tried:
+                return Wanted(found.counts, found.predicted_ms)
+            target *= 1 + NUDGE if up else 1 - NUDGE
+            if target > limit:
+                return None
+        return None
+
+    def _half_width(self) -> float:
+        """Half-width to expect of the next interval, as a fraction."""
+        policy = self.shop.target.measure.half_width
+        if not self.attempts or self.attempts[-1].comparison.stopped == "decided":
+            return policy
+        low, high = self.attempts[-1].comparison.ratio_ci95
+        return max(policy, (high - low) / (high + low))
+
+    def _measure(self, built: Built, predicted_ms: float) -> Attempt:
+        """Profile a build and measure it interleaved with the baseline."""
+        profile = candidate.profile(self.shop, built)
+        limit = 1 / self.budget.speedup if self.budget.speedup else None
+        if limit is None and self.budget.percentile == 50:
+            limit = self._limit() / self.baseline.p50_ms
+
+        def work() -> Comparison:
+            self.shop.say("measuring", built.number)
+            return measure.compare(
+                self.shop.engine(built),
+                self.shop.engine(self.baseline.built),
+                self.shop.target,
+                raw_path=self.shop.run / f"raw/{built.key}.npz",
+                stop_at=limit,
+            )
+
+        seen = self.shop.run.journal.once(f"{built.key}/compare", Comparison, work)
+        return Attempt(built, profile, seen, predicted_ms, *judge(seen, self.budget))
+
+    def recover(self) -> Outcome:
+        """Get accuracy back on the best plan, and measure what is shipped."""
+        found = best(self.attempts)
+        module = apply_plan(self.job.module, self.graph, found.built.plan, self.shop.example_inputs)
+        if self._recovers and found.verdict == "met" and found.built.number:
+            module, attempt = self._recovered(module, found)
+            self.attempts.append(attempt)
+            found = attempt
+        return Outcome(
+            self._verdict(found),
+            module,
+            found,
+            self.baseline,
+            tuple(self.attempts),
+            tuple(self.probes),
+            self.model,
+            self.graph,
+            self.multiple,
+            self.shop.target,
+            found.value_ms if self.floor_missed else None,
+            tuple(self.notes),
+        )
+
+    def _verdict(self, found: Attempt) -> str:
+        if found.verdict == "missed" and self.floor_missed:
+            return "unreachable"
+        return found.verdict
+
+    def _recovered(self, module: nn.Module, found: Attempt) -> tuple[nn.Module, Attempt]:
+        number = len(self.probes) + len(self.attempts) + 1
+        name = "weights.pt"
+        key = f"{number:02d}-final/recovered"
+        if key in self.shop.run.journal:
+            state = torch.load(self.shop.run / name, weights_only=True)
+            module.load_state_dict(state)
+        else:
+            self.shop.say("recovering accuracy", number)
+            if self.job.batches is not None:
+                reestimate_batchnorm(module, self.job.batches)
+            if self.job.finetune is not None:
+                module = self.job.finetune(module) or module
+            with self.shop.run.place(name) as path:
+                torch.save(module.state_dict(), path)
+            self.shop.run.journal.write(key, None)
+        built = candidate.build_module(self.shop, number, found.built.plan, module.eval())
+        return module, self._measure(built, found.predicted_ms)
 
 
-def aim(limit_ms: float, half_width: float) -> float:
-    """Where to aim so that the upper end of an interval of ``half_width`` meets the limit."""
-    return limit_ms * (1 - min(half_width, WIDEST) - MARGIN)
+def random_counts(among: tuple[Choice, ...], dice: random.Random) -> dict[str, int]:
+    """A random width for every choice."""
+    counts: dict[str, int] = {}
+    for choice in among:
+        width = int(dice.choice(choice.options.tolist()))
+        counts.update(dict.fromkeys(choice.axes, width))
+    return counts
+
+
+def _pruned(graph: Any, counts: Mapping[str, int]) -> dict[str, int]:
+    """Only the axes that lose channels, as plans name them."""
+    return {name: count for name, count in counts.items() if count < graph[name].size}

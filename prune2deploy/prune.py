@@ -173,7 +173,7 @@ class _Shapes(TorchDispatchMode):
     """Lists each operator with the shapes that it returns."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         self.seen: list[tuple[str, tuple[tuple[int, ...], ...]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -25,7 +25,8 @@ ORDER = [
     {"backends"},
     {"measure"},
     {"journal", "rundir"},
-    {"loop", "sweep", "candidate", "report"},
+    {"report"},
+    {"loop", "job", "sweep", "candidate", "summary"},
     {"pruning"},
     {"api", "cli", "commands", "console", "__init__", "__main__"},
 ]

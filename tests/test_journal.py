@@ -1,6 +1,7 @@
 """A finished step is never done twice; a killed process damages nothing."""
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,3 +91,15 @@ def test_work_that_fails_leaves_no_record(tmp_path):
 def test_only_plain_values_are_accepted():
     with pytest.raises(TypeError, match="a journal cannot hold object"):
         encode(object())
+
+
+def test_time_between_sessions_is_not_counted(tmp_path):
+    path = tmp_path / "j"
+    records = [("session/0", 100), ("a", 110), ("b", 130), ("session/1", 9000), ("c", 9005)]
+    path.write_text(
+        "".join(
+            json.dumps({"schema": 1, "key": k, "time": t, "value": 0}) + "\n" for k, t in records
+        )
+    )
+    since_last = time.time() - 9005
+    assert Journal(path).seconds() == pytest.approx(10 + 20 + 5 + since_last, abs=1)

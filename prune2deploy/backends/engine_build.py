@@ -8,7 +8,7 @@ typed, so the ONNX file alone decides every precision, and nothing is used that 
 
 A builder may crash, hang or eat all memory; in a process of its own it takes nothing with it.
 TensorRT only logs wrong settings and returns ``None`` for failures, so each step here looks at
-what it got and raises what the error recorder heard.
+what it got and raises what the logger heard.
 """
 
 from __future__ import annotations
@@ -73,9 +73,13 @@ def build(request: BuildRequest) -> dict[str, Any]:
     """
     started = time.perf_counter()
     trt = importlib.import_module(request.module)
-    heard = _Heard(trt)
+    heard = _Heard(trt)  # must outlive the builder, which reports to it until it is gone
+    facts = _build(trt, heard, request)
+    return {**facts, "version": trt.__version__, "seconds": time.perf_counter() - started}
+
+
+def _build(trt: Any, heard: _Heard, request: BuildRequest) -> dict[str, Any]:
     builder = trt.Builder(heard.logger)
-    builder.error_recorder = heard.recorder
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, heard.logger)
     if not parser.parse_from_file(request.onnx):
@@ -92,12 +96,7 @@ def build(request: BuildRequest) -> dict[str, Any]:
     Path(request.engine).write_bytes(data)
     if cache is not None:
         Path(request.engine).with_name("timing.bin").write_bytes(bytes(cache.serialize()))
-    return {
-        "version": trt.__version__,
-        "layers": network.num_layers,
-        "bytes": len(data),
-        "seconds": time.perf_counter() - started,
-    }
+    return {"layers": network.num_layers, "bytes": len(data)}
 
 
 def _configure(trt: Any, config: Any, request: BuildRequest) -> None:
@@ -168,51 +167,32 @@ def _parse_errors(parser: Any) -> str:
 
 
 class _Heard:
-    """A logger that prints and an error recorder, made from one TensorRT's base classes."""
+    """A logger that prints everything and remembers the errors.
+
+    Errors reach the logger as well as an error recorder. A recorder written in Python crashes
+    ``tensorrt_rtx`` 1.7 when the builder that it is attached to is released, so none is used.
+    """
 
     def __init__(self, trt: Any) -> None:
         said: list[str] = []
-        recorded: list[tuple[int, str]] = []
         serious = (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR)
 
-        class Logger(trt.ILogger):  # type: ignore[misc, unused-ignore]
+        class Logger(trt.ILogger):  # type: ignore[misc, name-defined, unused-ignore]
             def log(self, severity: Any, text: str) -> None:
                 if severity != trt.ILogger.Severity.VERBOSE:
                     sys.stdout.write(f"[{severity.name}] {text}\n")
                 if severity in serious:
                     said.append(text)
 
-        class Recorder(trt.IErrorRecorder):  # type: ignore[misc, unused-ignore]
-            def clear(self) -> None:
-                recorded.clear()
-
-            def num_errors(self) -> int:
-                return len(recorded)
-
-            def get_error_code(self, index: int) -> Any:
-                return recorded[index][0]
-
-            def get_error_desc(self, index: int) -> str:
-                return recorded[index][1]
-
-            def has_overflowed(self) -> bool:
-                return False
-
-            def report_error(self, code: Any, text: str) -> bool:
-                recorded.append((code, text))
-                return True
-
-        self.logger, self.recorder = Logger(), Recorder()
-        self._said, self._recorded = said, recorded
+        self.logger, self._said = Logger(), said
 
     def text(self) -> str:
         """Return everything that went wrong, once each."""
-        found = dict.fromkeys([text for _, text in self._recorded] + self._said)
-        return "; ".join(found) or "it gave no reason"
+        return "; ".join(dict.fromkeys(self._said)) or "it gave no reason"
 
     def check(self, step: str) -> None:
         """Raise BuildFailed if anything was reported."""
-        if self._said or self._recorded:
+        if self._said:
             raise BuildFailed(f"TensorRT reports an error while {step}: {self.text()}")
 
 

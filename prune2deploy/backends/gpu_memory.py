@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -104,7 +105,8 @@ class CudaPythonMemory(GpuMemory):
         address = int(self._do("cudaMallocHost", max(nbytes, 1)))
         self._hosts.append(address)
         raw = (ctypes.c_uint8 * nbytes).from_address(address)
-        return np.frombuffer(raw, dtype).reshape(shape)
+        array: Array = np.ctypeslib.as_array(raw).view(dtype).reshape(shape)
+        return array
 
     def copy_in(self, address: int, source: Array) -> None:
         """See the base class."""
@@ -272,7 +274,7 @@ class TorchMemory(GpuMemory):
         self._buffers = {}
 
 
-PROVIDERS: dict[str, tuple[str, type[GpuMemory]]] = {
+PROVIDERS: dict[str, tuple[str, Callable[[int], GpuMemory]]] = {
     "pycuda": ("pycuda", PyCudaMemory),
     "cuda": ("cuda.bindings", CudaPythonMemory),
     "torch": ("torch", TorchMemory),
@@ -314,14 +316,22 @@ def choose(wanted: str, index: int) -> GpuMemory:
         )
     failures = []
     for name in installed() if wanted == "auto" else (wanted,):
-        try:
-            return PROVIDERS[name][1](index)
-        except Exception as error:
-            failures.append(f"{name}: {type(error).__name__}: {error}")
+        opened = _open(name, index)
+        if not isinstance(opened, str):
+            return opened
+        failures.append(f"{name}: {opened}")
     raise MissingBackend(
         f"no library can open GPU {index} ({'; '.join(failures) or 'none is installed'}); "
         'pip install "prune2deploy[trt]", or pip install cuda-python'
     )
+
+
+def _open(name: str, index: int) -> GpuMemory | str:
+    """Open a GPU with one library, or return why it could not."""
+    try:
+        return PROVIDERS[name][1](index)
+    except Exception as error:  # noqa: BLE001  importing a driver binding may raise anything
+        return f"{type(error).__name__}: {error}"
 
 
 def _is_installed(package: str) -> bool:

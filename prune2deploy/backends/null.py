@@ -16,7 +16,7 @@ import time
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -28,7 +28,6 @@ from prune2deploy.backends.base import (
     Engine,
     Sample,
     Session,
-    TensorSpec,
 )
 from prune2deploy.backends.onnx_file import Node
 from prune2deploy.target import Option, Target
@@ -123,10 +122,7 @@ class NullSession(Session):
     """Times by formula; values by ONNX's reference implementation."""
 
     def __init__(self, engine: Engine, target: Target, ns: float) -> None:
-        model = onnx_file.check(engine.path)
-        weights = {i.name for i in model.graph.initializer}
-        self.inputs = tuple(_spec(v) for v in model.graph.input if v.name not in weights)
-        self.outputs = tuple(_spec(v) for v in model.graph.output)
+        self.inputs, self.outputs = onnx_file.signature(engine.path)
         self._ns = ns
         self._noise = float(target.option("noise", 0.0))
         content = zlib.crc32(engine.path.read_bytes())  # two engines do not share their noise
@@ -150,13 +146,3 @@ class NullSession(Session):
 
     def close(self) -> None:
         """Nothing to free."""
-
-
-def _spec(value: Any) -> TensorSpec:
-    import onnx
-
-    kind = value.type.tensor_type
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
-    return TensorSpec(
-        value.name, tuple(d.dim_value or -1 for d in kind.shape.dim), np.dtype(dtype).name
-    )

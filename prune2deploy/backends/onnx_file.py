@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from prune2deploy.backends.base import TensorSpec
 from prune2deploy.errors import BuildError
 from prune2deploy.timing import Shape
 
@@ -45,7 +48,18 @@ def check(path: Path) -> Any:
 
 
 def place(path: Path, out: Path) -> Path:
-    """Copy an ONNX file (with its external weights) into the folder ``out``; return the copy.
+    """Copy an ONNX file with its external weights into the folder ``out``; return the copy.
+
+    Raises:
+        BuildError: The folder cannot be written.
+    """
+    for extra in external_files(path):
+        place_file(path.parent / extra, (out / extra).parent)
+    return place_file(path, out)
+
+
+def place_file(path: Path, out: Path) -> Path:
+    """Copy one file into the folder ``out``; return the copy.
 
     A file that lies there already is left alone. The copy appears under its name only when it is
     complete.
@@ -58,8 +72,6 @@ def place(path: Path, out: Path) -> Path:
         out.mkdir(parents=True, exist_ok=True)
         if copy.exists() and copy.samefile(path):
             return copy
-        for extra in external_files(path):
-            _copy(path.parent / extra, out / extra)
         _copy(path, copy)
     except OSError as error:
         raise BuildError(f"{out}: the engine cannot be written there: {error}") from error
@@ -67,13 +79,30 @@ def place(path: Path, out: Path) -> Path:
 
 
 def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
         shutil.copyfile(source, part)
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
+
+
+def signature(path: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """Return inputs and outputs of the ONNX file at ``path``, in order."""
+    import onnx
+
+    graph = onnx.load(str(path), load_external_data=False).graph
+    weights = {i.name for i in graph.initializer}
+    inputs = tuple(_spec(value) for value in graph.input if value.name not in weights)
+    return inputs, tuple(_spec(value) for value in graph.output)
+
+
+def _spec(value: Any) -> TensorSpec:
+    import onnx
+
+    kind = value.type.tensor_type
+    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
+    return TensorSpec(value.name, tuple(d.dim_value or -1 for d in kind.shape.dim), dtype.name)
 
 
 def external_files(path: Path) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from prune2deploy.backends import onnx_file, ort_profile
+from prune2deploy.backends import devices, onnx_file, ort_profile
 from prune2deploy.backends.base import (
     Array,
     Availability,
@@ -196,14 +196,8 @@ def _providers(target: Target, provider: str) -> list[Any]:
 
 
 def _device(provider: str) -> Availability:
-    if provider in (CUDA, TENSORRT) and not any(Path("/dev").glob("nvidia[0-9]*")):
-        tegra = Path("/dev/nvhost-gpu").exists() or Path("/dev/nvgpu").exists()
-        if not tegra:
-            return Availability(
-                False,
-                "no NVIDIA GPU is visible (/dev/nvidia* is missing)",
-                "install the NVIDIA driver, or give the container its GPU (--gpus all)",
-            )
+    if provider in (CUDA, TENSORRT) and not devices.nvidia_gpu_visible():
+        return Availability(False, devices.NO_GPU, devices.NO_GPU_FIX)
     return Availability(True)
 
 

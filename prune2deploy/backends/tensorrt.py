@@ -67,13 +67,10 @@ class TensorRtBackend(Backend):
 
     def can_build(self, target: Target) -> Availability:
         """Say whether engines can be built here: ``tensorrt_rtx`` needs no GPU for that."""
+        problem = _profile_problem(target)
+        if problem:
+            return Availability(False, problem)
         module = _option_text(target, "module")
-        if module not in INSTALL:
-            return Availability(
-                False,
-                f"{target.path}:options.module: found {module!r}, "
-                f"expected one of {', '.join(INSTALL)}",
-            )
         fix = f'pip install "prune2deploy[{INSTALL[module]}]"'
         if importlib.util.find_spec(module) is None:
             gpu = gpu_driver.facts(device_index(target))
@@ -184,6 +181,24 @@ def device_index(target: Target) -> int:
     return int(number or 0)
 
 
+def _profile_problem(target: Target) -> str:
+    """What is wrong in the profile itself, or nothing."""
+    module = _option_text(target, "module")
+    if module not in INSTALL:
+        choices = ", ".join(INSTALL)
+        return f"{target.path}:options.module: found {module!r}, expected one of {choices}"
+    if _option_text(target, "compute_capability") and module != "tensorrt_rtx":
+        return (
+            f"{target.path}:options.compute_capability: only tensorrt_rtx builds for a GPU that "
+            f"is not there; leave it out for {module}"
+        )
+    try:
+        device_index(target)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
 def _option_text(target: Target, name: str) -> str:
     return str(target.option(name, TensorRtBackend.options[name]))
 
@@ -209,11 +224,6 @@ def _device_text(target: Target) -> str:
 def _request(onnx: Path, target: Target, cache: Path) -> BuildRequest:
     module = _option_text(target, "module")
     capability = _option_text(target, "compute_capability")
-    if capability and module != "tensorrt_rtx":
-        raise ConfigError(
-            f"{target.path}:options.compute_capability: only tensorrt_rtx builds for another GPU; "
-            f"leave it out for {module}"
-        )
     sizes = [int(target.option(f"batch_{n}", d)) for n, d in (("min", 1), ("opt", 1), ("max", 8))]
     if not 1 <= sizes[0] <= sizes[1] <= sizes[2]:
         raise ConfigError(

@@ -7,6 +7,7 @@ RTX share are used.
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Mapping
@@ -52,8 +53,8 @@ class TensorRtSession(Session):
         self._transfers = bool(target.option("transfers", False))
         self._use_graph = bool(target.option("cuda_graph", True))
         self._logger = trt.Logger(trt.Logger.ERROR)
-        runtime = trt.Runtime(self._logger)
-        self._engine = runtime.deserialize_cuda_engine(engine.read_bytes())
+        self._runtime = trt.Runtime(self._logger)  # must outlive the engine
+        self._engine = self._runtime.deserialize_cuda_engine(engine.read_bytes())
         if self._engine is None:
             raise BackendError(
                 f"{engine}: TensorRT {trt.__version__} cannot read this engine; build it again"
@@ -121,7 +122,7 @@ class TensorRtSession(Session):
         self._copy_out()
         memory.record(events[3])
         memory.synchronize()
-        spans = [memory.elapsed_ns(a, b) for a, b in zip(events, events[1:], strict=False)]
+        spans = [memory.elapsed_ns(a, b) for a, b in itertools.pairwise(events)]
         return Parts(*spans)
 
     def profile(self, feeds: Mapping[str, Array], runs: int) -> tuple[OperatorTiming, ...]:

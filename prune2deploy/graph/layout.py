@@ -276,6 +276,8 @@ def _unify_products(a: Node, b: Node) -> bool:
 
 def _unify_segments(a: Node, b: Node) -> bool:
     offsets = sorted({*_offsets(a), *_offsets(b)})
+    if not offsets:
+        return False
     left, right = _cut(a, offsets), _cut(find(b), offsets)
     if left is None or right is None:
         return False

@@ -121,7 +121,7 @@ class Recorder(TorchDispatchMode):
     """The dispatch mode that fills a ``Recording``."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         self.recording = Recording()
         self._numbers: dict[int, int] = {}
         self._alive: list[torch.Tensor] = []  # keeps ids unique while recording

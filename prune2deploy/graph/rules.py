@@ -495,7 +495,8 @@ def group_norm(call: Call) -> list[Layout]:
     for name in ("weight", "bias"):
         for own in call.dims(name):
             unify(x[1], own)
-    return [x, *(fresh(t.shape, "group statistics") for t in call.outputs[1:])]
+    statistics = (x[0], split[0]) if split else fresh((x[0].size, groups))
+    return [x, *[statistics] * len(call.outputs[1:])]
 
 
 @rule("aten::_weight_norm_interface", "aten::_weight_norm")

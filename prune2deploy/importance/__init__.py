@@ -1,0 +1,108 @@
+"""Importance: which channels of each axis matter most.
+
+In: a model, its graph and, for some criteria, data. Out: one score per channel of every prunable
+axis. ``CRITERIA`` is the only table of names; what is not in it is refused.
+
+    scores = score("l2", model, graph)
+    scores = score("taylor", model, graph, batches)
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from prune2deploy.errors import ConfigError
+from prune2deploy.graph.axes import Graph
+from prune2deploy.importance import data, weights
+from prune2deploy.importance.members import Scores, Subject
+
+__all__ = ["CRITERIA", "DEFAULT", "NAMES", "Criterion", "score"]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A named way to score channels.
+
+    Attributes:
+        function: ``(subject, batches, seed) -> scores``.
+        needs_data: Whether it must be given batches.
+        summary: One line for listings.
+    """
+
+    function: Callable[[Subject, Iterable[data.Batch], int], Scores]
+    needs_data: bool
+    summary: str
+
+
+def _free(function: Callable[[Subject], Scores], summary: str) -> Criterion:
+    return Criterion(lambda subject, batches, seed: function(subject), False, summary)
+
+
+def _data(function: Callable[[Subject, Iterable[data.Batch]], Scores], summary: str) -> Criterion:
+    return Criterion(lambda subject, batches, seed: function(subject, batches), True, summary)
+
+
+CRITERIA: dict[str, Criterion] = {
+    "l1": _free(weights.l1, "absolute weights"),
+    "l2": _free(weights.l2, "Euclidean norm of the weights, each layer equal"),
+    "group_norm": _free(weights.group_norm, "Euclidean norm across all layers of the group"),
+    "bn_scale": _free(weights.bn_scale, "scale of the normalisation layers"),
+    "fpgm": _free(weights.fpgm, "distance to the other channels"),
+    "lamp": _free(weights.lamp, "energy relative to all larger channels"),
+    "taylor": _data(data.taylor, "first-order change of the loss"),
+    "fisher": _data(data.fisher, "second-order change of the loss, per channel"),
+    "hessian": _data(data.hessian, "second-order change of the loss, per weight (OBD)"),
+    "activation": _data(data.activation, "mean absolute activation"),
+    "random": Criterion(
+        lambda subject, batches, seed: weights.random(subject, seed), False, "random numbers"
+    ),
+}
+"""Name → criterion."""
+
+NAMES: tuple[str, ...] = tuple(CRITERIA)
+DEFAULT = "l2"
+
+
+def score(
+    name: str,
+    model: nn.Module,
+    graph: Graph,
+    batches: Iterable[data.Batch] | None = None,
+    *,
+    seed: int = 0,
+) -> Scores:
+    """Score every channel of every prunable axis.
+
+    Args:
+        name: One of ``NAMES``.
+        model: The module that ``graph`` was traced from; left as it was.
+        graph: Its graph.
+        batches: ``(inputs, labels)`` pairs, inputs a tuple of tensors, labels a tensor or None;
+            needed by the criteria that look at data.
+        seed: For ``random`` alone.
+
+    Returns:
+        Axis name → shape (size,), float32 on the CPU; higher means keep. How axes compare with
+        each other is said in each criterion's docstring.
+
+    Raises:
+        ConfigError: the name is unknown, data is missing, or the model is not the graph's.
+    """
+    criterion = CRITERIA.get(name)
+    if criterion is None:
+        near = difflib.get_close_matches(name, NAMES, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise ConfigError(
+            f"no importance criterion is called {name!r}; {hint}Choose one of {', '.join(NAMES)}"
+        )
+    if criterion.needs_data and batches is None:
+        free = ", ".join(known for known, other in CRITERIA.items() if not other.needs_data)
+        raise ConfigError(
+            f"importance {name!r} looks at data and was given none: name a calibration recipe "
+            f"(--data), or choose a criterion that needs no data: {free}"
+        )
+    return criterion.function(Subject(model, graph), () if batches is None else batches, seed)

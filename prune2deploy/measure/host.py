@@ -105,8 +105,8 @@ def fingerprint() -> dict[str, Any]:
 
 
 _TELLING = frozenset(
-    ("avx", "avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16")
-    + ("amx_bf16", "amx_int8", "amx_tile", "asimd", "asimddp", "asimdhp", "sve", "sve2", "i8mm")
+    {"avx", "avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16"}
+    | {"amx_int8", "amx_tile", "asimd", "asimddp", "asimdhp", "sve", "sve2", "i8mm"}
 )
 """CPU flags that latency depends on."""
 

@@ -2,7 +2,8 @@
 
 In: the path of a ``config.json``, or of a folder that holds one. Out: the model class that the
 configuration names (``architectures``; the base model where it names none) with random weights,
-set to keep no cache. Nothing is downloaded and no code from a folder is run.
+set to keep no cache, to take its inputs by position and to return a plain tuple of tensors.
+Nothing is downloaded and no code from a folder is run.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from prune2deploy.errors import MissingBackend, ModelError
 from prune2deploy.models.loaded import LoadedModel, Request
 
 INSTALL = "pip install 'prune2deploy[hf]'"
 TOKENS = 16  # length of the example text
+_MASKS = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}
 
 
 def load(request: Request) -> LoadedModel:
@@ -51,6 +54,7 @@ def load(request: Request) -> LoadedModel:
             f"transformers cannot make a model of {request.name!r}: {type(error).__name__}: {error}"
         ) from error
     inputs = example_inputs(module, config, request)
+    _take_positions(module, tuple(inputs))
     return LoadedModel(
         module=module.float(),
         example_inputs=tuple(inputs.values()),
@@ -60,6 +64,27 @@ def load(request: Request) -> LoadedModel:
     )
 
 
+def _take_positions(module: Any, names: tuple[str, ...]) -> None:
+    """Have ``module`` take tensors by position and return its tensors as a plain tuple.
+
+    Exporters call by position, where transformers' forward passes have dozens of optional
+    arguments between those that matter, and return dictionaries with caches. A subclass rather
+    than a module around it, so that the names of the weights stay.
+    """
+    kind = type(module)
+    taken = inspect.signature(module.forward).parameters
+    masks = {ids: mask for ids, mask in _MASKS.items() if ids in names and mask in taken}
+
+    def forward(self: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
+        named = dict(zip(names, inputs, strict=True))
+        for ids, mask in masks.items():  # without one, packed texts are searched for
+            named[mask] = torch.ones_like(named[ids])
+        outputs = kind.forward(self, **named)
+        return tuple(leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))
+
+    module.__class__ = type(kind.__name__, (kind,), {"forward": forward})
+
+
 def _model_class(transformers: Any, config: Any) -> Callable[[Any], Any]:
     for name in config.architectures or ():
         return getattr(transformers, name)  # type: ignore[no-any-return]
@@ -67,36 +92,32 @@ def _model_class(transformers: Any, config: Any) -> Callable[[Any], Any]:
 
 
 def example_inputs(module: Any, config: Any, request: Request) -> dict[str, Tensor]:
-    """Draw the inputs that the model's forward pass takes first, by their names.
+    """Draw the inputs that the model needs, by the names of its forward pass.
 
     Text is (batch, 16) tokens, pictures (batch, channels, H, W) of the configured size, audio
-    (batch, mel bins, frames) of the longest clip. A model of several inputs gets them all; an
-    input between two of these that has no maker here is an error.
+    (batch, mel bins, frames) of the longest clip. A model of several inputs gets them all.
+
+    Raises:
+        ModelError: The main input is of another kind.
     """
     makers: dict[str, Callable[[], Tensor]] = {
         "input_ids": lambda: request.integers(TOKENS, _text(config).vocab_size),
-        "decoder_input_ids": lambda: request.integers(TOKENS, _text(config).vocab_size),
-        "attention_mask": lambda: torch.ones(request.batch, TOKENS, dtype=torch.long),
         "pixel_values": lambda: _picture(config, request),
         "input_features": lambda: request.normal(
             config.num_mel_bins, 2 * config.max_source_positions
         ),
+        "decoder_input_ids": lambda: request.integers(TOKENS, _text(config).vocab_size),
     }
-    wanted = {module.main_input_name, "input_ids", "pixel_values"}
-    if config.is_encoder_decoder:
-        wanted.add("decoder_input_ids")
-    names = [name for name in inspect.signature(module.forward).parameters if name != "self"]
-    last = max((i for i, name in enumerate(names) if name in wanted), default=-1)
-    made: dict[str, Tensor] = {}
-    for name in names[: last + 1]:
-        if name not in makers:
-            raise ModelError(
-                f"'hf:{request.name}' takes {name!r} among its first inputs, which cannot be "
-                "drawn here; write a factory (package.module:factory) that returns the model "
-                "and its example inputs"
-            )
-        made[name] = makers[name]()
-    return made
+    if module.main_input_name not in makers:
+        raise ModelError(
+            f"'hf:{request.name}' takes {module.main_input_name!r}; expected one of "
+            f"{', '.join(makers)}; write a factory (package.module:factory) that returns the "
+            "model and its example inputs"
+        )
+    taken = inspect.signature(module.forward).parameters
+    if not config.is_encoder_decoder:
+        del makers["decoder_input_ids"]
+    return {name: make() for name, make in makers.items() if name in taken}
 
 
 def _text(config: Any) -> Any:

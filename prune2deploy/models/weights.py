@@ -75,22 +75,22 @@ def _read_torch(path: Path) -> Any:
             warnings.simplefilter("ignore", UserWarning)  # on unusual pickle protocols
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).partition("Please file")[0]
-        if not any(word in reason for word in _CODE):
-            raise ModelError(_broken(path, error)) from error
+        detail = str(error).rpartition("WeightsUnpickler error:")[2].partition("Please file")[0]
+        if not any(word in detail for word in _CODE):
+            raise ModelError(_broken(path, detail)) from error
         raise ModelError(
             f"weights: {str(path)!r} holds pickled Python objects, which are refused because "
             "loading them can run code; save the tensors alone with "
-            f"torch.save(model.state_dict(), FILE). torch says: {_short(reason)}"
+            f"torch.save(model.state_dict(), FILE). torch says: {_short(detail)}"
         ) from error
     except Exception as error:  # damaged bytes make the unpickler raise anything
-        raise ModelError(_broken(path, error)) from error
+        raise ModelError(_broken(path, f"{type(error).__name__}: {error}")) from error
 
 
-def _broken(path: Path, error: Exception) -> str:
+def _broken(path: Path, detail: str) -> str:
     return (
         f"weights: {str(path)!r} ({path.stat().st_size} bytes) cannot be read: it is truncated or "
-        f"not written by torch.save; copy it again. {type(error).__name__}: {_short(str(error))}"
+        f"not written by torch.save; copy it again. {_short(detail)}"
     )
 
 

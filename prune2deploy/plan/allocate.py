@@ -10,7 +10,7 @@ their predicted latency, objective and optimality gap; then, with scores, a plan
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -97,12 +97,12 @@ def allocate(problem: Problem, method: str = "lagrangian", *, seconds: float = 2
         chosen = BASELINES[method](evaluator)
         if chosen is None:
             raise SmallestMisses(problem, problem.counts([0] * len(problem.choices)))
-        return _result(problem, chosen, method, Found(), None)
+        return _result(problem, chosen, method, Found())
     found = search(evaluator)
     if found.chosen is None:
         raise SmallestMisses(problem, problem.counts(evaluator.chosen.tolist()))
     if method == "lagrangian":
-        return _result(problem, found.chosen, method, found, None)
+        return _result(problem, found.chosen, method, found)
     return _exact(problem, evaluator, found, seconds)
 
 
@@ -162,22 +162,16 @@ def _exact(problem: Problem, evaluator: Evaluator, found: Found, seconds: float)
     gap = None
     if not solved.linearised and not solved.thinned and np.isfinite(solved.bound):
         gap = max(0.0, solved.bound - found.worth) / max(abs(solved.bound), 1e-12)
-    return _result(problem, found.chosen, "milp", found, gap, solved.linearised)
+    result = _result(problem, found.chosen, "milp", found)
+    return replace(result, gap=gap, linearised=solved.linearised)
 
 
-def _result(
-    problem: Problem,
-    chosen: Ints,
-    method: str,
-    found: Found,
-    gap: float | None,
-    linearised: int = 0,
-) -> Allocation:
+def _result(problem: Problem, chosen: Ints, method: str, found: Found) -> Allocation:
     picks = [int(option) for option in chosen]
     counts = problem.counts(picks)
     here = (problem.model.predict(counts), problem.worth(picks))
     curve = [(ms + problem.model.offset_ms(ms), worth) for ms, worth in found.points]
-    return Allocation(counts, *here, gap, method, _rising([*curve, here]), linearised)
+    return Allocation(counts, *here, None, method, _rising([*curve, here]))
 
 
 def _rising(points: list[tuple[float, float]]) -> Curve:

@@ -65,7 +65,7 @@ def greedy(evaluator: Evaluator) -> Ints | None:
         if best is None:
             return None
         evaluator.set(best[1], int(evaluator.chosen[best[1]]) - 1)
-    return evaluator.chosen.copy()
+    return np.array(evaluator.chosen, dtype=np.int64)
 
 
 BASELINES: Mapping[str, Callable[[Evaluator], Ints | None]] = {

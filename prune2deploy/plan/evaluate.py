@@ -97,8 +97,9 @@ class Evaluator:
         self._x = np.concatenate([pairs[:, 0], pairs[:, 1], [1.0]])
         self._monomial = self.terms.coefficient * self._x[self.terms.variables].prod(axis=1)
         operators = len(self.terms.cost)
+        every: Ints = np.arange(operators, dtype=np.int64)
         self._work = np.bincount(self.terms.row, self._monomial, 3 * operators)
-        self._time = self._times(np.arange(operators), self._work.reshape(-1, 3, 1))[:, 0]
+        self._time = self._times(every, self._work.reshape(-1, 3, 1))[:, 0]
         self.totals = self.constant + np.bincount(self.terms.limit, self._time, len(self.limits))
 
     def costs(self, choice: int) -> Floats:
@@ -160,7 +161,7 @@ class Evaluator:
         return time_ns(work, cost, seen, self.terms.residual[operator])
 
     def _times(self, operators: Ints, work: Floats) -> Floats:
-        """Cost of operators: ``work`` is (operators, 3, options), the result (operators, options)."""
+        """Cost of operators, (operators, options), from their work (operators, 3, options)."""
         cost = self.terms.cost[operators][:, None, :]
         seen = self.terms.seen[operators][:, None]
         residual = self.terms.residual[operators][:, None]
@@ -250,7 +251,7 @@ def _collect(
     return limits, terms, constant
 
 
-def _sizes(sizes: dict[str, int], padded: bool, multiple: int) -> dict[str, int]:  # noqa: FBT001
+def _sizes(sizes: dict[str, int], padded: bool, multiple: int) -> dict[str, int]:
     return {n: -(-s // multiple) * multiple for n, s in sizes.items()} if padded else sizes
 
 

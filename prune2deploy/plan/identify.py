@@ -85,7 +85,7 @@ def _by_name(profile: Sequence[OperatorTiming]) -> dict[tuple[str, str, int], Op
     keyed = {}
     for timing in profile:
         pair = (timing.name, timing.kind)
-        keyed[(*pair, met[pair])] = timing
+        keyed[pair[0], pair[1], met[pair]] = timing
         met[pair] += 1
     return keyed
 

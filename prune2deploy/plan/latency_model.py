@@ -8,8 +8,7 @@ the device's block) is a formula of axis widths, found by ``identify``; its cost
 is fitted by ``costs``. What an operator took in the builds beyond its prediction is kept as a
 residual that counts near the widths it was seen at, so a cell that was just measured overrides
 its prediction. The offset (measured minus sum of operators) is interpolated between the builds
-that were measured and renewed by each of them; with a single one, half of it is taken to be
-constant and half to grow with the model.
+that were measured, partly constant and partly in proportion, and renewed by each of them.
 
 Runtimes without a profile get one cost per multiply-accumulate plus a fixed cost, fitted on
 whole-model measurements; ``method`` then says ``"macs"``.
@@ -36,7 +35,8 @@ Array = npt.NDArray[np.float64]
 _REACH = 0.3  # how far a residual reaches, in natural-log units of work
 _DOUBT = 1.0  # weight of "no residual" against one build at the very widths
 _NEAR = 0.15  # how far what is peculiar to one build's offset reaches, in log latency
-_PECULIAR, _NOISE = 0.2, 0.02  # its variance, and that of a measurement, against a constant's 1
+_PECULIAR, _NOISE = 0.03, 0.01  # its size, and that of a measurement's error, against the latency
+_CONSTANT = 0.05  # size of what every call costs, against the latency of the unpruned model
 _TINY = 1e-9
 
 
@@ -103,7 +103,7 @@ def time_ns(work: Array, cost: Array, seen: Array, residual: Array) -> Array:
     """
     plain = np.einsum("...i,...i->...", work, cost[..., :3]) + cost[..., 3]
     if residual.shape[-1] == 0:
-        return plain
+        return np.asarray(plain, dtype=np.float64)
     gap = np.log(np.maximum(work, 1.0))[..., None, :] - seen
     near = np.exp(-np.einsum("...i,...i->...", gap, gap) / (2 * _REACH**2))
     near = np.where(np.isnan(residual), 0.0, near)
@@ -148,9 +148,10 @@ class LatencyModel:
         if not self.anchors:
             return 0.0
         at, offset = np.array(self.anchors).T
-        base = at.max()
-        among = _kinship(at, at, base) + _NOISE * np.eye(len(at))
-        towards = _kinship(np.array([operators_ms]), at, base)[0]
+        largest = int(at.argmax())
+        spread = (float(at[largest]), max(_CONSTANT, abs(offset[largest] / at[largest])))
+        among = _kinship(at, at, spread) + (_NOISE * spread[0]) ** 2 * np.eye(len(at))
+        towards = _kinship(np.array([operators_ms]), at, spread)[0]
         return float(towards @ np.linalg.solve(among, offset))
 
     def predict(self, counts: Counts) -> float:
@@ -187,15 +188,25 @@ class LatencyModel:
         return replace(self, anchors=(*self.anchors, (operators, measured_ms - operators)))
 
 
-def _kinship(one: Array, other: Array, base: float) -> Array:
+def _kinship(one: Array, other: Array, spread: tuple[float, float]) -> Array:
     """Covariance of offsets: a constant part, a part in proportion, and a local part.
 
-    Gaussian-process regression with this kernel splits a single offset evenly between what
-    every call costs and what grows with the model, and learns the split from further builds.
+    Gaussian-process regression with this kernel splits a single offset between what every call
+    costs and what grows with the model, and learns the split from further builds. A small offset
+    is split about evenly; a large one cannot be the cost of calls, so it is taken for a slow or
+    busy device, i.e. in proportion.
+
+    Args:
+        one: Sums of operators in milliseconds.
+        other: The same of the builds that were measured.
+        spread: The largest sum, and how large the part in proportion may be as a fraction of it.
     """
+    base, proportional = spread
     apart = np.log(np.maximum(one, _TINY))[:, None] - np.log(np.maximum(other, _TINY))[None, :]
-    line = 1.0 + np.outer(one, other) / max(base, _TINY) ** 2
-    return np.asarray(line + _PECULIAR * np.exp(-((apart / _NEAR) ** 2) / 2), dtype=np.float64)
+    near = np.exp(-((apart / _NEAR) ** 2) / 2)
+    constant = (_CONSTANT * base) ** 2
+    found = constant + proportional**2 * np.outer(one, other) + (_PECULIAR * base) ** 2 * near
+    return np.asarray(found, dtype=np.float64)
 
 
 def widths(

@@ -68,9 +68,7 @@ def test_images_have_no_labels_and_are_found_in_sub_folders(tmp_path):
 
 def test_fewer_samples_than_asked_for_is_said(tmp_path):
     colours(tmp_path / "data")
-    batches = open_recipe(
-        recipe(tmp_path, 'reader = "images"\npath = "data"\ncount = 99'), model()
-    )
+    batches = open_recipe(recipe(tmp_path, 'reader = "images"\npath = "data"\ncount = 99'), model())
     assert batches.count == 12 and "asks for 99 samples" in batches.notices[0]
 
 
@@ -90,9 +88,7 @@ def test_npz_arrays_come_back_exactly(tmp_path, save):
 
 def test_several_inputs_with_their_types(tmp_path):
     np.savez(tmp_path / "data.npz", ids=np.arange(12).reshape(3, 4), mask=np.ones((3, 4)))
-    path = recipe(
-        tmp_path, 'reader = "arrays"\npath = "data.npz"\n[options]\ninputs = "ids, mask"'
-    )
+    path = recipe(tmp_path, 'reader = "arrays"\npath = "data.npz"\n[options]\ninputs = "ids, mask"')
     loaded = model((1, 4), (1, 4), dtype=torch.int64)
     ((ids, mask), labels), *_ = open_recipe(path, loaded)
     assert ids.dtype == mask.dtype == torch.int64 and ids.sum() == 66 and labels is None
@@ -111,11 +107,10 @@ def test_memory_stays_flat_with_the_number_of_samples(tmp_path):
 
 def test_callable_beside_the_recipe(tmp_path):
     (tmp_path / "my_calibration_data.py").write_text(
-        "import torch\ndef made():\n    return [(torch.full((2,), float(i)), i) for i in range(6)]\n"
+        "import torch\n\n\ndef made():\n"
+        "    return [(torch.full((2,), float(i)), i) for i in range(6)]\n"
     )
-    path = recipe(
-        tmp_path, 'reader = "callable"\n[options]\ncallable = "my_calibration_data:made"'
-    )
+    path = recipe(tmp_path, 'reader = "callable"\n[options]\ncallable = "my_calibration_data:made"')
     ((x,), y), *_ = open_recipe(path, model((1, 2)))
     assert sorted(y.tolist()) == list(range(6)) and torch.equal(x[:, 0], y.float())
     bad = recipe(tmp_path, 'reader = "callable"\n[options]\ncallable = "my_calibration_data:mad"')

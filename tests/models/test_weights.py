@@ -69,7 +69,7 @@ def old_format(value, path):
 
 
 def bare_pickle(value, path):
-    path.write_bytes(pickle.dumps(value))
+    path.write_bytes(pickle.dumps(value, protocol=2))
 
 
 @pytest.mark.parametrize("save", [torch.save, old_format, bare_pickle])

@@ -1,0 +1,222 @@
+"""The Python interface: trace, prune, prune to a budget.
+
+In: a module and example inputs. Out: new values; the module that was given is never changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from prune2deploy import config, loop, summary
+from prune2deploy import target as targets
+from prune2deploy.config import Budget, ModelOptions, RunOptions
+from prune2deploy.errors import ConfigError
+from prune2deploy.graph import Graph
+from prune2deploy.graph import trace as trace_graph
+from prune2deploy.importance import NAMES, score
+from prune2deploy.job import Job
+from prune2deploy.measure import Comparison
+from prune2deploy.plan.allocate import channels
+from prune2deploy.plan.plan import Plan
+from prune2deploy.progress import Progress, silent
+from prune2deploy.prune import apply as apply_plan
+from prune2deploy.report.content import RunReport
+from prune2deploy.rundir import RunDir, free_name
+from prune2deploy.sweep import uniform_counts
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What :func:`prune_to_budget` gives back.
+
+    Attributes:
+        module: The pruned module.
+        plan: Kept channels of every axis that lost some.
+        met: Whether the measured latency meets the budget.
+        verdict: ``met``, ``missed``, ``unreachable`` or ``uncertain``.
+        measurement: The final model measured interleaved with the baseline, in milliseconds.
+        measurements: The same of every model that was tried, in order.
+        report: What ``report.json`` holds.
+        run_dir: Folder with ``model.onnx``, the engine, ``manifest.json``, ``report.html`` ...
+    """
+
+    module: nn.Module
+    plan: Plan
+    met: bool
+    verdict: str
+    measurement: Comparison
+    measurements: tuple[Comparison, ...]
+    report: RunReport
+    run_dir: Path
+
+
+class Extras(TypedDict, total=False):
+    """Less common settings of :func:`prune_to_budget`.
+
+    Attributes:
+        importance: Name of the criterion that chooses channels (``l2``).
+        precision: ``fp32``, ``fp16`` or ``int8``; the target's unless given.
+        batches: Calibration data: an iterable with a length of (inputs tuple, labels or None).
+        percentile: That ``budget_ms`` is for: 50, 95 or 99.
+        max_builds: Engine builds allowed besides the baseline (9).
+        seed: Of random plans (0).
+        run_dir: Where to write; ``runs/...`` in the working folder unless given.
+        resume: Go on with the run that ``run_dir`` holds.
+        progress: Hears of every step.
+    """
+
+    importance: str
+    precision: str | None
+    batches: Any
+    percentile: int
+    max_builds: int
+    seed: int
+    run_dir: Path | str
+    resume: bool
+    progress: Progress
+
+
+def trace(model: nn.Module, example_inputs: Any) -> Graph:
+    """Find the axes of a model: sets of coupled channels that live and die together.
+
+    Args:
+        model: Any module.
+        example_inputs: One tensor, a tuple of positional arguments, or a dict of keywords.
+
+    Returns:
+        The graph; each of ``.axes`` has ``name``, ``size`` (channels), ``members`` (tensor and
+        dimension) and ``frozen`` (why it cannot be pruned, or ``None``).
+
+    Raises:
+        TraceError: The forward pass fails, returns no tensor, or has nothing to prune.
+    """
+    return trace_graph(model, example_inputs)
+
+
+def prune(
+    model: nn.Module,
+    example_inputs: Any,
+    ratio: float = 0.5,
+    importance: str = "l2",
+    channel_multiple: int = 1,
+) -> nn.Module:
+    """Remove the same fraction of every axis that can be pruned.
+
+    Args:
+        model: Any module; it is not changed.
+        example_inputs: One tensor, a tuple of positional arguments, or a dict of keywords.
+        ratio: Fraction of the channels to remove, from 0 up to but not including 1.
+        importance: Criterion that chooses the channels.
+        channel_multiple: Kept widths are multiples of this (rounded to the nearest, at least one).
+
+    Returns:
+        A new, smaller module.
+
+    Raises:
+        ConfigError: A ratio outside [0, 1), or an unknown criterion.
+        TraceError: The forward pass fails, returns no tensor, or has nothing to prune.
+    """
+    if not 0 <= ratio < 1:
+        raise ConfigError(f"ratio: found {ratio}, expected at least 0 and below 1")
+    if channel_multiple < 1:
+        raise ConfigError(f"channel_multiple: found {channel_multiple}, expected at least 1")
+    config.one_of("importance", importance, NAMES)
+    graph = trace_graph(model, example_inputs)
+    scores = score(importance, model, graph)
+    counts = uniform_counts(graph, scores, ratio, channel_multiple)
+    return apply_plan(model, graph, channels(graph, scores, counts), example_inputs)
+
+
+def prune_to_budget(
+    model: nn.Module,
+    example_inputs: Tensor | tuple[Tensor, ...],
+    *,
+    target: str | Path,
+    budget_ms: float | None = None,
+    speedup: float | None = None,
+    finetune: Callable[[nn.Module], nn.Module | None] | None = None,
+    **extras: Unpack[Extras],
+) -> Result:
+    """Prune a model until its latency, measured on the target, meets a budget.
+
+    Args:
+        model: Any module; it is not changed.
+        example_inputs: One tensor, or the positional arguments of the forward pass.
+        target: Name of a target profile (``prune2deploy targets`` lists them), or a path.
+        budget_ms: Greatest latency in milliseconds of wall time; give this or ``speedup``.
+        speedup: Latency of the model as it is over the latency wanted; above 1.
+        finetune: Your own training: called once with the pruned module, which it trains in place
+            (or returns another one of the same shapes).
+        extras: Less common settings, see :class:`Extras`.
+
+    Returns:
+        The result; look at ``met`` before shipping it.
+
+    Raises:
+        ConfigError: A wrong option, or a run directory that cannot be used.
+        TraceError: The model does not run or has nothing to prune.
+        MissingBackend: The target cannot be used here.
+        ParityError: An engine gives other outputs than the pruned module.
+    """
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    name = type(model).__name__
+    options = RunOptions(
+        Budget(budget_ms, speedup, extras.get("percentile", 50)),
+        str(target),
+        ModelOptions(name, precision=extras.get("precision"), seed=extras.get("seed", 0)),
+        importance=config.one_of("importance", extras.get("importance", "l2"), NAMES),
+        max_builds=extras.get("max_builds", 9),
+    )
+    profile = targets.load(target)
+    label = f"{name}-{profile.name}-{options.budget.label}"
+    folder = Path(extras.get("run_dir") or free_name(Path("runs"), label))
+    identity = {**options.identity(), "weights": weights_digest(model), "profile": profile.sha256}
+    with RunDir(folder, identity, resume=extras.get("resume", False)) as run:
+        job = Job(
+            model,
+            inputs,
+            profile,
+            options,
+            run,
+            extras.get("batches"),
+            finetune,
+            progress=extras.get("progress", silent),
+        )
+        return carry_out(job, name)
+
+
+def carry_out(job: Job, name: str) -> Result:
+    """Run the loop, then write artefacts, report and manifest."""
+    job.run.journal.open_session()
+    outcome = loop.prune_to_budget(job)
+    report = summary.finish(job, outcome, job.run.journal.seconds(), name)
+    if report.met:  # else a later --resume with more builds goes on from them
+        job.run.clear_work()
+    return Result(
+        outcome.module,
+        outcome.final.built.plan,
+        report.met,
+        outcome.verdict,
+        outcome.final.comparison,
+        tuple(a.comparison for a in outcome.attempts),
+        report,
+        job.run.path,
+    )
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 over names, shapes and values of a model's state, in order."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        if not value.is_meta:
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,236 @@
+"""PyTorch itself as a runtime: eager, ``torch.compile``, and CUDA graphs.
+
+PyTorch cannot run an ONNX file, so the engine is the exported program (``torch.export``) that was
+saved beside it under the same name with the ending ``.pt2``. On a GPU times are taken with CUDA
+events. Operators are timed one after another as the eager program runs them; for a compiled
+program that shows where the work is, not how long the fused kernels take.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from prune2deploy.backends import devices, onnx_file
+from prune2deploy.backends.base import (
+    Array,
+    Availability,
+    Backend,
+    Engine,
+    Sample,
+    Session,
+)
+from prune2deploy.errors import BackendError, BuildError
+from prune2deploy.target import Option, Target
+from prune2deploy.timing import OperatorTiming
+
+MODES = ("eager", "compile", "cudagraph")
+
+
+class TorchBackend(Backend):
+    """PyTorch on the device that the profile names (``cpu``, ``cuda:0``)."""
+
+    name = "torch"
+    options: ClassVar[Mapping[str, Option]] = {
+        "mode": "eager",  # eager, compile, cudagraph
+        "channels_last": False,
+    }
+
+    def availability(self, target: Target) -> Availability:
+        """Look whether the device is there and the mode exists."""
+        mode = str(target.option("mode", "eager"))
+        on_gpu = target.device.startswith("cuda")
+        choices = f"set mode to one of {', '.join(MODES)} in {target.path}"
+        compilers = any(map(shutil.which, ("c++", "g++", "clang++")))
+        checks = (
+            (mode in MODES, f"there is no mode {mode!r}", choices),
+            (mode != "cudagraph" or on_gpu, "CUDA graphs need a GPU", "set device = 'cuda:0'"),
+            (
+                mode != "compile" or on_gpu or compilers,
+                "torch.compile needs a C++ compiler on CPUs",
+                "apt-get install g++",
+            ),
+            (not on_gpu or devices.nvidia_gpu_visible(), devices.NO_GPU, devices.NO_GPU_FIX),
+        )
+        for fits, reason, fix in checks:
+            if not fits:
+                return Availability(False, reason, fix)
+        return _sees_gpu() if on_gpu else Availability(True)
+
+    def build(self, onnx: Path, target: Target, out: Path) -> Engine:
+        """Copy the exported program that lies beside ``onnx``, and open it once."""
+        started = time.perf_counter()
+        onnx_file.check(onnx)
+        program = onnx.with_suffix(".pt2")
+        if not program.is_file():
+            raise BuildError(
+                f"{onnx}: PyTorch cannot run ONNX, and the exported program {program.name} is not "
+                "beside it; save torch.export.export(model, inputs) there with torch.export.save"
+            )
+        path = onnx_file.place_file(program, out)
+        _load(path, target)
+        return Engine(path, onnx, self.name, time.perf_counter() - started)
+
+    def open(self, engine: Engine, target: Target) -> Session:
+        """Load the program onto the device; compile it where the mode says so (on first run)."""
+        return TorchSession(engine, target)
+
+    def profile(
+        self, engine: Engine, target: Target, feeds: Mapping[str, Array], runs: int
+    ) -> tuple[OperatorTiming, ...]:
+        """Run the program node by node; the minimum of each over ``runs`` runs."""
+        import torch
+
+        from prune2deploy.backends.torch_nodes import node_times
+
+        with TorchSession(engine, target) as session, torch.inference_mode():
+            session.prepare(feeds)
+            return node_times(session.module, session.bound, runs, target.device)
+
+    def versions(self) -> dict[str, str]:
+        """Versions of torch and of the CUDA that it was built with."""
+        import torch
+
+        return {"torch": str(torch.__version__), "cuda": str(torch.version.cuda)}
+
+
+def _sees_gpu() -> Availability:
+    import torch
+
+    if torch.cuda.is_available():
+        return Availability(True)
+    return Availability(
+        False,
+        f"torch {torch.__version__} cannot use the GPU (it was built for CUDA {torch.version.cuda})",
+        "install the build of torch for your driver's CUDA version",
+    )
+
+
+def _load(path: Path, target: Target) -> Any:
+    """Load an exported program and return its module on the device."""
+    import torch
+
+    try:
+        program = torch.export.load(str(path))
+    except Exception as error:  # zip, pickle and export errors share no base
+        raise BuildError(f"{path}: not a program saved by torch.export: {error}") from error
+    from torch.export.passes import move_to_device_pass
+
+    program = move_to_device_pass(program, target.device)
+    module = program.module()
+    kinds = {"fp32": torch.float32, "fp16": torch.float16}
+    if target.precision not in kinds:
+        raise BuildError(f"{target.path}:precision: PyTorch runs fp32 and fp16, not int8")
+    return module.to(kinds[target.precision])
+
+
+class TorchSession(Session):
+    """An exported program on its device.
+
+    Attributes:
+        module: The graph module, before compiling.
+        bound: Inputs on the device, in order.
+    """
+
+    def __init__(self, engine: Engine, target: Target) -> None:
+        import torch
+
+        self._torch = torch
+        self._device = torch.device(target.device)
+        if target.threads:
+            torch.set_num_threads(target.threads)
+        torch.set_flush_denormal(True)
+        mode = str(target.option("mode", "eager"))
+        self._last = bool(target.option("channels_last", False))
+        self._half = target.precision == "fp16"
+        self.module = _load(engine.path, target)
+        if self._last:
+            self.module.to(memory_format=torch.channels_last)
+        self._call = torch.compile(self.module) if mode == "compile" else self.module
+        self._graphed = mode == "cudagraph"
+        self._graph: Any = None
+        self.bound: tuple[Any, ...] = ()
+        self.inputs, self.outputs = onnx_file.signature(engine.onnx)
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once; outputs by the names of the ONNX file, in order."""
+        from torch.utils import _pytree as pytree
+
+        try:
+            with self._torch.inference_mode():
+                results = pytree.tree_leaves(self._call(*self._upload(feeds)))
+        except RuntimeError as error:
+            raise BackendError(f"PyTorch failed to run: {error}") from error
+        return {
+            spec.name: np.asarray(value.float().cpu().numpy())
+            for spec, value in zip(self.outputs, results, strict=True)
+        }
+
+    def prepare(self, feeds: Mapping[str, Array]) -> None:
+        """Put the inputs on the device and capture the CUDA graph where the mode says so."""
+        self.bound = self._upload(feeds)
+        if not self._graphed:
+            return
+        torch = self._torch
+        with torch.inference_mode():
+            side = torch.cuda.Stream()
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    self._call(*self.bound)
+            torch.cuda.synchronize()
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._call(*self.bound)
+
+    def time_once(self) -> Sample:
+        """Run on the bound inputs; on a GPU between two events, until the device is done."""
+        with self._torch.inference_mode():
+            return self._on_gpu() if self._device.type == "cuda" else self._on_cpu()
+
+    def _on_cpu(self) -> Sample:
+        call, bound = self._call, self.bound
+        cpu = time.thread_time_ns()
+        wall = time.perf_counter_ns()
+        call(*bound)
+        wall = time.perf_counter_ns() - wall
+        return Sample(wall, time.thread_time_ns() - cpu)
+
+    def _on_gpu(self) -> Sample:
+        cuda = self._torch.cuda
+        first, last = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
+        cuda.synchronize()
+        cpu = time.thread_time_ns()
+        wall = time.perf_counter_ns()
+        first.record()
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            self._call(*self.bound)
+        last.record()
+        last.synchronize()
+        wall = time.perf_counter_ns() - wall
+        cpu = time.thread_time_ns() - cpu
+        return Sample(wall, cpu, round(first.elapsed_time(last) * 1e6))
+
+    def _upload(self, feeds: Mapping[str, Array]) -> tuple[Any, ...]:
+        torch = self._torch
+        values = []
+        for spec in self.inputs:
+            value = torch.from_numpy(np.ascontiguousarray(feeds[spec.name])).to(self._device)
+            if self._half and value.is_floating_point():
+                value = value.half()
+            if self._last and value.dim() == 4:
+                value = value.contiguous(memory_format=torch.channels_last)
+            values.append(value)
+        return tuple(values)
+
+    def close(self) -> None:
+        """Drop the program and what lies on the device."""
+        self._graph = None
+        self._call = None
+        self.bound = ()

@@ -1,0 +1,104 @@
+"""How accurate a classifier is on labelled batches.
+
+In: a module and batches with labels. Out: :class:`Accuracy`, with the interval that the number of
+samples allows. Source of the interval: Wilson, J. Am. Stat. Assoc. 22 (1927), 209-212.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from prune2deploy.errors import ConfigError
+from prune2deploy.recover.batchnorm import Batches
+
+_Z95 = 1.959964  # of the normal distribution, for 95 per cent
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Top-1 accuracy.
+
+    Attributes:
+        top1: Fraction of samples whose largest output is the label, in 0..1.
+        ci95: Wilson interval of ``top1``.
+        loss: Mean cross-entropy, in nats.
+        samples: Samples seen.
+    """
+
+    top1: float
+    ci95: tuple[float, float]
+    loss: float
+    samples: int
+
+
+def logits_of(outputs: object) -> Tensor:
+    """Return the class scores, (batch, classes), of what a classifier returned.
+
+    A tensor is taken as it is; of a tuple or a dictionary the first tensor is taken.
+
+    Raises:
+        ConfigError: It is not of two dimensions.
+    """
+    if isinstance(outputs, dict):
+        outputs = tuple(outputs.values())
+    if isinstance(outputs, (tuple, list)):
+        outputs = next((one for one in outputs if isinstance(one, Tensor)), None)
+    if isinstance(outputs, Tensor) and outputs.ndim == 2:
+        return outputs
+    found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+    raise ConfigError(
+        f"the model returns {found}; accuracy and the built-in training need class scores of "
+        "shape (batch, classes); give a training function of your own (docs/training.md)"
+    )
+
+
+def evaluate(module: nn.Module, batches: Batches) -> Accuracy:
+    """Measure top-1 accuracy in eval mode; the module's mode is as before afterwards.
+
+    Args:
+        module: Takes the batches' inputs, on its own device; returns (batch, classes).
+        batches: (inputs, labels) with labels of shape (batch,).
+
+    Raises:
+        ConfigError: There is no labelled sample, or the output is not that of a classifier.
+    """
+    device = next(module.parameters()).device
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    right, loss, samples = 0, 0.0, 0
+    try:
+        with torch.no_grad():
+            for inputs, labels in batches:
+                if labels is None:
+                    raise ConfigError(
+                        "accuracy needs labels, but the data has none; use a recipe with labels"
+                    )
+                target = labels.to(device)
+                logits = logits_of(module(*(one.to(device) for one in inputs))).float()
+                right += int((logits.argmax(1) == target).sum())
+                loss += float(nn.functional.cross_entropy(logits, target, reduction="sum"))
+                samples += len(target)
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+    if samples == 0:
+        raise ConfigError("accuracy needs at least one labelled sample; the data has none")
+    return Accuracy(right / samples, wilson(right, samples), loss / samples, samples)
+
+
+def wilson(right: int, samples: int) -> tuple[float, float]:
+    """Return the 95 % Wilson interval of a proportion.
+
+    >>> low, high = wilson(90, 100)
+    >>> round(low, 3), round(high, 3)
+    (0.826, 0.945)
+    """
+    share = right / samples
+    scale = 1 + _Z95**2 / samples
+    centre = (share + _Z95**2 / (2 * samples)) / scale
+    half = _Z95 / scale * math.sqrt(share * (1 - share) / samples + _Z95**2 / (4 * samples**2))
+    return max(0.0, centre - half), min(1.0, centre + half)

@@ -1,0 +1,273 @@
+"""Fine-tuning of a pruned classifier, taught by the model that it was pruned from.
+
+In: the pruned module, its teacher, batches and :class:`FinetuneOptions`. Out: a new, trained
+module; neither argument is changed. The loss mixes the labels' cross-entropy with the teacher's
+softened outputs (Hinton et al., arXiv 1503.02531); the rate follows a cosine after a short warm-up
+(Loshchilov and Hutter, arXiv 1608.03983); what is returned is the moving average of the weights
+(Polyak and Juditsky, SIAM J. Control Optim. 30 (1992)) where that is asked for.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from prune2deploy.errors import ConfigError
+from prune2deploy.recover.batchnorm import Batch, Batches
+from prune2deploy.recover.evaluate import logits_of
+
+Progress = Callable[[int, int, float], None]
+"""Called after each step with (step, of how many, loss)."""
+
+
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """How to fine-tune.
+
+    Attributes:
+        epochs: Passes over the batches; 0 trains nothing.
+        lr: Highest learning rate of SGD with Nesterov momentum.
+        momentum: Of SGD.
+        weight_decay: On weights of two or more dimensions only.
+        temperature: Softens both outputs before they are compared.
+        alpha: Share of the teacher in the loss, 0..1; without labels it is 1.
+        ema: Decay of the moving average of the weights per step, or 0 for none.
+        warmup: Share of all steps over which the rate rises.
+        clip: Largest norm of the gradient.
+        amp: Mixed precision on a GPU (bfloat16 where the GPU has it, else float16 with scaling).
+        device: Where to train; ``None`` takes a GPU if there is one.
+        seed: For the order of the samples and for dropout.
+    """
+
+    epochs: int = 10
+    lr: float = 0.02
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    temperature: float = 2.0
+    alpha: float = 0.5
+    ema: float = 0.0
+    warmup: float = 0.05
+    clip: float = 5.0
+    amp: bool = True
+    device: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        checks = (
+            ("epochs", self.epochs >= 0, "0 or more"),
+            ("lr", 0 < self.lr < math.inf, "a finite number above 0"),
+            ("momentum", 0 <= self.momentum < 1, "0 up to but not including 1"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
+            ("temperature", 0 < self.temperature < math.inf, "a finite number above 0"),
+            ("alpha", 0 <= self.alpha <= 1, "0 to 1"),
+            ("ema", 0 <= self.ema < 1, "0 up to but not including 1"),
+            ("warmup", 0 <= self.warmup < 1, "0 up to but not including 1"),
+            ("clip", self.clip > 0, "a number above 0"),
+        )
+        for name, fits, expected in checks:
+            if not fits:
+                raise ConfigError(f"fine-tuning: {name}: found {getattr(self, name)!r}, expected {expected}")
+
+
+@dataclass(frozen=True, eq=False)
+class Finetuned:
+    """What :func:`finetune` gives back.
+
+    Attributes:
+        module: The trained module, in eval mode, float32, on the CPU.
+        losses: Mean training loss of each epoch.
+        steps: Optimiser steps taken.
+        seconds: Wall time.
+        note: What the caller should know, or empty.
+    """
+
+    module: nn.Module
+    losses: tuple[float, ...]
+    steps: int
+    seconds: float
+    note: str = ""
+
+
+def finetune(
+    module: nn.Module,
+    teacher: nn.Module | None,
+    batches: Batches | None,
+    options: FinetuneOptions | None = None,
+    progress: Progress | None = None,
+) -> Finetuned:
+    """Train a copy of ``module``.
+
+    Args:
+        module: The pruned classifier; takes the batches' inputs, returns (batch, classes).
+        teacher: The original model, or ``None`` to learn from labels alone.
+        batches: (inputs, labels or ``None``), iterated once per epoch; batches that can be
+            ``shuffled(seed)`` are, before each epoch. ``None`` trains nothing.
+        options: See :class:`FinetuneOptions`.
+        progress: Called after each step.
+
+    Returns:
+        The trained module and how it went.
+
+    Raises:
+        ConfigError: No labels and no teacher, outputs that are not class scores, or a loss that
+            is not finite (the rate is too high).
+    """
+    options = options or FinetuneOptions()
+    started = time.monotonic()
+    total = options.epochs * _length(batches) if batches is not None else 0
+    if batches is None or total == 0:
+        why = "no data" if batches is None else "no epochs or no batches"
+        return Finetuned(copy.deepcopy(module), (), 0, 0.0, f"nothing was trained: {why}")
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with torch.random.fork_rng():
+        torch.manual_seed(options.seed)
+        run = _Run(copy.deepcopy(module).to(device), _frozen(teacher, device), total, options)
+        losses = [
+            _epoch(run, _ordered(batches, options.seed + epoch), progress)
+            for epoch in range(options.epochs)
+        ]
+    trained = (run.average if run.average is not None else run.student).cpu().eval()
+    _restore_flags(trained, module)
+    return Finetuned(trained, tuple(losses), run.step, time.monotonic() - started)
+
+
+class _Run:
+    """The moving parts of one training run."""
+
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module | None, total: int, options: FinetuneOptions
+    ) -> None:
+        self.student = _trainable(student)
+        self.teacher = teacher
+        self.options = options
+        self.total = total
+        self.step = 0
+        self.average = copy.deepcopy(self.student) if options.ema else None
+        self.device = next(student.parameters()).device
+        weights = [p for p in student.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in weights if p.ndim > 1], "weight_decay": options.weight_decay},
+            {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.SGD(
+            [group for group in groups if group["params"]],
+            lr=options.lr,
+            momentum=options.momentum,
+            nesterov=options.momentum > 0,
+        )
+        self.amp = options.amp and self.device.type == "cuda"
+        bfloat16 = self.amp and torch.cuda.is_bf16_supported()
+        self.dtype = torch.bfloat16 if bfloat16 else torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp and not bfloat16)
+
+
+def _epoch(run: _Run, batches: Batches, progress: Progress | None) -> float:
+    losses = []
+    for batch in batches:
+        loss = _step(run, batch)
+        losses.append(loss)
+        if progress is not None:
+            progress(run.step, run.total, loss)
+    return sum(losses) / max(len(losses), 1)
+
+
+def _step(run: _Run, batch: Batch) -> float:
+    inputs = tuple(one.to(run.device, non_blocking=True) for one in batch[0])
+    labels = None if batch[1] is None else batch[1].to(run.device, non_blocking=True)
+    if len(inputs[0]) < 2:
+        run.step += 1
+        return 0.0  # BatchNorm has no variance of one sample
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(run.step, run.total, run.options)
+    with torch.autocast(run.device.type, dtype=run.dtype, enabled=run.amp):
+        student = logits_of(run.student(*inputs))
+        with torch.no_grad():
+            teacher = None if run.teacher is None else logits_of(run.teacher(*inputs)).float()
+    loss = distillation_loss(student.float(), teacher, labels, run.options)
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise ConfigError(
+            f"fine-tuning: the loss is {value} at step {run.step}; the learning rate "
+            f"{run.options.lr:g} is too high for this model, try {run.options.lr / 10:g}"
+        )
+    run.optimizer.zero_grad(set_to_none=True)
+    run.scaler.scale(loss).backward()
+    run.scaler.unscale_(run.optimizer)
+    nn.utils.clip_grad_norm_(run.student.parameters(), run.options.clip)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.step += 1
+    _update_average(run)
+    return value
+
+
+def learning_rate(step: int, total: int, options: FinetuneOptions) -> float:
+    """Return the rate at ``step`` of ``total``: a linear rise, then a cosine down to zero.
+
+    >>> learning_rate(5, 10, FinetuneOptions(lr=1.0, warmup=0.0))
+    0.5000000000000001
+    """
+    rise = options.warmup * total
+    if step < rise:
+        return options.lr * (step + 1) / (rise + 1)
+    return options.lr * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(total - rise, 1)))
+
+
+def distillation_loss(
+    student: Tensor, teacher: Tensor | None, labels: Tensor | None, options: FinetuneOptions
+) -> Tensor:
+    """Return (1 - alpha) * cross-entropy + alpha * T^2 * KL(teacher || student), a scalar.
+
+    Args:
+        student: Class scores, (batch, classes).
+        teacher: The teacher's, or ``None`` to learn from labels alone.
+        labels: (batch,), or ``None`` to learn from the teacher alone.
+        options: ``alpha`` and ``temperature`` are read.
+
+    Raises:
+        ConfigError: Neither teacher nor labels.
+    """
+    if teacher is None and labels is None:
+        raise ConfigError("fine-tuning needs labels or a teacher; found neither")
+    soft = hard = student.new_zeros(())
+    if teacher is not None:
+        heat = options.temperature
+        soft = heat**2 * F.kl_div(
+            F.log_softmax(student / heat, 1),
+            F.log_softmax(teacher / heat, 1),
+            reduction="batchmean",
+            log_target=True,
+        )
+    if labels is not None:
+        hard = F.cross_entropy(student, labels)
+    alpha = 1.0 if labels is None else 0.0 if teacher is None else options.alpha
+    return alpha * soft + (1 - alpha) * hard
+
+
+def _update_average(run: _Run) -> None:
+    if run.average is None:
+        return
+    decay = min(run.options.ema, (1 + run.step) / (10 + run.step))  # follow quickly at first
+    with torch.no_grad():
+        average = run.average.state_dict()
+        for name, value in run.student.state_dict().items():
+            if value.is_floating_point():
+                average[name].lerp_(value, 1 - decay)
+            else:
+                average[name].copy_(value)
+
+
+def _length(batches: Batches) -> int:
+    return sum(1 for _ in batches) if not isinstance(batches, Sized) else len(batches)
+
+
+def _ordered(batches: Batches, seed: int) -> Batches:
+    return batches.shuffled(seed) if isinstance(batches, Shuffled) else batches

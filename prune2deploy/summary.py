@@ -1,0 +1,256 @@
+"""From the outcome of a run to its artefacts, manifest and report.
+
+In: an :class:`~prune2deploy.job.Outcome`. Out: the files of the run directory, and the frozen
+values that ``report`` renders. Nothing is measured here.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
+
+from prune2deploy import candidate
+from prune2deploy.backends import registry
+from prune2deploy.candidate import Built
+from prune2deploy.job import Attempt, Job, Outcome
+from prune2deploy.journal import encode
+from prune2deploy.measure import LatencyStats
+from prune2deploy.plan.choices import grid
+from prune2deploy.report import write
+from prune2deploy.report.content import (
+    AxisLine,
+    BuildLine,
+    LayerLine,
+    Limits,
+    ParityLine,
+    Row,
+    RunReport,
+)
+from prune2deploy.rundir import RunDir
+from prune2deploy.units import ms
+
+VERDICTS: Mapping[str, str] = {
+    "met": "budget met",
+    "missed": "budget missed with the builds allowed",
+    "unreachable": "budget unreachable",
+    "uncertain": "too unstable to decide",
+}
+EXIT_CODES: Mapping[str, int] = {"met": 0, "missed": 4, "unreachable": 4, "uncertain": 6}
+
+
+def finish(job: Job, outcome: Outcome, seconds: float, name: str) -> RunReport:
+    """Write artefacts, report and manifest of a run; the manifest comes last."""
+    run, final = job.run, outcome.final
+    base = outcome.baseline.built
+    _keep(run, base.onnx, "baseline.onnx")
+    _keep(run, final.built.onnx, "model.onnx")
+    _keep(run, final.built.engine, "engine" + PurePath(final.built.engine).suffix)
+    run.write_text("plan.json", final.built.plan.to_json() + "\n")
+    run.write_text("target.toml", outcome.target.text)
+    trouble = candidate.save_module(run, outcome.module, job.example_inputs)
+    report = describe(outcome, seconds, name, (trouble,) if trouble else ())
+    write.write(report, run)
+    run.finish(manifest(outcome, report))
+    return report
+
+
+def _keep(run: RunDir, source: str, name: str) -> None:
+    """Copy a working file to its final place; a run that is rendered again has it there."""
+    if (run / source).exists() or not (run / name).exists():
+        run.copy(run / source, name)
+
+
+def describe(outcome: Outcome, seconds: float, name: str, notes: tuple[str, ...]) -> RunReport:
+    """The report of a run."""
+    final = outcome.final
+    seen = final.comparison
+    flags = (f"measurement flagged: {', '.join(seen.flags)}",) if seen.flags else ()
+    return RunReport(
+        model=name,
+        target=outcome.target.name,
+        met=outcome.verdict == "met",
+        verdict=verdict_text(outcome),
+        budget_ms=final.budget_ms,
+        speedup=1 / seen.ratio,
+        builds=len(outcome.probes) + sum(a.built.number > 0 for a in outcome.attempts),
+        seconds=seconds,
+        baseline=_row(seen.reference, outcome.baseline.built),
+        final=_row(seen.candidate, final.built),
+        limits=_limits(outcome),
+        parity=tuple(_parity(final.built)),
+        axes=_axes(outcome),
+        layers=_layers(outcome),
+        steps=_steps(outcome),
+        environment=environment(outcome.target, seen.fingerprint),
+        notes=(*outcome.notes, *final.built.notes, *flags, *notes),
+    )
+
+
+def verdict_text(outcome: Outcome) -> str:
+    """The verdict in words; an unreachable budget is told with its floor."""
+    told = VERDICTS[outcome.verdict]
+    if outcome.verdict != "unreachable" or outcome.floor_ms is None:
+        return told
+    return (
+        f"{told}: the smallest plan measured {outcome.floor_ms:.4g} ms against a budget of "
+        f"{outcome.final.budget_ms:.4g} ms, and {fixed_share(outcome):.0%} of the baseline's time "
+        "is in layers that pruning cannot touch"
+    )
+
+
+def manifest(outcome: Outcome, report: RunReport) -> dict[str, Any]:
+    """What other programs read; see ``rundir.KEYS``."""
+    seen = outcome.final.comparison
+    return {
+        "met": report.met,
+        "verdict": outcome.verdict,
+        "budget_ms": report.budget_ms,
+        "speedup": report.speedup,
+        "builds": report.builds,
+        "seconds": report.seconds,
+        "threads": outcome.target.threads,
+        "target": {
+            "name": outcome.target.name,
+            "precision": outcome.target.precision,
+            "channel_multiple": outcome.multiple,
+            "sha256": outcome.target.sha256,
+            "text": outcome.target.text,
+        },
+        "host": encode(seen.fingerprint),
+        "baseline": _entry(report.baseline),
+        "final": _entry(report.final),
+        "parity": [encode(line) for line in report.parity],
+        "floor_ms": outcome.floor_ms,
+        "fixed_share": report.limits.fixed_share,
+        "model": report.model,
+        "measurement": {
+            "ratio": seen.ratio,
+            "ratio_ci95": list(seen.ratio_ci95),
+            "clock": seen.clock,
+            "wall_p50_ms": seen.wall_p50_ms,
+            "control_ratio": seen.control_ratio,
+            "stopped": seen.stopped,
+            "flags": list(seen.flags),
+        },
+        "notes": list(report.notes),
+    }
+
+
+def _entry(row: Row) -> dict[str, Any]:
+    return dict(encode(row))
+
+
+def _row(latency: LatencyStats, built: Built) -> Row:
+    return Row(
+        latency.p50_ms,
+        latency.p95_ms,
+        latency.p99_ms,
+        latency.ci95_ms,
+        latency.samples,
+        built.params,
+        built.macs,
+        built.bytes,
+    )
+
+
+def _parity(built: Built) -> list[ParityLine]:
+    return [
+        ParityLine(
+            border.stages,
+            border.parity.max_abs,
+            border.parity.max_rel,
+            border.parity.tolerance,
+            border.parity.worst_output,
+            border.parity.passed,
+        )
+        for border in built.borders
+    ]
+
+
+def fixed_share(outcome: Outcome) -> float:
+    """Share of the baseline's time that no width changes; predicted by the latency model."""
+    return outcome.model.fixed_share if outcome.model else 0.0
+
+
+def _limits(outcome: Outcome) -> Limits:
+    profiled = sum(ms(o.ns) for o in outcome.baseline.profile)
+    own = outcome.target.channel_multiple is not None
+    return Limits(
+        floor_ms=outcome.floor_ms,
+        fixed_share=fixed_share(outcome),
+        overhead_ms=max(0.0, outcome.baseline.p50_ms - profiled) if profiled else 0.0,
+        channel_multiple=outcome.multiple,
+        multiple_source="given by the target profile" if own else "detected on this machine",
+    )
+
+
+def _axes(outcome: Outcome) -> tuple[AxisLine, ...]:
+    counts = outcome.final.built.plan.counts
+    steps = grid(outcome.graph, outcome.multiple)
+    return tuple(
+        AxisLine(
+            axis.name,
+            counts.get(axis.name, axis.size),
+            axis.size,
+            axis.frozen,
+            axis.name in counts and counts[axis.name] % steps[axis.name] != 0,
+        )
+        for axis in outcome.graph.axes
+    )
+
+
+def _layers(outcome: Outcome) -> tuple[LayerLine, ...]:
+    after = {o.name: ms(o.ns) for o in outcome.final.profile}
+    predicted = _predicted(outcome.final, outcome)
+    return tuple(
+        LayerLine(o.name, o.kind, ms(o.ns), after.get(o.name), predicted.get(o.name))
+        for o in outcome.baseline.profile
+    )
+
+
+def _predicted(final: Attempt, outcome: Outcome) -> dict[str, float]:
+    if outcome.model is None:
+        return {}
+    times = outcome.model.predict_operators(final.built.plan.counts)
+    return {o.name: t for o, t in zip(outcome.model.operators, times, strict=True)}
+
+
+def _steps(outcome: Outcome) -> tuple[BuildLine, ...]:
+    probes = [BuildLine(b.number, b.step, b.params, b.macs) for b in outcome.probes]
+    tried = [
+        BuildLine(
+            a.built.number,
+            a.built.step,
+            a.built.params,
+            a.built.macs,
+            a.predicted_ms,
+            a.comparison.candidate.p50_ms,
+            a.comparison.candidate.ci95_ms,
+            a.verdict,
+        )
+        for a in outcome.attempts
+    ]
+    return (*probes, *tried)
+
+
+def environment(target: Any, fingerprint: Mapping[str, Any]) -> dict[str, str]:
+    """Facts that latency depends on, as text; ``machine`` is what comparisons must share."""
+    facts = {
+        "machine": f"{fingerprint.get('cpu') or platform.machine()}, "
+        f"{fingerprint.get('cores', '?')} cores",
+        "target": f"{target.name} ({target.backend} on {target.device}, {target.precision})",
+        "threads": str(target.threads or "left to the runtime"),
+    }
+    known = {*facts, "cpu", "cores"}
+    facts |= {k: _text(v) for k, v in fingerprint.items() if k not in known}
+    return facts | {f"{n} version": v for n, v in registry.for_target(target).versions().items()}
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} {v}" for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value))
+    return str(value)

@@ -1,0 +1,380 @@
+"""A child process of the zoo: runs the checks on a list of models, one JSON line for each."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from prune2deploy.capture import capture
+from prune2deploy.errors import Prune2DeployError
+from prune2deploy.graph import Graph, trace
+from prune2deploy.graph.record import tensors_in
+from prune2deploy.plan.plan import Plan
+from prune2deploy.prune import apply
+
+TOLERANCE = 1e-3
+Result = dict[str, Any]
+
+
+def main() -> None:
+    """Read the task from the command line, write one JSON line per model."""
+    task = json.loads(sys.argv[1])
+    limit = int(task["gigabytes"] * 2**30)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    lines = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print does not mix with the results
+    for name in task["names"]:
+        lines.write(json.dumps(examine(name, task)) + "\n")
+        lines.flush()
+        gc.collect()
+
+
+def examine(name: str, task: dict[str, Any]) -> Result:
+    """Run every check of the stage on one model."""
+    from zoo_models import build
+
+    result: Result = {"name": name, "checks": {}}
+    try:
+        model, example = build(name)
+        _own(model, example, task["stage"], result)
+        if task["peer"]:
+            result["peer"] = _peer(model, example, task["peer_seconds"])
+    except MemoryError:
+        result["error"] = "crash: out of memory"
+    except Exception as error:
+        result["error"] = f"{type(error).__name__}: {error}"[:600]
+        if not isinstance(error, Prune2DeployError | AssertionError | CheckFailed):
+            result["error"] = "crash: " + result["error"] + _where(error)
+    return result
+
+
+class CheckFailed(Exception):  # noqa: N818  reads as the verdict it is
+    """A check that the original model passes and the pruned one does not."""
+
+
+def _where(error: BaseException) -> str:
+    step = error.__traceback__
+    places = []
+    while step is not None:
+        code = step.tb_frame.f_code
+        places.append(f"{Path(code.co_filename).name}:{step.tb_lineno}")
+        step = step.tb_next
+    return " at " + " ".join(places[-4:])
+
+
+def _own(model: nn.Module, example: Any, stage: str, result: Result) -> None:
+    checks = result["checks"]
+    checks["trace"] = False
+    begun = time.perf_counter()
+    with torch.no_grad():
+        _call(model, example)
+    result["seconds_forward"] = time.perf_counter() - begun
+    begun = time.perf_counter()
+    graph = trace(model, example)
+    result["seconds_trace"] = time.perf_counter() - begun
+    checks["trace"] = True
+    result |= facts(graph)
+    if stage == "trace":
+        return
+    checks["prune"] = False
+    begun = time.perf_counter()
+    pruned = apply(model, graph, half(graph))
+    result["seconds_prune"] = time.perf_counter() - begun
+    checks["prune"] = True
+    result["captured"] = isinstance(pruned, torch.fx.GraphModule)
+    result["params_after"] = sum(p.numel() for p in pruned.parameters())
+    failures: list[str] = []
+    steps: list[tuple[str, Callable[[], bool | None]]] = [
+        ("eval", lambda: _eval(model, pruned, example)),
+        ("train", lambda: _train(model, pruned, example, result)),
+        ("params", lambda: _dropped(graph, pruned, result)),
+        ("nothing", lambda: _nothing(model, graph, example)),
+    ]
+    if stage == "export":
+        steps.append(("onnx", lambda: _export(model, pruned, example, result)))
+    for name, step in steps:
+        checks[name] = False
+        try:
+            checks[name] = step()
+        except Exception as error:
+            failures.append(f"{name}: {type(error).__name__}: {error}{_where(error)}"[:400])
+    if failures:
+        result["error"] = " || ".join(failures)
+
+
+def half(graph: Graph) -> Plan:
+    """The first half of every prunable axis; ties hold since tied axes are equally wide."""
+    return Plan({a.name: tuple(range(max(1, a.size // 2))) for a in graph.prunable})
+
+
+def facts(graph: Graph) -> Result:
+    """What the table lists of a graph."""
+    cut = {m.tensor for axis in graph.prunable for m in axis.members}
+    weights = [name for name in graph.parameters if len(graph.tensors[name]) > 1]
+    full = graph.sizes({})
+    sizes = {name: math.prod(d(full) for d in graph.tensors[name]) for name in weights}
+    total = max(sum(sizes.values()), 1)
+    return {
+        "share": sum(n for name, n in sizes.items() if name in cut) / total,
+        "operators": graph.operators,
+        "axes": len(graph.axes),
+        "prunable": len(graph.prunable),
+        "unknown": dict(graph.unknown),
+        "blocks": len(graph.blocks),
+        "frozen": dict(Counter(a.frozen for a in graph.axes if a.frozen is not None)),
+        "outside": sorted((n for n in weights if n not in cut), key=lambda n: -sizes[n])[:5],
+        "params_before": graph.params(),
+    }
+
+
+def _call(model: nn.Module, example: Any) -> list[Tensor]:
+    out = model(**example) if isinstance(example, Mapping) else model(*example)
+    return list(tensors_in(out))
+
+
+def _shapes(tensors: list[Tensor]) -> list[tuple[int, ...]]:
+    return [tuple(t.shape) for t in tensors]
+
+
+def _eval(model: nn.Module, pruned: nn.Module, example: Any) -> bool:
+    model.eval(), pruned.eval()
+    with torch.no_grad():
+        before, after = _call(model, example), _call(pruned, example)
+    _same_ranks_and_shapes(before, after, model, example)
+    finite = all(t.isfinite().all() for t in before if t.is_floating_point())
+    if finite and not all(t.isfinite().all() for t in after if t.is_floating_point()):
+        raise CheckFailed("the pruned model returns values that are not finite")
+    parameters = [p for p in pruned.parameters() if p.requires_grad]
+    after = [t for t in _call(pruned, example) if t.requires_grad]
+    sum(t.float().mean() for t in after).backward()
+    reached = sum(p.grad is not None for p in parameters)
+    pruned.zero_grad(set_to_none=True)
+    if not reached:
+        raise CheckFailed("no parameter gets a gradient in evaluation mode")
+    return True
+
+
+def _same_ranks_and_shapes(
+    before: list[Tensor], after: list[Tensor], model: nn.Module, example: Any
+) -> None:
+    """Shapes agree, in dimensions that do not depend on the values of the input."""
+    if len(before) != len(after):
+        raise CheckFailed(f"{len(after)} outputs, expected {len(before)}")
+    varying = isinstance(example, tuple) and any(isinstance(e, list) for e in example)
+    for a, b in zip(_shapes(before), _shapes(after), strict=True):
+        if a[varying:] != b[varying:]:
+            raise CheckFailed(f"output shape {b}, expected {a}")
+
+
+def doubled(tree: Any) -> Any:
+    """Example inputs with a batch of two."""
+    if isinstance(tree, Tensor):
+        return torch.cat([tree, tree * 0.9 if tree.is_floating_point() else tree])
+    if isinstance(tree, Mapping):
+        return {key: doubled(item) for key, item in tree.items()}
+    if isinstance(tree, tuple):
+        return tuple(doubled(item) for item in tree)
+    return tree
+
+
+def _gradients(model: nn.Module, example: Any) -> list[tuple[int, ...]]:
+    """Train-mode forward and backward; the output shapes."""
+    model = copy.deepcopy(model).train()
+    torch.manual_seed(1)
+    made = _call(model, doubled(example))
+    differentiable = [t for t in made if t.requires_grad]
+    if not differentiable:
+        raise CheckFailed("no output has a gradient in training mode")
+    sum(t.float().mean() for t in differentiable).backward()
+    if not any(p.grad is not None for p in model.parameters()):
+        raise CheckFailed("no parameter gets a gradient in training mode")
+    return _shapes(made)
+
+
+def _train(model: nn.Module, pruned: nn.Module, example: Any, result: Result) -> bool | None:
+    try:
+        expected = _gradients(model, example)
+    except Exception as error:  # the original's own code decides what it can be called with
+        _note(result, f"original in training mode: {type(error).__name__}: {error}")
+        return None
+    found = _gradients(pruned, example)
+    if not result["captured"] and found != expected:
+        raise CheckFailed(f"training-mode outputs {found}, expected {expected}")
+    return True
+
+
+def _dropped(graph: Graph, pruned: nn.Module, result: Result) -> bool:
+    planned = graph.params(half(graph).counts)
+    if result["params_after"] != planned:
+        raise CheckFailed(f"{result['params_after']} parameters, the formulas say {planned}")
+    if planned >= graph.params():
+        raise CheckFailed("no parameter was removed")
+    return True
+
+
+def _nothing(model: nn.Module, graph: Graph, example: Any) -> bool | None:
+    """The captured form of the untouched model computes the same."""
+    model.eval()
+    captured = capture(copy.deepcopy(model), model, graph, Plan({})).eval()
+    with torch.no_grad():
+        torch.manual_seed(2)
+        before = _call(model, example)
+        torch.manual_seed(2)
+        after = _call(captured, example)
+    _same_ranks_and_shapes(before, after, model, example)
+    worst = _difference(before, after)
+    if not worst <= TOLERANCE:
+        raise CheckFailed(f"the captured model differs by {worst:.2e}")
+    return True
+
+
+def _difference(before: list[Tensor], after: list[Any]) -> float:
+    """Largest difference of any output over the largest value of that output."""
+    worst = 0.0
+    for a, b in zip(before, after, strict=True):
+        x, y = np.asarray(a.detach(), dtype=np.float64), np.asarray(b, dtype=np.float64)
+        if x.size and x.shape == y.shape:
+            scale = max(float(np.abs(x[np.isfinite(x)]).max(initial=0.0)), 1e-6)
+            same = (x == y) | (np.isnan(x) & np.isnan(y))
+            worst = max(worst, float(np.where(same, 0.0, np.abs(x - y)).max()) / scale)
+    return worst
+
+
+class _Flat(nn.Module):
+    """Takes the tensors of an example flat, as ONNX does, and calls the model as it wants."""
+
+    def __init__(self, model: nn.Module, example: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.example = example
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Give the model the example's structure, return its tensors flat."""
+        return tuple(_call(self.model, _filled(self.example, iter(tensors))))
+
+
+def _filled(tree: Any, tensors: Any) -> Any:
+    if isinstance(tree, Tensor):
+        return next(tensors)
+    if isinstance(tree, Mapping):
+        return {key: _filled(item, tensors) for key, item in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(_filled(item, tensors) for item in tree)
+    return tree
+
+
+def _export(model: nn.Module, pruned: nn.Module, example: Any, result: Result) -> bool | None:
+    from prune2deploy.export import to_onnx
+
+    result["checks"]["parity"] = False
+    tensors = tuple(tensors_in(example))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        try:
+            to_onnx(_Flat(pruned, example), tensors, path)
+            worst = _onnx_difference(pruned, example, tensors, path)
+        except Exception as error:
+            try:
+                to_onnx(_Flat(model, example), tensors, path)
+                worst = _onnx_difference(model, example, tensors, path)
+            except Exception as own:  # the exporter or the runtime lacks something of the original
+                _note(result, f"original in ONNX: {type(own).__name__}: {own}")
+                result["checks"]["parity"] = None
+                return None
+            raise CheckFailed(f"only the pruned model fails: {error}") from error
+        result["parity"] = worst
+        result["checks"]["parity"] = worst <= TOLERANCE
+        if not worst <= TOLERANCE:
+            to_onnx(_Flat(model, example), tensors, path)
+            own_worst = _onnx_difference(model, example, tensors, path)
+            _note(result, f"parity {worst:.1e}, of the original {own_worst:.1e}")
+            if own_worst > TOLERANCE:
+                result["checks"]["parity"] = None
+    return True
+
+
+def _onnx_difference(model: nn.Module, example: Any, tensors: Any, path: Path) -> float:
+    import onnxruntime as ort
+
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = 1
+    settings.log_severity_level = 4
+    session = ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+    taken = {i.name for i in session.get_inputs()}
+    names = ["input"] if len(tensors) == 1 else [f"input_{i}" for i in range(len(tensors))]
+    feeds = {n: t.numpy() for n, t in zip(names, tensors, strict=True) if n in taken}
+    found = session.run(None, feeds)
+    with torch.no_grad():
+        return _difference(_call(model.eval(), example), found)
+
+
+def _note(result: Result, text: str) -> None:
+    result["note"] = (result.get("note", "") + " " + text[:200]).strip()
+
+
+class PeerTimeout(BaseException):
+    """The peer took longer than it may."""
+
+
+def _peer(model: nn.Module, example: Any, seconds: int) -> Result:
+    """Torch-Pruning, 50 % uniform, no help for the model; the same shape and drop checks."""
+
+    def stop(*_: Any) -> None:
+        raise PeerTimeout
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    begun = time.perf_counter()
+    try:
+        text = _peer_run(copy.deepcopy(model).eval(), example)
+    except PeerTimeout:
+        text = f"more than {seconds} s"
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"[:120]
+    finally:
+        signal.alarm(0)
+    return {"ok": text == "ok", "text": text, "seconds": time.perf_counter() - begun}
+
+
+def _peer_run(model: nn.Module, example: Any) -> str:
+    import torch_pruning as tp
+
+    before = sum(p.numel() for p in model.parameters())
+    with torch.no_grad():
+        shapes = _shapes(_call(model, example))
+    final = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1:]
+    pruner = tp.pruner.MagnitudePruner(
+        model, dict(example) if isinstance(example, Mapping) else example,
+        importance=tp.importance.MagnitudeImportance(p=2), pruning_ratio=0.5,
+        ignored_layers=[m for m in final if isinstance(m, nn.Linear)],
+    )  # fmt: skip
+    pruner.step()
+    with torch.no_grad():
+        found = _shapes(_call(model.eval(), example))
+    if found != shapes:
+        return f"output shapes {found[:3]}, expected {shapes[:3]}"[:120]
+    after = sum(p.numel() for p in model.parameters())
+    return "ok" if after < before else "nothing pruned"
+
+
+if __name__ == "__main__":
+    main()
