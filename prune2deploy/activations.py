@@ -22,14 +22,55 @@ FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 
 
 def load_named(path: Path) -> Any:
-    """Load a model, infer its inner types, and give every node a name of its own."""
+    """Load a model with inner types inferred, constants stored as weights, every node named."""
     model = onnx.shape_inference.infer_shapes(onnx.load(str(path)), data_prop=True)
+    constants_as_initializers(model.graph)
     seen: set[str] = set()
     for i, node in enumerate(model.graph.node):
         if not node.name or node.name in seen:
             node.name = f"{node.op_type}_{i}"
         seen.add(node.name)
     return model
+
+
+def sort_nodes(graph: Any) -> None:
+    """Put every node behind those that it needs, and otherwise leave the order as it is."""
+    made = {output for node in graph.node for output in node.output}
+    ready: set[str] = {""}
+    waiting, ordered = list(graph.node), []
+    while waiting:
+        later = []
+        for node in waiting:
+            if all(name in ready or name not in made for name in needs(node)):
+                ordered.append(node)
+                ready.update(node.output)
+            else:
+                later.append(node)
+        assert len(later) < len(waiting), "the graph has a cycle"
+        waiting = later
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in ordered]
+    del graph.node[:]
+    graph.node.extend(copies)
+
+
+def needs(node: Any) -> set[str]:
+    """Names that a node reads, those read inside its branches and loops included."""
+    found = set(node.input)
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            for inner in attribute.g.node:
+                found |= needs(inner)
+    return found
+
+
+def constants_as_initializers(graph: Any) -> None:
+    """Store the values of Constant nodes beside the weights, where every tool finds them."""
+    for node in [n for n in graph.node if n.op_type == "Constant"]:
+        value = next((a.t for a in node.attribute if a.name == "value"), None)
+        if value is not None:
+            value.name = node.output[0]
+            graph.initializer.append(value)
+            graph.node.remove(node)
 
 
 def float_tensors(model: Any) -> tuple[str, ...]:
@@ -88,7 +129,7 @@ def extremes(path: Path, samples: Iterable[Mapping[str, Array]]) -> dict[str, tu
     """Least and largest value of every floating-point tensor over all samples."""
     model = load_named(path)
     names = float_tensors(model)
-    found = {name: (np.inf, -np.inf) for name in names}
+    found = dict.fromkeys(names, (np.inf, -np.inf))
     with opened(with_extremes(model, names)) as run:
         for feeds in samples:
             values = run(feeds)

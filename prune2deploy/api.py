@@ -25,6 +25,7 @@ from prune2deploy.importance import NAMES, score
 from prune2deploy.job import Job
 from prune2deploy.measure import Comparison
 from prune2deploy.plan.allocate import channels
+from prune2deploy.plan.choices import importance_curves
 from prune2deploy.plan.plan import Plan
 from prune2deploy.progress import Progress, silent
 from prune2deploy.prune import apply as apply_plan
@@ -131,7 +132,8 @@ def prune(
     config.one_of("importance", importance, NAMES)
     graph = trace_graph(model, example_inputs)
     scores = score(importance, model, graph)
-    counts = uniform_counts(graph, scores, ratio, channel_multiple)
+    curves = importance_curves(graph, scores)
+    counts = uniform_counts(graph, curves, ratio, channel_multiple)
     return apply_plan(model, graph, channels(graph, scores, counts), example_inputs)
 
 
@@ -184,19 +186,18 @@ def prune_to_budget(
             model,
             inputs,
             profile,
-            options,
             run,
             extras.get("batches"),
             finetune,
             progress=extras.get("progress", silent),
         )
-        return carry_out(job, name)
+        return carry_out(job, options, name)
 
 
-def carry_out(job: Job, name: str) -> Result:
+def carry_out(job: Job, options: RunOptions, name: str) -> Result:
     """Run the loop, then write artefacts, report and manifest."""
     job.run.journal.open_session()
-    outcome = loop.prune_to_budget(job)
+    outcome = loop.prune_to_budget(job, options)
     report = summary.finish(job, outcome, job.run.journal.seconds(), name)
     if report.met:  # else a later --resume with more builds goes on from them
         job.run.clear_work()

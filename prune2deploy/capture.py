@@ -42,12 +42,12 @@ def capture(pruned: nn.Module, source: nn.Module, graph: Graph, plan: Plan) -> f
     Raises:
         PruneError: the inputs are nested, or an operator cannot be written down.
     """
-    graph = _with_batch(source, graph)
+    graph = with_batch(source, graph)
     writer = _Writer(pruned, graph.recording, Widths(graph, plan))
-    return writer.write(source)
+    return writer.write(source, plan.removed)
 
 
-def _with_batch(source: nn.Module, graph: Graph) -> Graph:
+def with_batch(source: nn.Module, graph: Graph) -> Graph:
     """Trace again with a doubled batch, unless that changes what is recorded."""
     recording: Recording = graph.recording
     tensors = list(tensors_in(recording.example))
@@ -84,13 +84,19 @@ class _Writer:
         self.names = {number: name for name, number in reversed(recording.stored.items())}
         self.batch: dict[int, tuple[int, int]] = {}
 
-    def write(self, source: nn.Module) -> fx.GraphModule:
-        """Placeholders, operators in order, output."""
+    def write(self, source: nn.Module, removed: Sequence[str] = ()) -> fx.GraphModule:
+        """Placeholders, operators in order, output; removed blocks hand their input on."""
         self._placeholders(source)
         operations = self.recording.operations
-        calls = _plain_calls(self.recording)
+        blocks = self.recording.spans(removed)
+        calls = _plain_calls(self.recording, removed)
         at = 0
         while at <= len(operations):
+            if at in blocks:
+                block = blocks.pop(at)
+                self.nodes[block.outputs[0]] = self.value(block.inputs[0])
+                at = block.last
+                continue
             if calls.get(at):
                 call = calls[at].pop(0)
                 self._call_module(call)
@@ -217,10 +223,13 @@ def _parameter_names(source: nn.Module, count: int) -> list[str]:
     return known[:count] if len(known) >= count else [f"input_{i}" for i in range(count)]
 
 
-def _plain_calls(recording: Recording) -> dict[int, list[ModuleCall]]:
+def _plain_calls(recording: Recording, removed: Sequence[str]) -> dict[int, list[ModuleCall]]:
     """Calls of childless ``torch.nn`` modules with one tensor in and one out, by first operator."""
     found: dict[int, list[ModuleCall]] = {}
+    inside = tuple(f"{name}." for name in removed)
     for call in recording.calls:
+        if call.name.startswith(inside):
+            continue
         single = call.plain and len(call.inputs) == 1 and len(call.outputs) == 1
         standard = type(call.module).__module__.startswith("torch.nn.modules")
         childless = not call.module._modules

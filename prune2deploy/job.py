@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from prune2deploy import measure
 from prune2deploy.candidate import Built
-from prune2deploy.config import Budget, RunOptions
+from prune2deploy.config import Budget
 from prune2deploy.graph import Graph
 from prune2deploy.measure import Comparison, Measurement
 from prune2deploy.plan.latency_model import LatencyModel
@@ -30,13 +30,12 @@ Finetune = Callable[[nn.Module], nn.Module | None]
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """What one run works on.
+    """What a run or a sweep works on.
 
     Attributes:
         module: The model; it is not changed.
         example_inputs: What ``module(*example_inputs)`` takes.
         target: Where the result runs.
-        options: The checked options.
         run: The opened run directory.
         batches: Calibration data, or ``None``.
         finetune: Called with the pruned module; trains it in place or returns another.
@@ -48,7 +47,6 @@ class Job:
     module: nn.Module
     example_inputs: tuple[Tensor, ...]
     target: Target
-    options: RunOptions
     run: RunDir
     batches: Any = None
     finetune: Finetune | None = None

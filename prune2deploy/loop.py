@@ -28,7 +28,7 @@ from torch import nn
 from prune2deploy import candidate, measure
 from prune2deploy.backends import registry
 from prune2deploy.candidate import Built, Workshop
-from prune2deploy.config import FILL
+from prune2deploy.config import FILL, ModelOptions, RunOptions
 from prune2deploy.errors import ConfigError, MissingBackend
 from prune2deploy.graph import trace
 from prune2deploy.importance import score
@@ -40,14 +40,14 @@ from prune2deploy.plan.choices import Choice, Problem, choices, importance_curve
 from prune2deploy.plan.latency_model import LatencyModel
 from prune2deploy.plan.plan import Plan
 from prune2deploy.prune import apply as apply_plan
-from prune2deploy.recover import reestimate_batchnorm
+from prune2deploy.recover.batchnorm import reestimate_batchnorm
 from prune2deploy.target import Target
 
 NUDGES = 12  # times that the aim is moved to find a plan that was not tried before
 NUDGE = 0.005
 
 
-def prune_to_budget(job: Job) -> Outcome:
+def prune_to_budget(job: Job, options: RunOptions) -> Outcome:
     """Prune until the measured latency meets the budget, or say that it cannot be met.
 
     Raises:
@@ -57,8 +57,8 @@ def prune_to_budget(job: Job) -> Outcome:
         BackendError: A build failed.
         MeasureError: A measurement failed.
     """
-    shop = open_workshop(job)
-    search = Search(job, shop, measure_baseline(shop))
+    shop = open_workshop(job, options.model, options.max_builds)
+    search = Search(job, options, shop, measure_baseline(shop))
     search.unpruned()
     if not search.done:
         search.probe()
@@ -66,9 +66,9 @@ def prune_to_budget(job: Job) -> Outcome:
     return search.recover()
 
 
-def open_workshop(job: Job) -> Workshop:
-    """Check that the target is usable, and trace the model."""
-    target = candidate.with_precision(job.target, job.options.model.precision)
+def open_workshop(job: Job, options: ModelOptions, builds: int) -> Workshop:
+    """Check that the target is usable, and trace the model; ``builds`` is for progress."""
+    target = candidate.with_precision(job.target, options.precision)
     if target.precision == "int8" and job.batches is None:
         raise ConfigError("precision int8 needs calibration data: add --data RECIPE")
     backend = registry.for_target(target)
@@ -84,7 +84,7 @@ def open_workshop(job: Job) -> Workshop:
         backend,
         job.run,
         job.progress,
-        job.options.max_builds,
+        builds,
         job.input_names,
         job.output_names,
         job.batches,
@@ -130,9 +130,9 @@ class Wanted:
 class Search:
     """The search of one run: what has been built and measured so far, and what comes next."""
 
-    def __init__(self, job: Job, shop: Workshop, baseline: Baseline) -> None:
-        self.job, self.shop, self.baseline = job, shop, baseline
-        self.budget = job.options.budget
+    def __init__(self, job: Job, options: RunOptions, shop: Workshop, baseline: Baseline) -> None:
+        self.job, self.options, self.shop, self.baseline = job, options, shop, baseline
+        self.budget = options.budget
         self.graph = shop.graph
         self.multiple = channel_multiple(shop.target)
         self.probes: list[Built] = []
@@ -163,7 +163,7 @@ class Search:
         """Builds that the search may still use; recovery needs one at the end."""
         spare = 1 if self._recovers else 0
         used = len(self.probes) + sum(a.built.number > 0 for a in self.attempts)
-        return self.job.options.max_builds - spare - used
+        return self.options.max_builds - spare - used
 
     @property
     def _recovers(self) -> bool:
@@ -171,14 +171,12 @@ class Search:
 
     def probe(self) -> None:
         """Build and profile random aligned plans: the latency model is learnt from them."""
-        self.scores = score(
-            self.job.options.importance, self.job.module, self.graph, self.job.batches
-        )
+        self.scores = score(self.options.importance, self.job.module, self.graph, self.job.batches)
         self.choices = choices(
             self.graph, importance_curves(self.graph, self.scores), multiple=self.multiple
         )
-        wanted = min(self.job.options.probes, self.builds_left - 1)
-        dice = random.Random(self.job.options.model.seed)  # noqa: S311  (no secret)
+        wanted = min(self.options.probes, self.builds_left - 1)
+        dice = random.Random(self.options.model.seed)  # noqa: S311  (no secret)
         for number in range(1, wanted + 1):
             plan = channels(self.graph, self.scores, random_counts(self.choices, dice))
             built = candidate.build(self.shop, number, "probe", plan)

@@ -17,7 +17,12 @@ import onnx
 from onnx import TensorProto, numpy_helper
 
 from prune2deploy import parity, quantize
-from prune2deploy.activations import error_jumps, extremes, load_named
+from prune2deploy.activations import (
+    error_jumps,
+    extremes,
+    load_named,
+    sort_nodes,
+)
 from prune2deploy.atomic import replacing, scratch
 from prune2deploy.errors import ExportError
 from prune2deploy.parity import Array, Parity
@@ -112,7 +117,9 @@ def to_fp16(
     def convert(target: Path, kept: Collection[str]) -> None:
         _write_half(path, target, [*fixed, *kept])
 
-    found = _search(path, out, convert, _Judge(path, chosen, "fp16", tolerance), None)
+    found = _search(
+        path, out, convert, _Judge(path, chosen, "fp16", Int8Options(max_error=tolerance)), None
+    )
     kept = (*fixed, *(name for name in found.kept if name not in set(fixed)))
     return _report(path, "fp16", found, kept)
 
@@ -142,7 +149,7 @@ def to_int8(
     def convert(target: Path, kept: Collection[str]) -> None:
         quantize.quantize(path, target, ranges, chosen.recipe, [*chosen.keep, *kept])
 
-    judge = _Judge(path, samples, "int8", chosen.max_error, chosen.evaluate, chosen.max_drop)
+    judge = _Judge(path, samples, "int8", chosen)
     found = _search(path, out, convert, judge, candidates)
     return _report(path, "int8", found, (*chosen.keep, *found.kept))
 
@@ -163,15 +170,12 @@ class _Judge:
         path: Path,
         samples: Sequence[Mapping[str, Array]],
         precision: str,
-        max_error: float | None,
-        evaluate: Evaluate | None = None,
-        max_drop: float = 0.0,
+        limits: Int8Options,
     ) -> None:
         self.samples = samples
         self._runner = parity.onnx_runner(path)
-        self._precision, self._max_error = precision, max_error
-        self._evaluate, self._max_drop = evaluate, max_drop
-        self._reference = evaluate(path) if evaluate else 0.0
+        self._precision, self._limits = precision, limits
+        self._reference = limits.evaluate(path) if limits.evaluate else 0.0
 
     def __call__(self, candidate: Path) -> _Verdict:
         compared = parity.compare(
@@ -179,12 +183,12 @@ class _Judge:
             parity.onnx_runner(candidate),
             self.samples,
             precision=self._precision,
-            tolerance=self._max_error,
+            tolerance=self._limits.max_error,
         )
-        if self._evaluate is None:
+        if self._limits.evaluate is None:
             return _Verdict(compared, None, compared.passed, compared.max_rel)
-        drop = self._reference - self._evaluate(candidate)
-        return _Verdict(compared, drop, drop <= self._max_drop, drop)
+        drop = self._reference - self._limits.evaluate(candidate)
+        return _Verdict(compared, drop, drop <= self._limits.max_drop, drop)
 
 
 @dataclass(frozen=True)
@@ -272,7 +276,9 @@ def _write_half(path: Path, out: Path, blocked: Sequence[str]) -> None:
             half = convert_float_to_float16(
                 model, keep_io_types=False, node_block_list=list(blocked)
             )
-        _join_casts(half.graph)
+        _join_casts(half.graph, set(blocked))
+        sort_nodes(half.graph)
+        del half.graph.value_info[:]  # some still tell the types of before
         with replacing(out) as temporary:
             onnx.save_model(half, str(temporary))
             onnx.checker.check_model(str(temporary), full_check=True)
@@ -285,28 +291,28 @@ def _write_half(path: Path, out: Path, blocked: Sequence[str]) -> None:
         ) from error
 
 
-def _join_casts(graph: Any) -> None:
+def _join_casts(graph: Any, blocked: Collection[str]) -> None:
     """Connect neighbours that both stayed in fp32 directly: between them fp16 would overflow."""
-    halves = {
-        n.output[0]: n.input[0] for n in graph.node if n.op_type == "Cast" and _to(n) == "half"
-    }
+    wide = {output for node in graph.node if node.name in blocked for output in node.output}
+    halves = {n.output[0]: n.input[0] for n in _casts(graph, TensorProto.FLOAT16)}
     names = {
         n.output[0]: halves[n.input[0]]
-        for n in graph.node
-        if n.op_type == "Cast" and _to(n) == "float" and n.input[0] in halves
+        for n in _casts(graph, TensorProto.FLOAT)
+        if halves.get(n.input[0]) in wide
     }
     for node in graph.node:
         for i, name in enumerate(node.input):
-            if name in names:
-                node.input[i] = names[name]
-    used = {name for node in graph.node for name in node.input} | {o.name for o in graph.output}
-    for node in [n for n in graph.node if n.op_type == "Cast" and n.output[0] not in used]:
-        graph.node.remove(node)
-    used = {name for node in graph.node for name in node.input} | {o.name for o in graph.output}
-    for node in [n for n in graph.node if n.op_type == "Cast" and n.output[0] not in used]:
-        graph.node.remove(node)
+            node.input[i] = names.get(name, name)
+    for kind in (TensorProto.FLOAT, TensorProto.FLOAT16):  # consumers before their producers
+        used = {name for node in graph.node for name in node.input}
+        used |= {output.name for output in graph.output}
+        for node in [n for n in _casts(graph, kind) if n.output[0] not in used]:
+            graph.node.remove(node)
 
 
-def _to(node: Any) -> str:
-    kind = next((a.i for a in node.attribute if a.name == "to"), 0)
-    return {TensorProto.FLOAT: "float", TensorProto.FLOAT16: "half"}.get(kind, "other")
+def _casts(graph: Any, kind: int) -> list[Any]:
+    return [
+        node
+        for node in graph.node
+        if node.op_type == "Cast" and any(a.name == "to" and a.i == kind for a in node.attribute)
+    ]

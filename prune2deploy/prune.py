@@ -10,7 +10,7 @@ operators are handed back as a captured module instead (``capture``).
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from prune2deploy.capture import capture
 from prune2deploy.errors import PruneError
 from prune2deploy.graph.axes import Graph
-from prune2deploy.graph.record import Recording, Ref, quiet, run, tensors_in
+from prune2deploy.graph.record import (
+    Forward,
+    Operation,
+    Recording,
+    Ref,
+    quiet,
+    run,
+    tensors_in,
+)
 from prune2deploy.graph.trace import unwrap
 from prune2deploy.plan.plan import Plan
 from prune2deploy.widths import Widths
@@ -56,7 +64,10 @@ def apply(model: nn.Module, graph: Graph, plan: Plan, example_inputs: Any = None
     slice_tensors(pruned, kept)
     widths = Widths(graph, plan)
     update_attributes(pruned, recording, widths)
-    if runs_as_planned(pruned, recording, widths, example):
+    for name in plan.removed:
+        pruned.set_submodule(name, nn.Identity())
+    operations = recording.without(plan.removed)
+    if runs_as_planned(pruned, operations, widths, example, recording.forward_fn):
         return pruned
     captured = capture(pruned, source, graph, plan)
     check_outputs(captured, recording, widths, example)
@@ -183,17 +194,23 @@ class _Shapes(TorchDispatchMode):
         return result
 
 
-def runs_as_planned(module: nn.Module, recording: Recording, widths: Widths, example: Any) -> bool:
-    """Whether every operator of the module returns the shapes that the plan implies."""
+def runs_as_planned(
+    module: nn.Module,
+    operations: Sequence[Operation],
+    widths: Widths,
+    example: Any,
+    forward_fn: Forward | None = None,
+) -> bool:
+    """Whether the module runs these operators, and each returns the shapes that the plan implies."""
     shapes = _Shapes()
     try:
         with quiet(module), shapes:
-            run(module, example, recording.forward_fn)
+            run(module, example, forward_fn)
     except Exception:  # noqa: BLE001  the user's code may fail in any way when widths change
         return False
-    if len(shapes.seen) != len(recording.operations):
+    if len(shapes.seen) != len(operations):
         return False
-    for (name, found), operation in zip(shapes.seen, recording.operations, strict=True):
+    for (name, found), operation in zip(shapes.seen, operations, strict=True):
         if name != operation.func._schema.name:
             return False
         planned = tuple(widths.shape(dims) for dims in operation.layouts)

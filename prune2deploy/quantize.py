@@ -113,6 +113,7 @@ def _with_pairs(model: Any, ranges: Ranges, recipe: Recipe, keep: Collection[str
         },
     )
     quantizer.quantize_model()
+    quantizer.model.topological_sort()  # it appends its nodes at the end
     return quantizer.model.model
 
 

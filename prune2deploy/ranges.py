@@ -147,6 +147,8 @@ def entropy_threshold(counts: Counts) -> int:
     Returns:
         Number of bins kept, between ``LEVELS`` and ``len(counts)``.
     """
+    counts = counts.copy()
+    counts[0] = counts[1]  # zeros, of which a ReLU makes many, lose nothing at any threshold
     best, least = len(counts), np.inf
     for kept in range(LEVELS, len(counts) + 1, LEVELS // 8):
         reference = counts[:kept].astype(np.float64)

@@ -46,7 +46,7 @@ def folder(kind: str) -> Path:
 
 def files(kind: str) -> dict[str, Path]:
     """Return the shipped files of ``kind``: name without ``.toml`` to path, sorted by name."""
-    return {path.stem: path for path in sorted(folder(kind).glob("*.toml"))}
+    return dict(sorted((path.stem, path) for path in folder(kind).glob("*.toml")))
 
 
 def find(kind: str, name_or_path: str | Path) -> Path:

@@ -218,6 +218,7 @@ def _predicted(final: Attempt, outcome: Outcome) -> dict[str, float]:
 
 
 def _steps(outcome: Outcome) -> tuple[BuildLine, ...]:
+    """Builds in order; predictions are scaled to the speed of the machine in that session."""
     probes = [BuildLine(b.number, b.step, b.params, b.macs) for b in outcome.probes]
     tried = [
         BuildLine(
@@ -225,7 +226,7 @@ def _steps(outcome: Outcome) -> tuple[BuildLine, ...]:
             a.built.step,
             a.built.params,
             a.built.macs,
-            a.predicted_ms,
+            a.predicted_ms * a.comparison.reference.p50_ms / outcome.baseline.p50_ms,
             a.comparison.candidate.p50_ms,
             a.comparison.candidate.ci95_ms,
             a.verdict,

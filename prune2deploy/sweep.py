@@ -1,14 +1,13 @@
 """Latency against pruning ratio: every axis loses the same fraction, each model is measured.
 
-In: a :class:`SweepJob`. Out: a report with one point per ratio, measured interleaved with the
-unpruned model. Widths stay on the grid of the target's channel multiple, so neighbouring ratios
+In: a :class:`~prune2deploy.job.Job`. Out: a report with one point per ratio, measured interleaved
+with the unpruned model. Widths stay on the grid of the target's channel multiple, so neighbouring ratios
 may give the same model; it is then built and measured once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from prune2deploy import candidate, loop, measure, summary
 from prune2deploy.candidate import Built, Workshop
@@ -37,3 +36,68 @@ def uniform_counts(
         width = int(min(choice.options, key=lambda n: (abs(n - wanted), -n)))
         counts.update(dict.fromkeys(choice.axes, width))
     return counts
+
+
+def sweep(job: Job, options: SweepOptions, name: str) -> SweepReport:
+    """Build and measure one model per ratio, and write the report into the run directory.
+
+    Raises:
+        TraceError: The model does not run or has nothing to prune.
+        MissingBackend: The target is not usable here.
+        BackendError: A build failed.
+        MeasureError: A measurement failed.
+    """
+    job.run.journal.open_session()
+    shop = loop.open_workshop(job, options.model, len(options.ratios))
+    multiple = loop.channel_multiple(shop.target)
+    scores = score(options.importance, job.module, shop.graph, job.batches)
+    curves = importance_curves(shop.graph, scores)
+    baseline = candidate.build(shop, 0, "baseline", Plan({}))
+    seen: dict[str, tuple[Built, Comparison]] = {}
+    points = []
+    for number, ratio in enumerate(options.ratios, start=1):
+        plan = channels(shop.graph, scores, uniform_counts(shop.graph, curves, ratio, multiple))
+        same = plan.to_json()
+        if same not in seen:
+            built = candidate.build(shop, number, "ratio", plan) if plan.kept else baseline
+            seen[same] = (built, _compare(shop, built, baseline))
+        points.append(_point(ratio, *seen[same]))
+    last = next(iter(seen.values()))[1]
+    report = SweepReport(
+        name,
+        shop.target.name,
+        multiple,
+        last.reference.p50_ms,
+        tuple(points),
+        summary.environment(shop.target, last.fingerprint),
+    )
+    job.run.copy(job.run / baseline.onnx, "baseline.onnx")
+    write.write(report, job.run)
+    return report
+
+
+def _compare(shop: Workshop, built: Built, baseline: Built) -> Comparison:
+    def work() -> Comparison:
+        shop.say("measuring", built.number)
+        (shop.run / "raw").mkdir(exist_ok=True)
+        return measure.compare(
+            shop.engine(built),
+            shop.engine(baseline),
+            shop.target,
+            raw_path=shop.run / f"raw/{built.key}.npz",
+        )
+
+    return shop.run.journal.once(f"{built.key}/compare", Comparison, work)
+
+
+def _point(ratio: float, built: Built, seen: Comparison) -> SweepPoint:
+    low, high = seen.ratio_ci95
+    return SweepPoint(
+        ratio,
+        built.macs,
+        built.params,
+        seen.candidate.p50_ms,
+        seen.candidate.ci95_ms,
+        1 / seen.ratio,
+        (1 / high, 1 / low),
+    )

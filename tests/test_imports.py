@@ -21,12 +21,12 @@ ORDER = [
     {"plan"},
     {"prune", "capture", "widths"},
     {"recover"},
-    {"export", "simplify", "precision", "parity"},
+    {"export", "simplify", "precision", "parity", "activations"},
     {"backends"},
     {"measure"},
     {"journal", "rundir"},
     {"report"},
-    {"loop", "job", "sweep", "candidate", "summary"},
+    {"loop", "job", "sweep", "candidate", "summary", "inspection"},
     {"pruning"},
     {"api", "cli", "commands", "console", "__init__", "__main__"},
 ]
@@ -144,3 +144,15 @@ def test_help_and_usage_errors_need_no_library(then):
     heavy = ("torch", "numpy", "onnx", "onnxruntime", "scipy", "matplotlib", "rich")
     done = run_blocked((*OPTIONAL, *heavy), then)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_target_that_is_not_here_is_told_before_torch_is_imported(tmp_path):
+    path = tmp_path / "absent.toml"
+    ort = (PACKAGE.parent / "targets/ort.toml").read_text("utf-8")
+    path.write_text(ort.replace("CPUExecutionProvider", "NonsenseProvider"))
+    call = ["run", "--target", str(path), "--speedup", "2"]
+    done = run_blocked(
+        (*OPTIONAL, "torch"), f"from prune2deploy.cli import run; assert run({call!r}) == 3"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "pip install" in done.stderr

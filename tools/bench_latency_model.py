@@ -25,16 +25,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from prune2deploy import export, models, simplify, target
 from prune2deploy.backends import registry
+from prune2deploy.backends.base import Engine, Session
 from prune2deploy.graph import trace
 from prune2deploy.measure import fingerprint, native_channel_multiple
 from prune2deploy.plan.latency_model import Build, fit
 from prune2deploy.plan.plan import Plan
 from prune2deploy.plan.probes import probes
 from prune2deploy.prune import apply
+from prune2deploy.timing import OperatorTiming
 
 PROBES, HELD, RUNS, ROUNDS = 6, 8, 30, 40
 
@@ -44,14 +47,16 @@ class Taken:
     """One build with its profile and its median wall time in baseline milliseconds."""
 
     counts: dict[str, int]
-    profile: tuple
+    profile: tuple[OperatorTiming, ...]
     wall_ms: float
 
 
 class Bench:
     """Builds plans of one model on one target."""
 
-    def __init__(self, spec: str, target_name: str, size: tuple[int, int] | None, folder: Path):
+    def __init__(
+        self, spec: str, target_name: str, size: tuple[int, int] | None, folder: Path
+    ) -> None:
         self.loaded = models.load(spec, weights=None, input_size=size, batch=1, seed=0)
         self.target = target.load(target_name)
         self.backend = registry.for_target(self.target)
@@ -59,13 +64,14 @@ class Bench:
         self.multiple = self.target.channel_multiple or native_channel_multiple()
         self.folder = folder
         self.base = self._engine({}, "base")
+        self.base_ms = 0.0
 
-    def _engine(self, counts: dict[str, int], name: str):
+    def _engine(self, counts: dict[str, int], name: str) -> Engine:
         plan = Plan({a: tuple(range(c)) for a, c in counts.items() if c < self.graph[a].size})
-        module = apply(self.loaded.module, self.graph, plan, self.loaded.example_inputs)
-        exported = export.to_onnx(
-            module, self.loaded.example_inputs, self.folder / name / "exported.onnx"
-        )
+        module, inputs = self.loaded.module, self.loaded.example_inputs
+        if plan.kept:
+            module = apply(module, self.graph, plan, inputs)
+        exported = export.to_onnx(module, inputs, self.folder / name / "exported.onnx")
         report = simplify.simplify(exported, self.folder / name / "model.onnx")
         return self.backend.build(report.path, self.target, self.folder / name)
 
@@ -82,12 +88,11 @@ class Bench:
         ratio = statistics.median(
             (a.cpu_ns or a.wall_ns) / (b.cpu_ns or b.wall_ns) for a, b in pairs
         )
-        self.base_ms = getattr(self, "base_ms", None) or statistics.median(
-            b.wall_ns / 1e6 for _, b in pairs
-        )
+        if not counts:
+            self.base_ms = statistics.median(b.wall_ns / 1e6 for _, b in pairs)
         return Taken(counts, profile, ratio * self.base_ms)
 
-    def _feeds(self, session):
+    def _feeds(self, session: Session) -> dict[str, npt.NDArray[np.generic]]:
         rng = np.random.default_rng(0)
         return {
             spec.name: rng.standard_normal(spec.shape).astype(spec.dtype) for spec in session.inputs

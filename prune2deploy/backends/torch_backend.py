@@ -106,7 +106,7 @@ def _sees_gpu() -> Availability:
         return Availability(True)
     return Availability(
         False,
-        f"torch {torch.__version__} cannot use the GPU (it was built for CUDA {torch.version.cuda})",
+        f"torch {torch.__version__} (for CUDA {torch.version.cuda}) cannot use the GPU",
         "install the build of torch for your driver's CUDA version",
     )
 

@@ -6,8 +6,8 @@ In: nothing but plain values. Out: what planning, pruning and reporting read. No
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -176,6 +176,27 @@ class Graph:
             if axis.tie is not None:
                 found.setdefault(axis.tie, []).append(axis.name)
         return tuple(tuple(names) for names in found.values() if len(names) > 1)
+
+    def without(self, removed: Sequence[str]) -> Graph:
+        """The graph once the named blocks are taken out, with the axes that then remain."""
+        prefixes = tuple(f"{name}." for name in removed)
+        if not prefixes:
+            return self
+        cut = (
+            replace(
+                axis, members=tuple(m for m in axis.members if not m.tensor.startswith(prefixes))
+            )
+            for axis in self.axes
+        )
+        return replace(
+            self,
+            axes=tuple(axis for axis in cut if axis.members),
+            layers=tuple(x for x in self.layers if not f"{x.name}.".startswith(prefixes)),
+            tensors={n: d for n, d in self.tensors.items() if not n.startswith(prefixes)},
+            parameters=frozenset(n for n in self.parameters if not n.startswith(prefixes)),
+            blocks=tuple(b for b in self.blocks if not f"{b.name}.".startswith(prefixes)),
+            _by_name={},
+        )
 
     def sizes(self, kept: Counts) -> dict[str, int]:
         """Fill ``kept`` up with the full size of every axis that it leaves out."""

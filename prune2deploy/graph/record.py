@@ -7,7 +7,7 @@ everything that runs in Python can be recorded, whatever its control flow.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -103,6 +103,15 @@ class Recording:
     axis_names: dict[int, str] = field(default_factory=dict)
     example: Any = None
     forward_fn: Forward | None = None
+
+    def spans(self, removed: Sequence[str]) -> dict[int, ModuleCall]:
+        """The call of each named block by its first operator."""
+        return {call.first: call for call in self.calls if call.name in removed}
+
+    def without(self, removed: Sequence[str]) -> list[Operation]:
+        """The operators that remain when the named blocks are taken out."""
+        gone = {i for call in self.spans(removed).values() for i in range(call.first, call.last)}
+        return [op for place, op in enumerate(self.operations) if place not in gone]
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,13 +27,19 @@ from prune2deploy.errors import MeasureError, Prune2DeployError
 Progress = Callable[[str, float], None]
 
 
-def run(spec: Mapping[str, Any], seconds: float, progress: Progress | None) -> dict[str, Any]:
-    """Start ``prune2deploy.measure.worker`` on ``spec`` and wait for its result.
+def run(
+    spec: Mapping[str, Any],
+    seconds: float,
+    progress: Progress | None,
+    module: str = "prune2deploy.measure.worker",
+) -> dict[str, Any]:
+    """Start a worker module on ``spec`` and wait for its result.
 
     Args:
         spec: What the worker is to do (see there); ``threads`` limits the libraries' thread pools.
         seconds: Time limit; the child is killed beyond it.
         progress: Told what the child reports.
+        module: What to run as the worker.
 
     Raises:
         Prune2DeployError: What the child raised.
@@ -44,7 +50,7 @@ def run(spec: Mapping[str, Any], seconds: float, progress: Progress | None) -> d
         path.write_text(json.dumps(spec), encoding="utf-8")
         with (Path(folder) / "stderr").open("w+b") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "prune2deploy.measure.worker", str(path)],
+                [sys.executable, "-m", module, str(path)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -39,8 +39,7 @@ def load(request: Request) -> LoadedModel:
     """
     with _quiet():
         module, task = _network(request.name)
-    for part in module.modules():
-        _set_for_export(part)
+    set_export(module, True)
     default = 224 if task == "classify" else 640
     size = request.size((default, default))
     channels = int(module.yaml.get("channels", 3))
@@ -108,19 +107,21 @@ def _check_yaml(path: Path, scale: str, folder: Path) -> None:
     )
 
 
-def _set_for_export(part: nn.Module) -> None:
-    """Have a head return its decoded predictions only, as ultralytics' own exporter sets it.
+def set_export(module: nn.Module, on: bool) -> None:
+    """Have the heads return decoded predictions only, as ultralytics' exporter does; in place.
 
-    Every head of theirs that behaves differently in a deployed model declares the class
-    attribute ``export``; ``format`` and ``shape`` (a cached grid) go with it.
+    Its trainer and validator need the raw predictions too: switch off before them, on after.
+    Every head that behaves differently in a deployed model declares the class attribute
+    ``export``; ``format`` and ``shape`` (a cached grid) go with it.
     """
-    declared = vars(type(part)).keys() | {k for base in type(part).__mro__ for k in vars(base)}
-    if "export" not in declared:
-        return
-    part.export = True  # type: ignore[assignment]
-    part.format = "onnx"  # type: ignore[assignment]
-    if "shape" in declared:
-        part.shape = None  # type: ignore[assignment]
+    for part in module.modules():
+        declared = {name for base in type(part).__mro__ for name in vars(base)}
+        if "export" not in declared:
+            continue
+        part.export = on  # type: ignore[assignment]
+        part.format = "onnx" if on else None  # type: ignore[assignment]
+        if "shape" in declared:
+            part.shape = None  # type: ignore[assignment]
 
 
 def _preprocessing(task: str, size: tuple[int, int]) -> Preprocessing:

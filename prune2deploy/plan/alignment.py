@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from prune2deploy.errors import PlanError
 
-WIDTHS = (64, 66, 68, 72, 80, 88, 96, 100, 112, 128)
+WIDTHS = (64, 66, 68, 70, 72, 74, 80, 88, 96, 100, 112, 128)
 STEPS = (1, 4, 8, 16, 32, 64)
 FAMILIES = ("conv3x3", "conv1x1", "depthwise", "matmul")
 
@@ -28,7 +28,7 @@ _ROWS = 196  # of the matrix products
 _PAIRS = 2
 _CLIFF = 1.05  # off the fast path: slower than the next wider model by this factor
 _BETTER = 0.6  # a coarser step must leave at most this share of the finer one's squared error
-_FLAT = 0.01  # squared errors below this relative size are noise
+_FLAT = 0.006  # squared errors below this relative size are noise
 
 
 class StaircaseStore(Protocol):

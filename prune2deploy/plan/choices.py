@@ -81,12 +81,13 @@ def grid(graph: Graph, multiple: int) -> dict[str, int]:
     steps = {axis.name: 1 for axis in graph.axes}
     sizes = {axis.name: axis.size for axis in graph.axes}
     sides = [w for layer in graph.layers for w in (layer.in_width, layer.out_width)]
-    for formula in dict.fromkeys([*graph.widths, *sides]):
-        for coefficient, axes in formula.terms:
-            if axes:
-                widest = max(axes, key=lambda name: (sizes[name], name))
-                need = multiple // math.gcd(multiple, abs(coefficient))
-                steps[widest] = math.lcm(steps[widest], need)
+    products = [(c, axes) for f in dict.fromkeys([*graph.widths, *sides]) for c, axes in f.terms]
+    widest = {axes: max(axes, key=lambda name: (sizes[name], name)) for _, axes in products if axes}
+    free = {name for axes, wide in widest.items() for name in axes if name != wide}
+    for coefficient, axes in products:
+        if axes and widest[axes] not in free:
+            need = multiple // math.gcd(multiple, abs(coefficient))
+            steps[widest[axes]] = math.lcm(steps[widest[axes]], need)
     return steps
 
 

@@ -98,7 +98,8 @@ class Evaluator:
         self._monomial = self.terms.coefficient * self._x[self.terms.variables].prod(axis=1)
         operators = len(self.terms.cost)
         every: Ints = np.arange(operators, dtype=np.int64)
-        self._work = np.bincount(self.terms.row, self._monomial, 3 * operators)
+        work = np.bincount(self.terms.row, self._monomial, 3 * operators)
+        self._work = work.astype(np.float64)
         self._time = self._times(every, self._work.reshape(-1, 3, 1))[:, 0]
         self.totals = self.constant + np.bincount(self.terms.limit, self._time, len(self.limits))
 

@@ -33,7 +33,7 @@ from prune2deploy.units import NS_PER_MS
 Array = npt.NDArray[np.float64]
 
 _REACH = 0.3  # how far a residual reaches, in natural-log units of work
-_DOUBT = 1.0  # weight of "no residual" against one build at the very widths
+_DOUBT = 0.5  # weight of "no residual" against one build at the very widths
 _NEAR = 0.15  # how far what is peculiar to one build's offset reaches, in log latency
 _PECULIAR, _NOISE = 0.03, 0.01  # its size, and that of a measurement's error, against the latency
 _CONSTANT = 0.05  # size of what every call costs, against the latency of the unpruned model
@@ -172,10 +172,10 @@ class LatencyModel:
 
     @property
     def fixed_ms(self) -> float:
-        """Time of the full model that no width changes: constant operators and the offset."""
+        """Time that no width changes: operators without axes, and the constant offset."""
         each = zip(self.operators, self.predict_operators({}), strict=True)
         constant = sum(time for operator, time in each if not operator.axes)
-        return constant + max(0.0, self.offset_ms(self.operators_ms({})))
+        return max(0.0, constant + self.offset_ms(constant))
 
     @property
     def fixed_share(self) -> float:

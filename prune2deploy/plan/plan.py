@@ -1,4 +1,4 @@
-"""A plan: which channels every axis keeps."""
+"""A plan: which channels every axis keeps, and which blocks go whole."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from prune2deploy.errors import PlanError
 from prune2deploy.graph.axes import Graph
 
-SCHEMA = 1  # 1: kept channel numbers per axis name
+SCHEMA = 1  # 1: kept channel numbers per axis name; removed block names, optional
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,11 @@ class Plan:
 
     Attributes:
         kept: Axis name to its sorted kept channel numbers.
+        removed: Names of removable blocks (``Graph.blocks``) that are taken out.
     """
 
     kept: Mapping[str, tuple[int, ...]]
+    removed: tuple[str, ...] = ()
 
     @property
     def counts(self) -> dict[str, int]:
@@ -45,6 +47,12 @@ class Plan:
                     f"kept channels of {name!r} must be distinct, sorted and in "
                     f"0..{axis.size - 1}, found {channels[:8]}..."
                 )
+        blocks = {block.name for block in graph.blocks}
+        unknown = [name for name in self.removed if name not in blocks]
+        if unknown:
+            raise PlanError(
+                f"{unknown[0]!r} is not a removable block; these are: {sorted(blocks) or 'none'}"
+            )
         sizes = graph.sizes(self.counts)
         for tie in graph.ties:
             if len({sizes[name] for name in tie}) > 1:
@@ -55,7 +63,8 @@ class Plan:
 
     def to_json(self) -> str:
         """Write the plan as JSON text."""
-        return json.dumps({"schema": SCHEMA, "kept": {k: list(v) for k, v in self.kept.items()}})
+        kept = {name: list(channels) for name, channels in self.kept.items()}
+        return json.dumps({"schema": SCHEMA, "kept": kept, "removed": list(self.removed)})
 
     @staticmethod
     def from_json(text: str) -> Plan:
@@ -65,6 +74,7 @@ class Plan:
             if data["schema"] != SCHEMA:
                 raise PlanError(f"plan schema {data['schema']!r} found, {SCHEMA} expected")
             kept = {str(k): tuple(int(i) for i in v) for k, v in data["kept"].items()}
+            removed = tuple(str(name) for name in data.get("removed", ()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"not a plan: {error!r}; expected what plan.json holds") from error
-        return Plan(kept)
+        return Plan(kept, removed)

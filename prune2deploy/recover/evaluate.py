@@ -101,4 +101,4 @@ def wilson(right: int, samples: int) -> tuple[float, float]:
     scale = 1 + _Z95**2 / samples
     centre = (share + _Z95**2 / (2 * samples)) / scale
     half = _Z95 / scale * math.sqrt(share * (1 - share) / samples + _Z95**2 / (4 * samples**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))

@@ -12,13 +12,13 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from prune2deploy.errors import ConfigError
 from prune2deploy.recover.batchnorm import Batch, Batches
@@ -26,6 +26,16 @@ from prune2deploy.recover.evaluate import logits_of
 
 Progress = Callable[[int, int, float], None]
 """Called after each step with (step, of how many, loss)."""
+Penalty = Callable[[nn.Module], Tensor]
+"""Given the model in training, a scalar to be added to its loss."""
+
+
+@runtime_checkable
+class Shuffled(Protocol):
+    """Batches whose samples can be put into another order."""
+
+    def shuffled(self, seed: int) -> Batches:
+        """Return the same samples in the order that ``seed`` decides."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,9 @@ class FinetuneOptions:
         )
         for name, fits, expected in checks:
             if not fits:
-                raise ConfigError(f"fine-tuning: {name}: found {getattr(self, name)!r}, expected {expected}")
+                raise ConfigError(
+                    f"fine-tuning: {name}: found {getattr(self, name)!r}, expected {expected}"
+                )
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,12 +108,14 @@ class Finetuned:
     note: str = ""
 
 
-def finetune(
+def finetune(  # noqa: PLR0913 - two models, data, options, and two callables are six
     module: nn.Module,
     teacher: nn.Module | None,
     batches: Batches | None,
     options: FinetuneOptions | None = None,
+    *,
     progress: Progress | None = None,
+    penalty: Penalty | None = None,
 ) -> Finetuned:
     """Train a copy of ``module``.
 
@@ -112,6 +126,7 @@ def finetune(
             ``shuffled(seed)`` are, before each epoch. ``None`` trains nothing.
         options: See :class:`FinetuneOptions`.
         progress: Called after each step.
+        penalty: Added to the loss, such as those of :mod:`prune2deploy.recover.sparse`.
 
     Returns:
         The trained module and how it went.
@@ -129,13 +144,14 @@ def finetune(
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with torch.random.fork_rng():
         torch.manual_seed(options.seed)
-        run = _Run(copy.deepcopy(module).to(device), _frozen(teacher, device), total, options)
+        student = copy.deepcopy(module).to(device).train()
+        run = _Run(student, _frozen(teacher, device), total, options)
+        run.penalty = penalty
         losses = [
             _epoch(run, _ordered(batches, options.seed + epoch), progress)
             for epoch in range(options.epochs)
         ]
     trained = (run.average if run.average is not None else run.student).cpu().eval()
-    _restore_flags(trained, module)
     return Finetuned(trained, tuple(losses), run.step, time.monotonic() - started)
 
 
@@ -145,12 +161,13 @@ class _Run:
     def __init__(
         self, student: nn.Module, teacher: nn.Module | None, total: int, options: FinetuneOptions
     ) -> None:
-        self.student = _trainable(student)
+        self.student = student
         self.teacher = teacher
+        self.penalty: Penalty | None = None
         self.options = options
         self.total = total
         self.step = 0
-        self.average = copy.deepcopy(self.student) if options.ema else None
+        self.average = copy.deepcopy(student) if options.ema else None
         self.device = next(student.parameters()).device
         weights = [p for p in student.parameters() if p.requires_grad]
         groups = [
@@ -192,6 +209,8 @@ def _step(run: _Run, batch: Batch) -> float:
         with torch.no_grad():
             teacher = None if run.teacher is None else logits_of(run.teacher(*inputs)).float()
     loss = distillation_loss(student.float(), teacher, labels, run.options)
+    if run.penalty is not None:
+        loss = loss + run.penalty(run.student)
     value = float(loss.detach())
     if not math.isfinite(value):
         raise ConfigError(
@@ -265,8 +284,12 @@ def _update_average(run: _Run) -> None:
                 average[name].copy_(value)
 
 
+def _frozen(teacher: nn.Module | None, device: torch.device) -> nn.Module | None:
+    return None if teacher is None else copy.deepcopy(teacher).to(device).eval()
+
+
 def _length(batches: Batches) -> int:
-    return sum(1 for _ in batches) if not isinstance(batches, Sized) else len(batches)
+    return len(batches) if isinstance(batches, Sized) else sum(1 for _ in batches)
 
 
 def _ordered(batches: Batches, seed: int) -> Batches:

@@ -1,0 +1,386 @@
+"""What each sub-command does.
+
+In: parsed arguments and a progress callable. Out: a :class:`Reply` (text for people, one plain
+document for programs, an exit code). Options are checked before any library is imported, so that
+a mistake in them is told at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prune2deploy import config
+from prune2deploy.config import Budget, ModelOptions, RunOptions, SweepOptions
+from prune2deploy.errors import BuildError, ConfigError, MissingBackend
+from prune2deploy.progress import Progress
+from prune2deploy.rundir import (
+    IDENTITY,
+    MANIFEST,
+    RunDir,
+    free_name,
+    latest_name,
+    read_manifest,
+    writing,
+)
+
+if TYPE_CHECKING:
+    from prune2deploy.backends.base import Backend, Engine
+    from prune2deploy.models import LoadedModel
+    from prune2deploy.target import Target
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a sub-command answers.
+
+    Attributes:
+        text: For people.
+        document: For programs; what JSON can hold.
+        exit_code: See the errors of this package.
+    """
+
+    text: str
+    document: Any
+    exit_code: int = 0
+
+
+def run(arguments: argparse.Namespace, progress: Progress) -> Reply:
+    """Prune until the budget is met."""
+    options = RunOptions(
+        Budget(arguments.latency_ms, arguments.speedup, arguments.percentile),
+        arguments.target,
+        _model_options(arguments),
+        arguments.data,
+        arguments.importance,
+        arguments.finetune,
+        arguments.max_builds,
+    )
+    target, _ = usable(options.target)
+    folder = _folder(
+        arguments, f"{_short(options.model.model)}-{target.name}-{options.budget.label}"
+    )
+    identity = {"command": "run", **options.identity(), "profile": target.sha256}
+    with RunDir(folder, identity, resume=arguments.resume) as held:
+        from prune2deploy import api, summary
+        from prune2deploy.importance import NAMES
+        from prune2deploy.job import Job
+        from prune2deploy.report import write
+
+        config.one_of("--importance", options.importance, NAMES)
+        loaded = _load(options.model)
+        batches = _data(options.data, loaded)
+        job = Job(
+            loaded.module,
+            loaded.example_inputs,
+            target,
+            held,
+            batches,
+            _finetune(options, loaded, batches),
+            loaded.input_names,
+            loaded.output_names,
+            progress,
+        )
+        result = api.carry_out(job, options, options.model.model)
+    text = f"{write.show(result.report)}\nrun       {_shown(folder)}"
+    document = {**read_manifest(folder), "run_dir": str(folder.resolve())}
+    return Reply(text, document, summary.EXIT_CODES[result.verdict])
+
+
+def sweep(arguments: argparse.Namespace, progress: Progress) -> Reply:
+    """Measure latency against the pruning ratio."""
+    options = SweepOptions(
+        arguments.target,
+        config.parse_ratios(arguments.ratios),
+        _model_options(arguments),
+        arguments.importance,
+    )
+    target, _ = usable(options.target)
+    folder = _folder(arguments, f"{_short(options.model.model)}-{target.name}-sweep")
+    identity = {"command": "sweep", **options.identity(), "profile": target.sha256}
+    with RunDir(folder, identity, resume=arguments.resume) as held:
+        from prune2deploy import sweep as sweeping
+        from prune2deploy.importance import NAMES
+        from prune2deploy.job import Job
+        from prune2deploy.journal import encode
+        from prune2deploy.report import write
+
+        config.one_of("--importance", options.importance, NAMES)
+        loaded = _load(options.model)
+        job = Job(
+            loaded.module,
+            loaded.example_inputs,
+            target,
+            held,
+            input_names=loaded.input_names,
+            output_names=loaded.output_names,
+            progress=progress,
+        )
+        report = sweeping.sweep(job, options, options.model.model)
+    text = f"{write.show(report)}\n\nrun {_shown(folder)}"
+    return Reply(text, {**encode(report), "run_dir": str(folder.resolve())})
+
+
+def measure(arguments: argparse.Namespace, progress: Progress) -> Reply:
+    """Measure an ONNX file, alone or against another."""
+    target, backend = usable(arguments.target)
+    for path in (arguments.onnx, arguments.against):
+        _check_onnx(path)
+    from prune2deploy import measure as measuring
+    from prune2deploy.journal import encode
+
+    with tempfile.TemporaryDirectory(prefix="prune2deploy-") as folder:
+        engine = backend.build(arguments.onnx, target, Path(folder) / "engine")
+        if arguments.against is None:
+            alone = measuring.single(engine, target)
+            return Reply(_alone_text(arguments.onnx, alone), encode(alone))
+        other = backend.build(arguments.against, target, Path(folder) / "reference")
+        seen = measuring.compare(engine, other, target)
+    return Reply(_pair_text(arguments, seen), encode(seen))
+
+
+def build(arguments: argparse.Namespace, progress: Progress) -> Reply:
+    """Build an engine without measuring."""
+    target, backend = usable(arguments.target, to_run=False)
+    _check_onnx(arguments.onnx)
+    if arguments.precision is not None:
+        target = dataclasses.replace(target, precision=arguments.precision)
+    out: Path = arguments.out
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    onnx = _lowered(arguments.onnx, target, out, arguments.data)
+    engine = backend.build(onnx, target, out)
+    document = {
+        "engine": str(engine.path.resolve()),
+        "onnx": str(onnx.resolve()),
+        "bytes": engine.path.stat().st_size,
+        "seconds": engine.seconds,
+        "target": target.name,
+        "precision": target.precision,
+        "versions": backend.versions(),
+    }
+    return Reply(_built_text(engine, target), document)
+
+
+def inspect(arguments: argparse.Namespace, progress: Progress) -> Reply:
+    """Show the axes of a model."""
+    options = _model_options(arguments)
+    from prune2deploy import inspection
+    from prune2deploy.graph import trace
+
+    loaded = _load(options)
+    graph = trace(loaded.module, loaded.example_inputs)
+    return Reply(inspection.text(options.model, graph), inspection.document(options.model, graph))
+
+
+def targets(arguments: argparse.Namespace, progress: Progress) -> Reply:
+    """Show every target profile, and whether it is usable here."""
+    from prune2deploy import target as profiles
+    from prune2deploy.backends import registry
+
+    rows, lines = [], []
+    for profile in profiles.load_all():
+        there = registry.for_target(profile).availability(profile)
+        rows.append(
+            {
+                "name": profile.name,
+                "backend": profile.backend,
+                "device": profile.device,
+                "precision": profile.precision,
+                "description": profile.description,
+                "path": str(profile.path),
+                **dataclasses.asdict(there),
+            }
+        )
+        mark = "usable" if there.usable else "not usable"
+        lines.append(f"{profile.name:<16} {mark:<11} {profile.description}")
+        if not there.usable:
+            lines += [f"{'':16} because {there.reason}", f"{'':16} fix: {there.fix}"]
+    return Reply("\n".join(lines), rows)
+
+
+def report(arguments: argparse.Namespace, progress: Progress) -> Reply:
+    """Render a run again, or compare several."""
+    from prune2deploy.journal import encode
+    from prune2deploy.report import html, text, write
+
+    paths: list[Path] = arguments.runs
+    if len(paths) == 1:
+        shown = write.load(paths[0])
+        with RunDir(paths[0], _identity(paths[0]), resume=True) as held:
+            write.write(shown, held)
+            if (held / MANIFEST).exists():
+                facts = read_manifest(paths[0])
+                held.finish({k: v for k, v in facts.items() if k not in ("schema", "artefacts")})
+        return Reply(write.show(shown), encode(shown))
+    found = write.comparable(paths)
+    if arguments.out is not None:
+        with writing(arguments.out):
+            arguments.out.mkdir(parents=True, exist_ok=True)
+            (arguments.out / "compare.html").write_text(html.compare_page(found), "utf-8")
+    return Reply(text.compare_text(found), {name: encode(one) for name, one in found})
+
+
+TABLE: Mapping[str, Callable[[argparse.Namespace, Progress], Reply]] = {
+    "run": run,
+    "sweep": sweep,
+    "measure": measure,
+    "build": build,
+    "inspect": inspect,
+    "targets": targets,
+    "report": report,
+}
+
+
+def usable(name: str, *, to_run: bool = True) -> tuple[Target, Backend]:
+    """Load a target and its backend.
+
+    Args:
+        name: Name or path of the profile.
+        to_run: Whether engines must run here; building may need less.
+
+    Raises:
+        ConfigError: No such target, or a wrong profile.
+        MissingBackend: It cannot be used here; names the fix and the targets that can.
+    """
+    from prune2deploy import target as profiles
+    from prune2deploy.backends import registry
+
+    profile = profiles.load(name)
+    backend = registry.for_target(profile)
+    there = backend.availability(profile)
+    if there.usable or not to_run:
+        return profile, backend
+    others = [
+        other.name
+        for other in profiles.load_all()
+        if registry.for_target(other).availability(other).usable
+    ]
+    raise MissingBackend(
+        f"target {profile.name} cannot be used here: {there.reason}\n  fix: {there.fix}\n"
+        f"  targets that work here: {', '.join(others) or 'none'}"
+    )
+
+
+def _model_options(arguments: argparse.Namespace) -> ModelOptions:
+    size = arguments.input_size
+    return ModelOptions(
+        arguments.model,
+        arguments.weights,
+        None if size is None else config.parse_size(size),
+        arguments.batch,
+        arguments.precision,
+        arguments.seed,
+    )
+
+
+def _load(options: ModelOptions) -> LoadedModel:
+    from prune2deploy import models
+
+    return models.load(
+        options.model,
+        weights=options.weights,
+        input_size=options.input_size,
+        batch=options.batch,
+        seed=options.seed,
+    )
+
+
+def _data(recipe: str | None, loaded: LoadedModel) -> Any:
+    if recipe is None:
+        return None
+    from prune2deploy.calibration.batches import open_recipe
+
+    return open_recipe(recipe, loaded)
+
+
+def _finetune(options: RunOptions, loaded: LoadedModel, batches: Any) -> Any:
+    """The built-in fine-tuning, distilling from the model as it was; None without epochs."""
+    if not options.finetune_epochs:
+        return None
+    from prune2deploy.recover.finetune import FinetuneOptions, finetune
+
+    settings = FinetuneOptions(epochs=options.finetune_epochs, seed=options.model.seed)
+    return lambda module: finetune(module, loaded.module, batches, settings).module
+
+
+def _folder(arguments: argparse.Namespace, label: str) -> Path:
+    if arguments.out is not None:
+        return Path(arguments.out)
+    choose = latest_name if arguments.resume else free_name
+    return choose(Path("runs"), label)
+
+
+def _short(model: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(model).name)
+
+
+def _shown(folder: Path) -> str:
+    return os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)
+
+
+def _identity(path: Path) -> dict[str, Any]:
+    import json
+
+    held = path / IDENTITY
+    return dict(json.loads(held.read_text("utf-8"))) if held.is_file() else {}
+
+
+def _check_onnx(path: Path | None) -> None:
+    if path is None:
+        return
+    from prune2deploy.backends import onnx_file
+
+    try:
+        onnx_file.check(path)
+    except BuildError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _lowered(onnx: Path, target: Target, out: Path, recipe: str | None) -> Path:
+    """Bring an fp32 ONNX file to the target's precision, beside the engine."""
+    if target.precision == "fp32":
+        return onnx
+    from prune2deploy import precision
+
+    lowered = out / f"{onnx.stem}.{target.precision}.onnx"
+    if target.precision == "fp16":
+        precision.to_fp16(onnx, lowered)
+        return lowered
+    raise ConfigError(
+        f"--precision int8 of a bare ONNX file: found {recipe or 'no calibration data'}, expected "
+        "a file that holds quantised operators already; use run --precision int8 --data RECIPE"
+    )
+
+
+def _alone_text(path: Path, alone: Any) -> str:
+    latency = alone.latency
+    low, high = latency.ci95_ms
+    lines = [
+        f"{path}: measured p50 {latency.p50_ms:.4g} ms (95 % {low:.4g}-{high:.4g}), "
+        f"p95 {latency.p95_ms:.4g} ms, p99 {latency.p99_ms:.4g} ms, {latency.samples} samples",
+        f"control: two copies of it side by side, ratio {alone.control_ratio:.4f}",
+    ]
+    return "\n".join([*lines, *(f"flag: {flag}" for flag in alone.flags)])
+
+
+def _pair_text(arguments: argparse.Namespace, seen: Any) -> str:
+    low, high = seen.ratio_ci95
+    lines = [
+        f"{arguments.onnx}: measured p50 {seen.candidate.p50_ms:.4g} ms",
+        f"{arguments.against}: measured p50 {seen.reference.p50_ms:.4g} ms",
+        f"ratio {seen.ratio:.4f} (95 % {low:.4f}-{high:.4f}, {seen.clock} time), "
+        f"speed-up {1 / seen.ratio:.3f}x",
+    ]
+    return "\n".join([*lines, *(f"flag: {flag}" for flag in seen.flags)])
+
+
+def _built_text(engine: Engine, target: Target) -> str:
+    size = engine.path.stat().st_size / 1e6
+    return f"{engine.path}: {size:.2f} MB for {target.name}, built in {engine.seconds:.1f} s"

@@ -1,0 +1,244 @@
+"""A model that is pruned in place, with a graph that follows it by arithmetic alone.
+
+``prune2deploy.prune`` works on copies; here the caller's own module loses its channels. After each
+removal the graph is shrunk, not traced again: members keep the positions that stay, renumbered.
+Where the model's Python code holds widths as constants and no longer runs, its ``forward`` is
+replaced by the recorded operators (``rewrite``).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import nn
+
+from prune2deploy.errors import PruneError, TraceError
+from prune2deploy.graph.axes import Axis, Graph, Member
+from prune2deploy.graph.build import positions
+from prune2deploy.graph.layout import Node
+from prune2deploy.graph.record import Forward
+from prune2deploy.graph.trace import trace, unwrap
+from prune2deploy.plan.plan import Plan
+from prune2deploy.prune import (
+    check_outputs,
+    kept_positions,
+    runs_as_planned,
+    slice_tensors,
+    update_attributes,
+)
+from prune2deploy.pruning.rewrite import is_rewritten, rewrite, with_batch
+from prune2deploy.widths import Widths
+
+Channels = npt.NDArray[np.int64]
+Removal = Mapping[str, Channels]
+"""Axis name → sorted channels to remove, numbered as they are now."""
+
+
+@dataclass(frozen=True)
+class _Backup:
+    """Tables of every module as they were: references, nothing is copied."""
+
+    tables: tuple[tuple[nn.Module, dict[str, Any], dict[str, Any], dict[str, Any]], ...]
+
+    @staticmethod
+    def of(model: nn.Module) -> _Backup:
+        return _Backup(
+            tuple((m, dict(m._parameters), dict(m._buffers), _plain(m)) for m in model.modules())
+        )
+
+    def restore(self) -> None:
+        for module, parameters, buffers, attributes in self.tables:
+            module._parameters = parameters
+            module._buffers = buffers
+            module.__dict__.update(attributes)
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    return {k: v for k, v in module.__dict__.items() if isinstance(v, int | tuple)}
+
+
+class Live:
+    """A model, its graph now, and what has been removed since it was traced.
+
+    Attributes:
+        model: The caller's module.
+        graph: Axes and members as they are now; the recording is that of the trace.
+        alive: Per axis, the channel numbers of the trace that are still there.
+    """
+
+    def __init__(self, model: nn.Module, example: Any, forward_fn: Forward | None) -> None:
+        self.model = unwrap(model)
+        self.example = example
+        self.forward_fn = forward_fn
+        self._backup: _Backup | None = None
+        self._before: Graph | None = None
+        self._deferred = False
+        self.trace()
+
+    def trace(self) -> None:
+        """Trace the model as it is now."""
+        self.graph = trace(self.model, self.example, forward_fn=self.forward_fn)
+        self.alive = {axis.name: np.arange(axis.size) for axis in self.graph.axes}
+
+    def follow(self) -> None:
+        """Trace again if somebody else changed the model's shapes since."""
+        planned = self.graph.shapes({})
+        found = {
+            **dict(self.model.named_parameters(remove_duplicate=False)),
+            **dict(self.model.named_buffers(remove_duplicate=False)),
+        }
+        if any(name not in found or found[name].shape != s for name, s in planned.items()):
+            self.trace()
+
+    def positions(self, node: Node) -> list[tuple[str, Channels]]:
+        """What ``positions`` says of a recorded dimension, in present positions and channels."""
+        names = self.graph.recording.axis_names
+        found = [(names.get(id(below)), channel) for below, channel in positions(node)]
+        named = [(name, channel) for name, channel in found if name is not None]
+        if not named:
+            return []
+        stay = np.ones(len(named[0][1]), dtype=bool)
+        present = []
+        for name, channel in named:
+            number = _renumber(self.alive[name], len(channel))
+            now = np.where(channel >= 0, number[channel], -1)
+            stay &= (channel < 0) | (now >= 0)
+            present.append((name, now))
+        return [(name, now[stay]) for name, now in present]
+
+    def remove(self, removal: Removal) -> None:
+        """Remove channels from the model, in place, and shrink the graph.
+
+        Raises:
+            PruneError: an axis would lose all its channels, or the model no longer runs.
+        """
+        self._check(removal)
+        if self._backup is None:
+            self._backup, self._before = _Backup.of(self.model), self.graph
+            self._alive_before = dict(self.alive)
+        plan = self._plan(removal)
+        kept = kept_positions(self.graph, plan)
+        slice_tensors(self.model, kept)
+        update_attributes(self.model, self.graph.recording, Widths(self.graph, plan))
+        self.graph = shrink(self.graph, plan)
+        for name, channels in plan.kept.items():
+            self.alive[name] = self.alive[name][list(channels)]
+        if not self._deferred:
+            self.settle()
+
+    def defer(self, deferred: bool) -> None:  # noqa: FBT001  a switch
+        """While deferred, removals are not verified one by one; ``settle`` verifies them all."""
+        self._deferred = deferred
+
+    def _check(self, removal: Removal) -> None:
+        for name, channels in removal.items():
+            if len(channels) >= self.graph[name].size:
+                raise PruneError(
+                    f"all {self.graph[name].size} channels of {name!r} would be removed; leave at "
+                    "least one (check_pruning_group tells beforehand)"
+                )
+
+    def _plan(self, removal: Removal) -> Plan:
+        return Plan(
+            {
+                name: tuple(
+                    int(c) for c in np.setdiff1d(np.arange(self.graph[name].size), channels)
+                )
+                for name, channels in removal.items()
+                if len(channels)
+            }
+        )
+
+    def settle(self) -> None:
+        """Verify that the model still runs; replace its forward where its code cannot.
+
+        Raises:
+            PruneError: it does not run either way; the model is put back as it was before the
+                removals that were not verified yet.
+        """
+        backup, before = self._backup, self._before
+        if backup is None or before is None:
+            return
+        self._backup = self._before = None
+        if self._runs():
+            return
+        try:
+            self._rewrite(backup, before)
+        except (PruneError, TraceError) as error:
+            backup.restore()
+            self.graph, self.alive = before, self._alive_before
+            raise PruneError(
+                f"{type(self.model).__name__} cannot be pruned in place: {error} The model was "
+                "put back as it was; prune2deploy.prune gives a pruned copy where that is "
+                "possible"
+            ) from error
+
+    def _widths(self) -> Widths:
+        return Widths(self.graph, Plan({}))
+
+    def _runs(self) -> bool:
+        recording = self.graph.recording
+        if is_rewritten(self.model):
+            return False
+        return runs_as_planned(self.model, recording, self._widths(), recording.example)
+
+    def _rewrite(self, backup: _Backup, before: Graph) -> None:
+        if self.forward_fn is not None:
+            raise PruneError("its code holds widths as constants and forward_fn calls it indirectly")
+        if not is_rewritten(self.model):
+            now = _Backup.of(self.model)
+            backup.restore()
+            wide = with_batch(self.model, before)
+            now.restore()
+            self.graph = replace(self.graph, recording=wide.recording, _by_name={})
+            self.alive = {
+                name: np.flatnonzero(np.isin(self._alive_before[name], channels))
+                for name, channels in self.alive.items()
+            }
+            warnings.warn(
+                f"the code of {type(self.model).__name__} holds widths as constants: its forward "
+                "was replaced by the operators that were recorded, in the pruned widths. "
+                "prune2deploy.prune gives the same as a module of its own",
+                UserWarning,
+                stacklevel=4,
+            )
+        rewrite(self.model, self.graph)
+        check_outputs(self.model, self.graph.recording, self._widths(), self.graph.recording.example)
+
+
+def _renumber(alive: Channels, upto: int) -> Channels:
+    """Channel of the trace → channel now, -1 where it is gone."""
+    number = np.full(max(upto, int(alive.max(initial=-1)) + 1), -1)
+    number[alive] = np.arange(len(alive))
+    return number
+
+
+def shrink(graph: Graph, plan: Plan) -> Graph:
+    """The graph of the model that ``plan`` leaves: fewer positions, channels renumbered."""
+    kept = kept_positions(graph, plan)
+    number = {
+        name: np.append(_renumber(np.asarray(channels), graph[name].size), -1)
+        for name, channels in plan.kept.items()
+    }
+
+    def member(axis: Axis, old: Member) -> Member:
+        channel = old.channel
+        if axis.name in number:
+            channel = number[axis.name][channel]
+        places = kept[old.tensor][old.dim]
+        return old if places is None else replace(old, channel=channel[places])
+
+    axes = tuple(
+        replace(
+            axis,
+            size=len(plan.kept.get(axis.name, ())) or axis.size,
+            members=tuple(member(axis, old) for old in axis.members),
+        )
+        for axis in graph.axes
+    )
+    return replace(graph, axes=axes, _by_name={})

@@ -1,0 +1,39 @@
+import numpy as np
+
+from prune2deploy.backends.base import TensorSpec
+from prune2deploy.backends.devices import nvidia_gpu_visible
+from prune2deploy.backends.feeds import random_feeds
+
+SPECS = (
+    TensorSpec("image", (-1, 3, 8, 8), "float32"),
+    TensorSpec("half", (2, 4), "float16"),
+    TensorSpec("ids", (1, 7), "int64"),
+    TensorSpec("mask", (1, 7), "bool"),
+)
+
+
+def test_feeds_fit_their_inputs_and_are_never_zero():
+    feeds = random_feeds(SPECS, seed=0)
+    assert {k: (v.shape, v.dtype.name) for k, v in feeds.items()} == {
+        "image": ((1, 3, 8, 8), "float32"),
+        "half": ((2, 4), "float16"),
+        "ids": ((1, 7), "int64"),
+        "mask": ((1, 7), "bool"),
+    }
+    for name in ("image", "half"):
+        assert np.abs(feeds[name]).min() >= 0.04
+        assert np.abs(feeds[name]).max() <= 1.0
+
+
+def test_the_seed_fixes_them():
+    same, other = random_feeds(SPECS, seed=0), random_feeds(SPECS, seed=1)
+    assert np.array_equal(random_feeds(SPECS, seed=0)["image"], same["image"])
+    assert not np.array_equal(same["image"], other["image"])
+
+
+def test_a_gpu_is_told_from_its_device_files(tmp_path):
+    assert not nvidia_gpu_visible(tmp_path)
+    (tmp_path / "nvidiactl").touch()
+    assert not nvidia_gpu_visible(tmp_path)
+    (tmp_path / "nvidia0").touch()
+    assert nvidia_gpu_visible(tmp_path)

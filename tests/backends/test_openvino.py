@@ -1,0 +1,52 @@
+import numpy as np
+import pytest
+
+from prune2deploy.backends import registry
+from prune2deploy.backends.feeds import random_feeds
+from prune2deploy.errors import BuildError
+
+pytest.importorskip("openvino")
+
+
+@pytest.fixture
+def openvino():
+    return registry.get("openvino")
+
+
+def test_it_agrees_with_the_reference_in_single_precision(
+    openvino, make_target, make_onnx, tmp_path
+):
+    reference = pytest.importorskip("onnx.reference")
+    target, path = make_target("openvino"), make_onnx(20)
+    assert openvino.availability(target).usable
+    engine = openvino.build(path, target, tmp_path / "out")
+    with openvino.open(engine, target) as session:
+        feeds = random_feeds(session.inputs, seed=0)
+        found = session.run(feeds)["y"]
+        session.prepare(feeds)
+        assert session.time_once().wall_ns > 0
+    wanted = reference.ReferenceEvaluator(str(path)).run(None, feeds)[0]
+    np.testing.assert_allclose(found, wanted, atol=1e-5)  # bfloat16 would be off by 1e-3
+
+
+def test_its_counters_give_a_profile(openvino, make_target, make_onnx, tmp_path):
+    target = make_target("openvino")
+    engine = openvino.build(make_onnx(20), target, tmp_path / "out")
+    with openvino.open(engine, target) as session:
+        feeds = random_feeds(session.inputs, seed=0)
+    timings = openvino.profile(engine, target, feeds, runs=5)
+    shapes = [t.output_shapes for t in timings if t.kind == "Convolution"]
+    assert shapes == [((1, 20, 12, 12),), ((1, 8, 10, 10),)]
+
+
+def test_a_device_that_is_not_there_says_which_are(openvino, make_target):
+    found = openvino.availability(make_target("openvino", device="npu"))
+    assert not found.usable
+    assert "NPU" in found.reason and "CPU" in found.reason
+
+
+def test_a_bad_file_is_named(openvino, make_target, tmp_path):
+    path = tmp_path / "bad.onnx"
+    path.write_bytes(b"nothing")
+    with pytest.raises(BuildError, match=r"bad\.onnx"):
+        openvino.build(path, make_target("openvino"), tmp_path / "out")

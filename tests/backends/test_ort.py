@@ -1,0 +1,172 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from prune2deploy.backends import ort_profile, registry
+from prune2deploy.backends.base import Engine
+from prune2deploy.backends.feeds import random_feeds
+from prune2deploy.errors import BackendError, BuildError, MissingBackend
+
+pytestmark = pytest.mark.ort
+pytest.importorskip("onnxruntime")
+
+
+@pytest.fixture
+def ort():
+    return registry.get("ort")
+
+
+def test_an_engine_computes_what_the_reference_does(ort, make_target, make_onnx, tmp_path):
+    onnx_reference = pytest.importorskip("onnx.reference")
+    target, path = make_target(), make_onnx(20)
+    engine = ort.build(path, target, tmp_path / "out")
+    assert engine.path == tmp_path / "out" / "net.onnx"
+    assert engine.path.read_bytes() == path.read_bytes()
+    with ort.open(engine, target) as session:
+        feeds = random_feeds(session.inputs, seed=1)
+        found = session.run(feeds)["y"]
+    wanted = onnx_reference.ReferenceEvaluator(str(path)).run(None, feeds)[0]
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_timing_reports_wall_and_thread_time(ort, make_target, make_onnx, tmp_path):
+    target = make_target()
+    engine = ort.build(make_onnx(), target, tmp_path / "out")
+    with ort.open(engine, target) as session:
+        session.prepare(random_feeds(session.inputs, seed=0))
+        samples = [session.time_once() for _ in range(20)]
+    assert all(s.wall_ns > 0 and s.cpu_ns > 0 and s.device_ns == 0 for s in samples)
+
+
+def test_the_profile_names_operators_with_logical_shapes(ort, make_target, make_onnx, tmp_path):
+    target = make_target()
+    engine = ort.build(make_onnx(20), target, tmp_path / "out")
+    with ort.open(engine, target) as session:
+        feeds = random_feeds(session.inputs, seed=0)
+    timings = ort.profile(engine, target, feeds, runs=5)
+    convolutions = [t for t in timings if "Conv" in t.kind]
+    assert [t.output_shapes for t in convolutions] == [((1, 20, 12, 12),), ((1, 8, 10, 10),)]
+    assert convolutions[0].input_shapes[:3] == ((1, 3, 12, 12), (20, 3, 3, 3), (20,))
+    assert convolutions[1].input_shapes[:2] == ((1, 20, 12, 12), (8, 20, 3, 3))
+    assert all(t.ns >= 0 for t in timings)
+    assert len({t.name for t in timings}) == len(timings)
+    again = ort.profile(engine, target, feeds, runs=2)
+    assert [t.name for t in again] == [t.name for t in timings]
+
+
+def test_profiles_keep_the_minimum_and_tell_equal_names_apart():
+    def event(name, index, dur):
+        args = {"node_index": index, "op_name": "Reorder", "provider": "CPUExecutionProvider"}
+        shapes = {"input_type_shape": [{"float": [1]}], "output_type_shape": [{"float": [1]}]}
+        return {"name": f"{name}_kernel_time", "dur": dur, "args": {**args, **shapes}}
+
+    events = [event("r", "1", 5), event("r", "7", 9), event("r", "1", 3), event("r", "7", 11)]
+    shapes = pytest.importorskip("prune2deploy.backends.onnx_file").Shapes((), {}, {})
+    found = ort_profile.timings(events, shapes)
+    assert [(t.name, t.ns) for t in found] == [("r", 3000.0), ("r#1", 9000.0)]
+
+
+def test_saving_the_optimised_graph_keeps_its_values(ort, make_target, make_onnx, tmp_path):
+    plain, saved = make_target(), make_target(options={"save_optimized": True})
+    path = make_onnx()
+    engine = ort.build(path, saved, tmp_path / "out")
+    assert engine.path.name == "net.optimized.onnx"
+    with ort.open(engine, saved) as session:
+        feeds = random_feeds(session.inputs, seed=0)
+        found = session.run(feeds)["y"]
+    with ort.open(Engine(path, path, "ort", 0.0), plain) as session:
+        np.testing.assert_allclose(session.run(feeds)["y"], found, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "no ONNX graph"),
+        (b"this is not a model", "not an ONNX model"),
+        (None, "no such file"),
+    ],
+)
+def test_a_bad_file_is_named(ort, make_target, tmp_path, content, words):
+    path = tmp_path / "bad.onnx"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(BuildError, match=rf"bad\.onnx: .*{words}"):
+        ort.build(path, make_target(), tmp_path / "out")
+
+
+def test_a_truncated_model_is_refused(ort, make_target, make_onnx, tmp_path):
+    path = make_onnx()
+    whole = path.read_bytes()
+    for part in (0.1, 0.5, 0.95):
+        path.write_bytes(whole[: int(part * len(whole))])
+        with pytest.raises(BuildError, match=r"net\.onnx"):
+            ort.build(path, make_target(), tmp_path / "out")
+
+
+def test_an_invalid_graph_is_refused(ort, make_target, make_onnx, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    path = make_onnx()
+    model = onnx.load(str(path))
+    model.graph.node[1].op_type = "NoSuchOperator"
+    onnx.save(model, str(path))
+    with pytest.raises(BuildError, match="NoSuchOperator"):
+        ort.build(path, make_target(), tmp_path / "out")
+
+
+def test_a_provider_that_is_not_there_is_unusable(ort, make_target, make_onnx, tmp_path):
+    target = make_target(device="cuda:0", options={"provider": "CUDAExecutionProvider"})
+    found = ort.availability(target)
+    if found.usable:
+        pytest.skip("this machine has CUDA")
+    assert found.reason
+    assert "onnxruntime-gpu" in found.fix or "driver" in found.fix
+    with pytest.raises((MissingBackend, BackendError)):
+        ort.build(make_onnx(), target, tmp_path / "out")
+
+
+def test_operators_that_fall_back_are_an_error_and_named(ort, make_target, make_onnx, tmp_path):
+    ort_library = pytest.importorskip("onnxruntime")
+    provider = "AzureExecutionProvider"  # in the plain package; runs no ordinary operator
+    if provider not in ort_library.get_available_providers():
+        pytest.skip(f"no {provider} in this build")
+    target = make_target(options={"provider": provider})
+    with pytest.raises(BuildError, match=r"do not run on Azure.*\(Conv\)"):
+        ort.build(make_onnx(), target, tmp_path / "out")
+    allowed = make_target(options={"provider": provider, "allow_fallback": True})
+    assert ort.build(make_onnx(), allowed, tmp_path / "out").path.is_file()
+
+
+DENORMALS = """
+import sys
+from pathlib import Path
+import numpy as np
+from prune2deploy import target
+from prune2deploy.backends import registry
+from prune2deploy.backends.base import Engine
+
+profile, path = target.load(sys.argv[1]), Path(sys.argv[2])
+with registry.for_target(profile).open(Engine(path, path, "ort", 0.0), profile) as session:
+    result = session.run({"x": np.full(4, 1e-41, np.float32)})["y"]
+sys.exit(0 if (result == 0).all() else 3)
+"""
+
+
+def test_denormal_numbers_count_as_zero(make_target, tmp_path):
+    # In a fresh process, because only the first session of a process can set this.
+    onnx = pytest.importorskip("onnx")
+    tensor = onnx.helper.make_tensor_value_info
+    large = onnx.numpy_helper.from_array(np.array([1e30], np.float32), "large")
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Mul", ["x", "large"], ["y"])],
+        "net",
+        [tensor("x", onnx.TensorProto.FLOAT, [4])],
+        [tensor("y", onnx.TensorProto.FLOAT, [4])],
+        [large],
+    )
+    opsets = [onnx.helper.make_opsetid("", 17)]
+    path = tmp_path / "mul.onnx"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8), str(path))
+    command = [sys.executable, "-c", DENORMALS, str(make_target().path), str(path)]
+    assert subprocess.run(command, check=False).returncode == 0

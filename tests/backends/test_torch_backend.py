@@ -1,0 +1,69 @@
+import numpy as np
+import pytest
+
+from prune2deploy.backends import registry
+from prune2deploy.backends.feeds import random_feeds
+from prune2deploy.errors import BuildError
+
+torch = pytest.importorskip("torch")
+
+
+@pytest.fixture
+def program(make_onnx):
+    """The network of ``make_onnx`` as an exported program beside its ONNX file."""
+    onnx = pytest.importorskip("onnx")
+    path = make_onnx(16)
+    values = {i.name: onnx.numpy_helper.to_array(i) for i in onnx.load(str(path)).graph.initializer}
+    first, second = torch.nn.Conv2d(3, 16, 3, padding=1), torch.nn.Conv2d(16, 8, 3, bias=False)
+    with torch.no_grad():
+        first.weight.copy_(torch.from_numpy(values["w1"].copy()))
+        first.bias.copy_(torch.from_numpy(values["b1"].copy()))
+        second.weight.copy_(torch.from_numpy(values["w2"].copy()))
+    net = torch.nn.Sequential(first, torch.nn.ReLU(), second, torch.nn.Sigmoid()).eval()
+    exported = torch.export.export(net, (torch.randn(1, 3, 12, 12),))
+    torch.export.save(exported, str(path.with_suffix(".pt2")))
+    return path
+
+
+def test_it_runs_the_program_beside_the_onnx_file(program, make_target, tmp_path):
+    reference = pytest.importorskip("onnx.reference")
+    backend, target = registry.get("torch"), make_target("torch")
+    engine = backend.build(program, target, tmp_path / "out")
+    assert engine.path == tmp_path / "out" / "net.pt2"
+    with backend.open(engine, target) as session:
+        feeds = random_feeds(session.inputs, seed=0)
+        found = session.run(feeds)["y"]
+        session.prepare(feeds)
+        sample = session.time_once()
+    wanted = reference.ReferenceEvaluator(str(program)).run(None, feeds)[0]
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    assert sample.wall_ns > 0 and sample.cpu_ns > 0
+    timings = backend.profile(engine, target, feeds, runs=2)
+    assert [t.kind for t in timings] == ["conv2d", "relu", "conv2d", "sigmoid"]
+    assert timings[0].output_shapes == ((1, 16, 12, 12),)
+
+
+def test_an_onnx_file_alone_is_refused(make_onnx, make_target, tmp_path):
+    with pytest.raises(BuildError, match=r"net\.pt2 is not beside it"):
+        registry.get("torch").build(make_onnx(), make_target("torch"), tmp_path / "out")
+
+
+def test_a_file_that_is_no_program_is_refused(make_onnx, make_target, tmp_path):
+    path = make_onnx()
+    path.with_suffix(".pt2").write_bytes(b"nothing")
+    with pytest.raises(BuildError, match="not a program"):
+        registry.get("torch").build(path, make_target("torch"), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"options": {"mode": "fast"}}, "no mode 'fast'"),
+        ({"options": {"mode": "cudagraph"}}, "CUDA graphs need a GPU"),
+    ],
+)
+def test_what_cannot_work_is_said_beforehand(make_target, changes, words):
+    found = registry.get("torch").availability(make_target("torch", **changes))
+    assert not found.usable
+    assert words in found.reason
+    assert found.fix

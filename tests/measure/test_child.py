@@ -1,0 +1,134 @@
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from prune2deploy.errors import BuildError, MeasureError
+from prune2deploy.measure import child
+
+SPEC = {"engines": [{"path": "/engines/net.onnx"}], "threads": 1}
+
+
+@pytest.fixture
+def worker(tmp_path, monkeypatch):
+    """Make a module that runs in place of the worker."""
+
+    def make(code: str) -> str:
+        (tmp_path / "standin.py").write_text(textwrap.dedent(code))
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        return "standin"
+
+    return make
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_progress_and_result_arrive_and_chatter_is_ignored(worker):
+    module = worker(
+        """
+        print("a library says hello")
+        print('{"progress": ["measuring", 0.5]}')
+        print('[1, 2]')
+        print('{"result": {"answer": 42}}')
+        """
+    )
+    told = []
+    assert child.run(SPEC, 20, lambda *args: told.append(args), module) == {"answer": 42}
+    assert told == [("measuring", 0.5)]
+
+
+def test_an_error_of_the_child_is_raised_here_as_what_it_was(worker):
+    module = worker("""print('{"error": "BuildError", "message": "no such node"}')""")
+    with pytest.raises(BuildError, match="no such node"):
+        child.run(SPEC, 20, None, module)
+
+
+def test_a_segmentation_fault_names_engine_and_signal(worker):
+    module = worker(
+        """
+        import os, signal, sys
+        print("last words", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGSEGV)
+        """
+    )
+    with pytest.raises(MeasureError, match="SIGSEGV") as caught:
+        child.run(SPEC, 20, None, module)
+    assert "/engines/net.onnx" in str(caught.value)
+    assert "last words" in str(caught.value)
+
+
+def test_a_python_crash_shows_its_traceback(worker):
+    module = worker("raise RuntimeError('broken driver')")
+    with pytest.raises(MeasureError, match="broken driver"):
+        child.run(SPEC, 20, None, module)
+
+
+def test_a_child_that_hangs_is_killed(worker, tmp_path):
+    module = worker(
+        f"""
+        import os, time
+        open({str(tmp_path / "pid")!r}, "w").write(str(os.getpid()))
+        time.sleep(600)
+        """
+    )
+    with pytest.raises(MeasureError, match="did not end within 2 s"):
+        child.run(SPEC, 2, None, module)
+    assert not alive(int((tmp_path / "pid").read_text()))
+
+
+def test_an_interrupt_kills_the_child(worker, tmp_path):
+    module = worker(
+        f"""
+        import os, time
+        open({str(tmp_path / "pid")!r}, "w").write(str(os.getpid()))
+        print('{{"progress": ["measuring", 0.0]}}', flush=True)
+        time.sleep(600)
+        """
+    )
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        child.run(SPEC, 60, interrupt, module)
+    assert not alive(int((tmp_path / "pid").read_text()))
+
+
+def test_the_worker_ends_when_its_parent_is_killed(tmp_path):
+    code = f"""
+import os, subprocess, sys, time
+spec = {str(tmp_path / "spec.json")!r}
+stand_in = (
+    "import sys, threading, time, os\\n"
+    "from prune2deploy.measure import worker\\n"
+    "threading.Thread(target=worker._end_with_parent, daemon=True).start()\\n"
+    "open(sys.argv[1] + '.pid', 'w').write(str(os.getpid()))\\n"
+    "time.sleep(600)\\n"
+)
+subprocess.Popen([sys.executable, "-c", stand_in, spec], stdin=subprocess.PIPE)
+time.sleep(600)
+"""
+    root = str(Path(child.__file__).parents[2])
+    parent = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": root})
+    pid_file = tmp_path / "spec.json.pid"
+    deadline = time.monotonic() + 60
+    while not (pid_file.exists() and pid_file.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    pid = int(pid_file.read_text())
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(pid)

@@ -1,0 +1,216 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from prune2deploy.backends.base import Sample, Session
+from prune2deploy.measure import samples as raw
+from prune2deploy.measure import summary
+from prune2deploy.measure.clock import Clock, SimulatedClock
+from prune2deploy.measure.sample import WARM_RUNS, Sampler
+from prune2deploy.target import MeasurePolicy
+
+MS = 1_000_000
+
+
+class Fake(Session):
+    """Takes what a function of the run number says."""
+
+    inputs = outputs = ()
+
+    def __init__(self, cost):
+        self.cost = cost
+        self.runs = 0
+        self.closed = False
+
+    def run(self, feeds):
+        raise NotImplementedError
+
+    def prepare(self, feeds):
+        pass
+
+    def time_once(self):
+        ns = round(self.cost(self.runs))
+        self.runs += 1
+        return Sample(ns, ns)
+
+    def close(self):
+        self.closed = True
+
+
+class ManualClock(SimulatedClock, Clock):
+    """Like a real one, but time passes only by what sessions say and by sleeping."""
+
+    def __init__(self):
+        super().__init__()
+        self.slept = 0
+
+    def sleep(self, ns):
+        self.slept += ns
+        super().sleep(ns)
+
+
+def sampler(make_target, costs, policy=None, clock=None):
+    opened = []
+
+    def opener(cost):
+        def open_it():
+            opened.append(Fake(cost))
+            return opened[-1]
+
+        return open_it
+
+    target = dataclasses.replace(
+        make_target("null"), measure=policy or MeasurePolicy(min_seconds=2.0)
+    )
+    found = Sampler([opener(c) for c in costs], target, clock or ManualClock(), simulated=False)
+    return found, opened, target
+
+
+def noisy(ns, seed, spread=0.01):
+    random = np.random.default_rng(seed)
+    return lambda run: ns * float(np.exp(spread * random.standard_normal()))
+
+
+def test_a_known_ratio_comes_out_with_everything_kept(make_target, tmp_path):
+    clock = ManualClock()
+    costs = [noisy(4 * MS, 0), noisy(10 * MS, 1), noisy(10 * MS, 2)]
+    taker, opened, target = sampler(make_target, costs, clock=clock)
+    samples = taker.collect(None, None)
+    assert len(samples.candidate) == len(samples.reference) == len(samples.twin)
+    assert len(samples.block) == len(samples.candidate) >= 30
+    assert samples.notes["stopped"] == "precise"
+    assert clock.now() >= 2e9
+    assert (samples.noise[:, 0] >= 100 * MS * 0.9).all()
+    assert all(session.closed for session in opened)
+    found = summary.summarise(samples, target)
+    assert found.ratio == pytest.approx(0.4, rel=0.01)
+    assert found.ratio_ci95[0] < 0.4 < found.ratio_ci95[1]
+    assert found.control_ratio == pytest.approx(1.0, abs=0.01)
+    assert found.reference.p50_ms == pytest.approx(10, rel=0.01)
+    assert found.candidate.p50_ms == pytest.approx(4, rel=0.02)
+    assert found.clock == "cpu"
+    assert "throttled" not in found.flags and "control off" not in found.flags
+    path = tmp_path / "raw" / "samples.npz"
+    raw.save(samples, path)
+    again = summary.summarise(raw.load(path), target)
+    assert again == found
+    assert [p.name for p in path.parent.iterdir()] == ["samples.npz"]
+
+
+def test_every_block_has_sessions_of_its_own(make_target):
+    taker, opened, _ = sampler(make_target, [noisy(5 * MS, 0), noisy(5 * MS, 1)])
+    samples = taker.collect(None, None)
+    assert len(opened) == 2 * (len(samples.noise) + 1)  # one more pair for warming up
+    assert all(session.runs > WARM_RUNS for session in opened)
+
+
+def test_the_first_slow_runs_are_not_samples(make_target):
+    def cost(run):
+        return (3 if run < WARM_RUNS else 1) * 5 * MS
+
+    taker, _, _ = sampler(make_target, [cost, cost])
+    samples = taker.collect(None, None)
+    assert samples.notes["warm"] is True
+    assert samples.candidate[:, 0].max() == 5 * MS
+
+
+def test_the_limit_stops_early_when_the_side_is_clear(make_target):
+    policy = MeasurePolicy(half_width=0.001, min_seconds=6.0)
+    costs = [noisy(5 * MS, 0, 0.05), noisy(10 * MS, 1, 0.05)]
+    clear = sampler(make_target, costs, policy)[0].collect(0.9, None)
+    assert clear.notes["stopped"] == "decided"
+    assert clear.noise[:, 0].sum() < 6e9
+
+
+def test_the_time_cap_holds(make_target):
+    policy = MeasurePolicy(half_width=0.0001, min_seconds=1.0, max_seconds=3.0)
+    clock = ManualClock()
+    taker, _, target = sampler(
+        make_target, [noisy(20 * MS, 0, 0.2), noisy(20 * MS, 1, 0.2)], policy, clock
+    )
+    samples = taker.collect(None, None)
+    assert samples.notes["stopped"] == "time"
+    assert clock.now() < 5e9
+    assert "wide interval" in summary.summarise(samples, target).flags
+
+
+def test_a_device_that_heats_up_is_cooled_and_measured_again(make_target):
+    clock = ManualClock()
+    heat = {"until": 0}
+
+    def cost(run):
+        seconds = (clock.now() - heat["until"]) / 1e9
+        return 5 * MS * (1 + (0.05 * seconds if clock.slept == 0 else 0))
+
+    taker, _, _ = sampler(make_target, [cost, cost], MeasurePolicy(min_seconds=4.0), clock)
+    samples = taker.collect(None, None)
+    assert clock.slept > 0
+    assert samples.notes["cooled"] is True
+
+
+def test_progress_is_told_in_order(make_target):
+    told = []
+    taker, _, _ = sampler(make_target, [noisy(5 * MS, 0), noisy(5 * MS, 1)])
+    taker.collect(None, lambda stage, done: told.append((stage, done)))
+    assert {stage for stage, _ in told} == {"warming up", "measuring"}
+    shares = [done for stage, done in told if stage == "measuring"]
+    assert shares == sorted(shares)
+    assert all(0 <= share <= 1 for share in shares)
+
+
+def replay(make_target, cpu_share=1.0, delay=0, threads=1, device_ns=0):
+    """Thirty blocks of four pairs: candidate 5 ms, reference 10 ms of CPU time."""
+    random = np.random.default_rng(0)
+    target = make_target("null", threads=threads)
+
+    def rows(ns):
+        cpu = ns * np.exp(0.01 * random.standard_normal(120))
+        return np.stack([cpu / cpu_share, cpu, np.full(120, device_ns)], axis=1).astype(np.int64)
+
+    candidate, reference = rows(5 * MS), rows(10 * MS)
+    noise = np.zeros((30, 6), dtype=np.int64)
+    noise[:, 0] = 4 * 15 * MS
+    noise[:, 3] = delay
+    samples = raw.Samples(
+        candidate,
+        reference,
+        np.empty((0, 3), dtype=np.int64),
+        np.repeat(np.arange(30), 4),
+        noise,
+        {"stopped": "precise", "warm": True},
+    )
+    return samples, target
+
+
+def test_cpu_time_counts_when_the_thread_does_all_the_work(make_target):
+    samples, target = replay(make_target)
+    assert summary.choose_clock(samples, target) == raw.CPU
+
+
+def test_cpu_time_counts_on_a_contended_host_whose_kernel_tells_the_wait(make_target):
+    waited = 4 * 15 * MS  # as long as it ran
+    samples, target = replay(make_target, cpu_share=0.5, delay=waited)
+    assert summary.choose_clock(samples, target) == raw.CPU
+    assert "noisy host" in summary.summarise(samples, target).flags
+
+
+def test_wall_time_counts_when_other_threads_do_the_work(make_target):
+    samples, target = replay(make_target, cpu_share=0.5, delay=0)
+    assert summary.choose_clock(samples, target) == raw.WALL
+    samples, target = replay(make_target, threads=4)
+    assert summary.choose_clock(samples, target) == raw.WALL
+
+
+def test_device_time_counts_where_it_is_known(make_target):
+    samples, target = replay(make_target, device_ns=7)
+    assert summary.choose_clock(samples, target) == raw.DEVICE
+
+
+def test_damaged_sample_files_are_named(tmp_path):
+    from prune2deploy.errors import MeasureError
+
+    path = tmp_path / "samples.npz"
+    path.write_bytes(b"PK nothing")
+    with pytest.raises(MeasureError, match=r"samples\.npz"):
+        raw.load(path)

@@ -1,0 +1,122 @@
+import numpy as np
+import pytest
+
+from prune2deploy.measure import stats
+from prune2deploy.measure.verdict import verdict
+from prune2deploy.target import MeasurePolicy
+
+
+def test_block_medians_follow_the_block_numbers():
+    values = np.array([3.0, 1.0, 2.0, 10.0, 20.0, 5.0])
+    blocks = np.array([0, 0, 0, 1, 1, 4])
+    assert stats.block_medians(values, blocks).tolist() == [2.0, 15.0, 5.0]
+
+
+def test_the_trimmed_mean_drops_a_fifth_at_either_end():
+    values = np.array([100.0, 1.0, 2.0, 3.0, -50.0])
+    assert stats.trimmed_mean(values) == 2.0
+    assert stats.trimmed_mean(np.array([[1.0, 3.0], [5.0, 7.0]])).tolist() == [2.0, 6.0]
+
+
+def test_one_spoilt_block_barely_moves_the_interval():
+    effects = np.random.default_rng(0).normal(0, 0.01, 20)
+    calm = stats.interval(effects)
+    spoilt = effects.copy()
+    spoilt[7] = 3.0
+    wild = stats.interval(spoilt)
+    assert abs(wild[0] - calm[0]) < 0.005
+    assert abs(wild[1] - calm[1]) < 0.01
+
+
+def test_an_interval_holds_its_estimate_and_shrinks_with_blocks():
+    effects = np.random.default_rng(1).normal(-0.5, 0.05, 400)
+    widths = []
+    for count in (10, 40, 400):
+        low, high = stats.interval(effects[:count])
+        assert low < stats.trimmed_mean(effects[:count]) < high
+        widths.append(high - low)
+    assert widths[0] > 1.5 * widths[1] > 1.5 * 1.5 * widths[2]
+
+
+def test_one_block_tells_nothing():
+    low, high = stats.interval(np.array([0.1]))
+    assert low == -np.inf and high == np.inf
+
+
+def test_many_measurements_at_once_agree_with_one_by_one():
+    effects = np.random.default_rng(2).normal(0, 1, (5, 12))
+    low, high = stats.interval(effects)
+    for row in range(5):
+        assert stats.interval(effects[row]) == pytest.approx((low[row], high[row]))
+
+
+def test_a_known_ratio_is_found():
+    effects = np.log(0.5) + np.random.default_rng(3).normal(0, 0.01, 30)
+    ratio, (low, high) = stats.ratio_interval(effects)
+    assert low < 0.5 < high
+    assert ratio == pytest.approx(0.5, rel=0.01)
+
+
+def test_stopping_when_narrow_or_when_the_side_is_clear():
+    policy = MeasurePolicy(half_width=0.01)
+    random = np.random.default_rng(4)
+    narrow = random.normal(np.log(0.5), 0.001, 12)
+    wide = random.normal(np.log(0.5), 0.2, 12)
+    assert stats.stopping(narrow, policy, None).precise
+    assert not stats.stopping(wide, policy, None).precise
+    assert not stats.stopping(wide, policy, 0.5).decided
+    assert stats.stopping(wide, policy, 5.0).decided
+    assert stats.stopping(wide, policy, 0.05).decided
+
+
+def test_looks_are_few_and_end_at_the_last_block():
+    found = stats.looks(10, 500)
+    assert found[0] == 10 and found[-1] == 500
+    assert len(found) < 20
+    assert stats.looks(10, 10) == [10]
+
+
+def test_the_upper_quantile_bound_by_hand():
+    # 59 samples: 0.95 ** 59 < 0.05, so the largest bounds p95; with 58 nothing does.
+    values = np.arange(1.0, 60.0)
+    assert stats.upper_quantile(values, 0.95) == (59.0, True)
+    assert stats.upper_quantile(values[:58], 0.95) == (58.0, False)
+    # 93 samples: P(Bin(93, 0.95) <= 91) >= 0.95 > P(... <= 90), so the second largest will do.
+    assert stats.upper_quantile(np.arange(1.0, 94.0), 0.95) == (92.0, True)
+
+
+def test_the_upper_quantile_bound_covers():
+    random = np.random.default_rng(5)
+    truth = -np.log(0.05)  # p95 of the exponential distribution
+    bounds = [stats.upper_quantile(random.exponential(size=200), 0.95)[0] for _ in range(2000)]
+    assert np.mean(np.array(bounds) >= truth) >= 0.94
+
+
+def test_outliers_are_counted_by_fence():
+    values = np.array([*np.linspace(10, 20, 101), 31, 41, -1, -11.0])
+    counts = stats.outliers(values)
+    assert counts == {"low_severe": 1, "low_mild": 1, "high_mild": 1, "high_severe": 1}
+
+
+def test_drift_tells_heat_from_jumps():
+    heat = np.linspace(100, 110, 30)
+    found = stats.drift(heat)
+    assert found.change == pytest.approx(0.067, abs=0.01)
+    assert found.steady
+    jumps = np.array([100, 120, 90] * 10, dtype=float)
+    assert not stats.drift(jumps).steady
+    assert stats.drift(np.full(30, 7.0)) == stats.Drift(0.0, False)
+
+
+def test_settled_needs_two_blocks_that_agree():
+    assert not stats.settled([1.0])
+    assert not stats.settled([1.4, 1.0])
+    assert stats.settled([1.4, 1.0, 1.01])
+
+
+@pytest.mark.parametrize(
+    ("interval", "expected"),
+    [((8, 10), "met"), ((8, 10.1), "uncertain"), ((10.1, 12), "missed"), ((10, 12), "uncertain")],
+)
+def test_verdicts(interval, expected):
+    assert verdict(interval, 10) == expected

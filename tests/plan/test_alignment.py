@@ -1,0 +1,80 @@
+"""The step is read off staircases of known step, and off real kernels."""
+
+import numpy as np
+import onnx
+import pytest
+
+from prune2deploy.errors import PlanError
+from prune2deploy.plan.alignment import (
+    FAMILIES,
+    WIDTHS,
+    channel_multiple,
+    probe_alignment,
+    read_staircase,
+    write_probe,
+)
+
+
+def times(step, noise=0.0, cliff=1.0, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        w: (5e4 + 2e4 * -(-w // step) * step) * (cliff if w % 4 else 1) * (1 + noise * rng.random())
+        for w in WIDTHS
+    }
+
+
+@pytest.mark.parametrize("step", [1, 4, 8, 16, 32, 64])
+@pytest.mark.parametrize("noise", [0.0, 0.01])
+def test_the_step_of_a_staircase_is_found(step, noise):
+    for seed in range(20):
+        assert read_staircase("conv3x3", times(step, noise, seed=seed)).step == step
+
+
+def test_a_cliff_at_odd_widths_does_not_hide_the_step():
+    found = read_staircase("conv3x3", times(16, 0.01, cliff=1.6))
+    assert found.cliff
+    assert found.step == 16
+    assert channel_multiple([read_staircase("conv3x3", times(1, cliff=1.6))]) == 4
+
+
+def test_the_coarsest_family_decides():
+    steps = [read_staircase(f, times(s)) for f, s in (("conv3x3", 16), ("matmul", 1))]
+    assert channel_multiple(steps) == 16
+    assert channel_multiple([]) == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_probe_models_are_valid_and_have_the_width(family, tmp_path):
+    write_probe(family, 72, tmp_path / "m.onnx")
+    model = onnx.load(tmp_path / "m.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    assert any(72 in weight.dims for weight in model.graph.initializer)
+
+
+class Store(dict):
+    def staircase(self, family):
+        return self.get(family)
+
+    def add_staircase(self, family, staircase):
+        self[family] = dict(staircase)
+
+
+def test_a_probed_device_is_not_timed_again(tmp_path):
+    calls, store, told = [], Store(), []
+
+    def time_ns(path):
+        calls.append(path)
+        return times(8)[int(path.stem.split("-")[1])]
+
+    options = {"families": ("conv1x1",), "store": store}
+    first = probe_alignment(time_ns, tmp_path, tell=lambda *n: told.append(n), **options)
+    assert len(calls) == len(WIDTHS)
+    assert told[-1] == (len(WIDTHS), len(WIDTHS))
+    assert probe_alignment(time_ns, tmp_path, **options) == first
+    assert len(calls) == len(WIDTHS)
+    assert first[0].step == 8
+
+
+def test_an_unknown_family_is_an_error(tmp_path):
+    with pytest.raises(PlanError, match="choose from conv3x3"):
+        probe_alignment(lambda _: 1.0, tmp_path, families=("conv9",))

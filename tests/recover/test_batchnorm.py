@@ -1,0 +1,92 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from prune2deploy.recover import reestimate_batchnorm
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5),
+        nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4, momentum=0.3), nn.Flatten(), nn.LazyLinear(2),
+    )  # fmt: skip
+
+
+def batches(count=5, size=16):
+    generator = torch.Generator().manual_seed(1)
+    return [
+        ((torch.randn(size, 3, 6, 6, generator=generator) * 3 + 1,), None) for _ in range(count)
+    ]
+
+
+@pytest.fixture
+def module():
+    made = net().eval()
+    made(torch.zeros(1, 3, 6, 6))
+    return made
+
+
+def test_statistics_are_the_mean_over_batches(module):
+    data = batches()
+    done = reestimate_batchnorm(module, data)
+    assert (done.layers, done.samples, done.note) == (2, 80, "")
+    seen = [module[0](x).detach() for (x,), _ in data]
+    mean = torch.stack([y.mean((0, 2, 3)) for y in seen]).mean(0)
+    var = torch.stack([y.var((0, 2, 3)) for y in seen]).mean(0)
+    torch.testing.assert_close(module[1].running_mean, mean)
+    torch.testing.assert_close(module[1].running_var, var)
+
+
+def test_doing_it_twice_changes_nothing_more(module):
+    reestimate_batchnorm(module, batches())
+    once = copy.deepcopy(module.state_dict())
+    reestimate_batchnorm(module, batches())
+    assert all(torch.equal(once[k], v) for k, v in module.state_dict().items())
+
+
+def test_weights_modes_and_momenta_stay(module):
+    module[0].train()
+    module[1].train()
+    weights = {k: v.clone() for k, v in module.named_parameters()}
+    modes = [m.training for m in module.modules()]
+    reestimate_batchnorm(module, batches())
+    assert [m.training for m in module.modules()] == modes
+    assert module[1].momentum == 0.1 and module[5].momentum == 0.3
+    assert all(torch.equal(weights[k], v) for k, v in module.named_parameters())
+
+
+@pytest.mark.parametrize("data", [None, []])
+def test_without_data_nothing_changes_and_it_says_so(module, data):
+    before = copy.deepcopy(module.state_dict())
+    done = reestimate_batchnorm(module, data)
+    assert done.layers == 0 and "no data" in done.note
+    assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())
+
+
+def test_a_failing_forward_restores_everything(module):
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(RuntimeError):
+        reestimate_batchnorm(module, [((torch.zeros(2, 5, 6, 6),), None)])
+    assert module[1].momentum == 0.1 and not module[1].training
+    assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())
+
+
+def test_a_model_without_batchnorm_says_so():
+    done = reestimate_batchnorm(nn.Linear(2, 2), [((torch.zeros(1, 2),), None)])
+    assert done.layers == 0 and "no BatchNorm" in done.note
+
+
+def test_it_repairs_a_model_whose_statistics_are_wrong(module):
+    x = batches(1)[0][0][0]
+    module.eval()
+    reestimate_batchnorm(module, [((x,), None)])
+    with torch.no_grad():
+        right = module(x)
+        module[1].running_mean.add_(3)
+        module[1].running_var.mul_(9)
+        assert (module(x) - right).abs().max() > 0.1
+        reestimate_batchnorm(module, [((x,), None)])
+        torch.testing.assert_close(module(x), right)

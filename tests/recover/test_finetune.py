@@ -1,0 +1,196 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from prune2deploy.calibration import from_dataset
+from prune2deploy.errors import ConfigError
+from prune2deploy.recover import FinetuneOptions, evaluate, finetune
+from prune2deploy.recover.evaluate import wilson
+from prune2deploy.recover.finetune import distillation_loss, learning_rate
+
+CPU = FinetuneOptions(device="cpu", epochs=6, lr=0.05)
+
+
+def blobs(count=240, classes=3, seed=0, labelled=True):
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(classes, 8, generator=torch.Generator().manual_seed(99)) * 2
+    items = []
+    for i in range(count):
+        x = centres[i % classes] + torch.randn(8, generator=generator)
+        items.append((x, i % classes) if labelled else x)
+    return from_dataset(items, (torch.zeros(1, 8),), batch=30)
+
+
+def student(seed=1):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3)).eval()
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return finetune(student(5), None, blobs(), CPU).module
+
+
+def test_learns_from_labels_and_leaves_the_argument_alone():
+    module = student()
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    done = finetune(module, None, blobs(), CPU)
+    assert done.steps == 48 and len(done.losses) == 6 and done.losses[-1] < done.losses[0]
+    assert evaluate(done.module, blobs(seed=7)).top1 > 0.9 > evaluate(module, blobs(seed=7)).top1
+    assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())
+    assert not done.module.training and not module.training
+
+
+def test_learns_from_the_teacher_alone_when_there_are_no_labels(teacher):
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    done = finetune(student(), teacher, blobs(labelled=False), CPU)
+    assert evaluate(done.module, blobs(seed=7)).top1 > 0.9
+    assert all(torch.equal(before[k], v) for k, v in teacher.state_dict().items())
+    x = next(iter(blobs(seed=7)))[0][0]
+    with torch.no_grad():
+        far = F.kl_div(student()(x).log_softmax(1), teacher(x).softmax(1), reduction="batchmean")
+        near = F.kl_div(done.module(x).log_softmax(1), teacher(x).softmax(1), reduction="batchmean")
+    assert near < far / 5
+
+
+def test_the_seed_decides_everything(teacher):
+    runs = [
+        finetune(student(), teacher, blobs(), FinetuneOptions(device="cpu", epochs=2, seed=s))
+        for s in (3, 3, 4)
+    ]
+    weights = [run.module[0].weight for run in runs]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_global_random_state_is_left_alone(teacher):
+    state = torch.get_rng_state()
+    finetune(student(), teacher, blobs(60), FinetuneOptions(device="cpu", epochs=1))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_moving_average_is_returned_where_asked_for():
+    plain = finetune(student(), None, blobs(), CPU).module
+    options = FinetuneOptions(device="cpu", epochs=6, lr=0.05, ema=0.9)
+    mean = finetune(student(), None, blobs(), options).module
+    assert not torch.equal(plain[0].weight, mean[0].weight)
+    assert evaluate(mean, blobs(seed=7)).top1 > 0.9
+
+
+def test_penalty_is_added_to_the_loss():
+    small = finetune(
+        student(), None, blobs(), CPU, penalty=lambda m: 0.1 * m[0].weight.abs().sum()
+    ).module
+    plain = finetune(student(), None, blobs(), CPU).module
+    assert small[0].weight.abs().sum() < 0.5 * plain[0].weight.abs().sum()
+
+
+@pytest.mark.parametrize("data", [None, []])
+def test_nothing_to_train_on_is_said(data):
+    done = finetune(student(), None, data, CPU)
+    assert done.steps == 0 and "nothing was trained" in done.note
+    assert torch.equal(done.module[0].weight, student()[0].weight)
+
+
+def test_no_epochs():
+    assert finetune(student(), None, blobs(), FinetuneOptions(epochs=0)).steps == 0
+
+
+def test_progress_sees_every_step():
+    seen = []
+    options = FinetuneOptions(device="cpu", epochs=2)
+    finetune(student(), None, blobs(60), options, progress=lambda *facts: seen.append(facts))
+    assert [(step, of) for step, of, _ in seen] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_a_single_left_over_sample_does_not_break_batchnorm():
+    assert finetune(student(), None, blobs(31), FinetuneOptions(device="cpu", epochs=1)).steps == 2
+
+
+def test_neither_labels_nor_teacher():
+    with pytest.raises(ConfigError, match="needs labels or a teacher"):
+        finetune(student(), None, blobs(labelled=False), CPU)
+
+
+def test_a_rate_that_is_too_high_is_named():
+    options = FinetuneOptions(device="cpu", epochs=3, lr=1e30, clip=1e30)
+    with pytest.raises(ConfigError, match="too high for this model"):
+        finetune(student(), None, blobs(), options)
+
+
+def test_outputs_that_are_not_class_scores():
+    with pytest.raises(ConfigError, match="class scores of shape"):
+        finetune(Pictures(), None, blobs(), CPU)
+
+
+class Pictures(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return (x * self.scale)[:, None]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"epochs": -1}, {"lr": 0}, {"lr": math.nan}, {"alpha": 2}, {"temperature": 0}, {"ema": 1}],
+)
+def test_options_are_checked(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        FinetuneOptions(**wrong)
+
+
+def test_distillation_loss_by_hand():
+    s, t = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])
+    options = FinetuneOptions(temperature=2.0, alpha=0.25)
+    p, q = (t / 2).softmax(1)[0], (s / 2).softmax(1)[0]
+    soft = 4 * sum(float(a * (a / b).log()) for a, b in zip(p, q, strict=True))
+    hard = -math.log(math.exp(1) / (math.exp(1) + 1))
+    found = distillation_loss(s, t, torch.tensor([0]), options)
+    assert float(found) == pytest.approx(0.25 * soft + 0.75 * hard, rel=1e-5)
+    assert float(distillation_loss(s, s, None, options)) == pytest.approx(0, abs=1e-7)
+
+
+def test_learning_rate_rises_then_falls_to_nothing():
+    options = FinetuneOptions(lr=1.0, warmup=0.1)
+    rates = [learning_rate(step, 100, options) for step in range(100)]
+    assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
+    assert max(rates) == 1.0 and rates[-1] < 0.001
+
+
+def test_accuracy_counts_and_interval():
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            return {"out": F.one_hot(x[:, 0].long(), 4).float()}
+
+    data = [((torch.tensor([[0.0], [1.0], [2.0], [3.0]]),), torch.tensor([0, 1, 2, 0]))]
+    found = evaluate(Fixed().train(), data)
+    assert found.top1 == 0.75 and found.samples == 4
+    assert found.ci95[0] < 0.75 < found.ci95[1]
+    with pytest.raises(ConfigError, match="needs labels"):
+        evaluate(Fixed(), [((torch.zeros(1, 1),), None)])
+    with pytest.raises(ConfigError, match="at least one"):
+        evaluate(Fixed(), [])
+
+
+@pytest.mark.parametrize("right", [0, 50])
+def test_wilson_stays_within_zero_and_one(right):
+    low, high = wilson(right, 50)
+    assert 0 <= low <= right / 50 <= high <= 1 and high - low > 0.05
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_mixed_precision_on_a_gpu(teacher):
+    options = FinetuneOptions(device="cuda", epochs=6, lr=0.05)
+    done = finetune(student(), teacher, blobs(), options)
+    assert next(done.module.parameters()).device.type == "cpu"
+    assert done.module[0].weight.dtype == torch.float32
+    assert evaluate(done.module, blobs(seed=7)).top1 > 0.9

@@ -1,0 +1,243 @@
+"""The command line: arguments, exit codes, one JSON document, quiet progress."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prune2deploy import cli, console
+from prune2deploy.config import (
+    Budget,
+    ModelOptions,
+    RunOptions,
+    SweepOptions,
+    digest,
+    parse_ratios,
+    parse_size,
+)
+from prune2deploy.errors import ConfigError
+from prune2deploy.progress import Step
+
+ROOT = Path(__file__).parent.parent
+FORMULA = """
+backend = "null"
+device = "none"
+channel_multiple = 8
+threads = 1
+description = "latency by formula"
+[options]
+step = 8
+[measure]
+min_seconds = 0.0
+max_seconds = 5.0
+"""
+NET = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 32, 3, padding=1)
+        self.second = nn.Conv2d(32, 48, 3, padding=1)
+        self.last = nn.Linear(48, 10)
+
+    def forward(self, x):
+        x = torch.relu(self.second(torch.relu(self.first(x))))
+        return self.last(x.mean((2, 3)))
+
+def small():
+    return Net(), torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+"""
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A folder with a target by formula and a small model, made the working folder."""
+    (tmp_path / "formula.toml").write_text(FORMULA)
+    (tmp_path / "net.py").write_text(NET)
+    before = Path.cwd()
+    os.chdir(tmp_path)
+    yield tmp_path
+    os.chdir(before)
+
+
+def command(*arguments, cwd=ROOT, timeout=240):
+    return subprocess.run(
+        [sys.executable, "-m", "prune2deploy", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        timeout=timeout,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+
+
+SMALL = ("--model", "net.py:small", "--target", "./formula.toml")
+
+
+def test_run_writes_a_whole_run_directory_and_one_json_document(place):
+    done = command(*SMALL, "--speedup", "1.5", "--out", "out", "--json", cwd=place)
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads(done.stdout)
+    assert manifest["met"] is True and manifest["verdict"] == "met"
+    assert manifest["final"]["ci95_ms"][1] <= manifest["budget_ms"]
+    assert manifest["speedup"] >= 1.5
+    there = {p.relative_to(place / "out").as_posix() for p in (place / "out").rglob("*")}
+    assert {
+        "manifest.json", "model.onnx", "baseline.onnx", "engine.onnx", "model.pt2", "weights.pt",
+        "plan.json", "journal.jsonl", "report.html", "report.json", "report.csv", "axes.png",
+        "layers.png", "target.toml", "raw/baseline.npz",
+    } <= there  # fmt: skip
+    listed = {a["path"] for a in manifest["artefacts"]}
+    files = {p for p in there if (place / "out" / p).is_file()} - {"manifest.json", ".lock"}
+    assert listed == files
+    on_disk = json.loads((place / "out/manifest.json").read_text())
+    assert {k: v for k, v in manifest.items() if k != "run_dir"} == on_disk
+
+
+def test_a_finished_run_is_shown_compared_and_rendered_again(place):
+    for name, factor in (("a", "1.3"), ("b", "1.6")):
+        done = command(*SMALL, "--speedup", factor, "--out", name, cwd=place)
+        assert done.returncode == 0, done.stderr
+        assert "measured p50 (ms)" in done.stdout and "builds" in done.stdout
+        assert done.stderr == ""  # no progress where standard error is no terminal
+    (place / "a/report.html").unlink()
+    again = command("report", "a", cwd=place)
+    assert again.returncode == 0 and "measured p50" in again.stdout
+    assert (place / "a/report.html").exists()
+    both = command("report", "a", "b", "--out", "page", "--json", cwd=place)
+    assert set(json.loads(both.stdout)) == {"a", "b"}
+    assert (place / "page/compare.html").exists()
+    same = command(*SMALL, "--speedup", "1.3", "--out", "a", "--resume", "--json", cwd=place)
+    assert same.returncode == 0 and json.loads(same.stdout)["met"]
+
+
+def test_sweep_inspect_build_and_measure(place):
+    done = command("sweep", *SMALL, "--ratios", "0:0.5:0.25", "--out", "s", "--json", cwd=place)
+    assert done.returncode == 0, done.stderr
+    points = json.loads(done.stdout)["points"]
+    assert [p["ratio"] for p in points] == [0.0, 0.25, 0.5]
+    assert points[0]["speedup"] == pytest.approx(1)
+    assert points[0]["p50_ms"] > points[1]["p50_ms"] > points[2]["p50_ms"]
+    for name in ("report.csv", "report.json", "report.html", "latency.png", "baseline.onnx"):
+        assert (place / "s" / name).stat().st_size > 100
+    axes = json.loads(command("inspect", *SMALL[:2], "--json", cwd=place).stdout)["axes"]
+    assert {a["name"]: a["size"] for a in axes if a["frozen"] is None} == {
+        "first": 32,
+        "second": 48,
+    }
+    onnx = "s/baseline.onnx"
+    built = command("build", onnx, *SMALL[2:], "--out", "engine", "--json", cwd=place)
+    assert Path(json.loads(built.stdout)["engine"]).exists()
+    alone = command("measure", onnx, *SMALL[2:], "--json", cwd=place)
+    assert json.loads(alone.stdout)["latency"]["p50_ms"] == pytest.approx(points[0]["p50_ms"])
+    pair = command("measure", onnx, *SMALL[2:], "--against", onnx, cwd=place)
+    assert "ratio 1.0000" in pair.stdout
+
+
+def test_targets_are_listed_with_the_line_that_fixes_what_is_missing(capfd):
+    assert cli.run(["targets", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capfd.readouterr().out)}
+    assert rows["ort"]["usable"]
+    assert all(row["usable"] or (row["reason"] and row["fix"]) for row in rows.values())
+    assert cli.run(["targets"]) == 0
+    shown = capfd.readouterr().out
+    assert all(name in shown for name in rows)
+
+
+def test_arguments_without_a_command_are_those_of_run():
+    found = cli.parse(["--target", "ort", "--latency-ms", "20"])
+    assert (found.command, found.model, found.latency_ms) == ("run", "resnet50", 20.0)
+    assert cli.parse(["run", "--target", "ort"]).max_builds == 9
+
+
+def test_json_errors_are_one_document_too():
+    done = command("run", "--target", "ort", "--speedup", "0", "--json")
+    assert done.returncode == 2
+    assert json.loads(done.stdout)["exit_code"] == 2
+    assert "--speedup" in done.stderr
+
+
+def test_a_bug_is_told_as_a_bug(monkeypatch, capsys):
+    from prune2deploy import commands
+
+    def broken(arguments, progress):
+        raise KeyError("x")
+
+    monkeypatch.setattr(commands, "TABLE", {"targets": broken})
+    assert cli.run(["targets"]) == 1
+    assert "a bug of prune2deploy" in capsys.readouterr().err
+
+
+def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys):
+    from prune2deploy import commands
+
+    def stopped(arguments, progress):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "TABLE", {"targets": stopped})
+    assert cli.run(["targets"]) == 130
+    assert "--resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "ratios"),
+    [
+        ("0:0.95:0.05", tuple(round(0.05 * i, 9) for i in range(20))),
+        ("0:0.9:0.1", tuple(round(0.1 * i, 9) for i in range(10))),
+        ("0.5", (0.5,)),
+        ("0.5,0.25", (0.25, 0.5)),
+    ],
+)
+def test_ratios(text, ratios):
+    assert parse_ratios(text) == ratios
+
+
+NOWHERE = "; a; 0:1:0.1; 0:0.9; 0:0.9:0; 0.9:0:0.1; -0.1,0.5; 0:0.9:nan; 0:0.9:1e-9"
+
+
+@pytest.mark.parametrize("text", NOWHERE.split("; "))
+def test_ratios_that_lead_nowhere(text):
+    with pytest.raises(ConfigError, match="--ratios"):
+        parse_ratios(text)
+
+
+def test_sizes():
+    assert parse_size("320x640") == (320, 640)
+    for bad in ("320", "0x320", "axb", "-1x3", "3x", "1.5x2"):
+        with pytest.raises(ConfigError, match=r"expected HxW"):
+            parse_size(bad)
+
+
+def test_more_builds_do_not_make_another_run_but_other_options_do():
+    one = RunOptions(Budget(speedup=2), "ort")
+    assert one.identity() == RunOptions(Budget(speedup=2), "ort", max_builds=20).identity()
+    for other in (
+        RunOptions(Budget(speedup=3), "ort"),
+        RunOptions(Budget(speedup=2), "trt"),
+        RunOptions(Budget(speedup=2), "ort", ModelOptions("resnet18")),
+    ):
+        assert digest(one.identity()) != digest(other.identity())
+    assert SweepOptions("ort", (0.0,)).identity() != SweepOptions("ort", (0.5,)).identity()
+
+
+def test_progress_names_stage_build_and_time():
+    assert console.describe(Step("building", 0, 9)) == "baseline: building"
+    assert console.describe(Step("measuring", 3, 9)) == "build 3 of at most 9: measuring"
+    assert console.remaining(None) == ""
+    assert console.remaining(30) == "about 30 s left"
+    assert console.remaining(600) == "about 10 min left"
+
+
+def test_progress_is_silent_off_a_terminal_and_drawn_on_one(monkeypatch, capsys):
+    with console.drawing(quiet=True) as progress:
+        progress(Step("measuring", 1, 9))
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with console.drawing(quiet=False) as progress:
+        progress(Step("measuring", 1, 9, remaining_s=45.0))
+    assert "measuring" in capsys.readouterr().err

@@ -1,0 +1,244 @@
+"""Bad input gets a clear error, the right exit code, and loses nothing."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+
+from prune2deploy import cli
+
+ROOT = Path(__file__).parent.parent
+FORMULA = """
+backend = "null"
+device = "none"
+channel_multiple = 8
+threads = 1
+[measure]
+min_seconds = 0.0
+max_seconds = 5.0
+"""
+NETS = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, width=32):
+        super().__init__()
+        self.first = nn.Conv2d(3, width, 3, padding=1)
+        self.last = nn.Linear(width, 10)
+
+    def forward(self, x):
+        return self.last(torch.relu(self.first(x)).mean((2, 3)))
+
+class Failing(Net):
+    def forward(self, x):
+        raise ValueError("the cat ate it")
+
+class Silent(Net):
+    def forward(self, x):
+        super().forward(x)
+
+class Bare(nn.Module):
+    def forward(self, x):
+        return x + 1
+
+X = torch.ones(1, 3, 8, 8)
+small = lambda: (Net(), X)
+wider = lambda: (Net(48), X)
+failing = lambda: (Failing(), X)
+silent = lambda: (Silent(), X)
+bare = lambda: (Bare(), X)
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("errors")
+    (folder / "formula.toml").write_text(FORMULA)
+    (folder / "nets.py").write_text(NETS)
+    return folder
+
+
+@pytest.fixture
+def fails(place, monkeypatch, capsys):
+    """Run the command line; assert its exit code, its words, and that no trace is shown."""
+    monkeypatch.chdir(place)
+
+    def check(arguments, code, *said):
+        found = cli.run([str(a) for a in arguments])
+        told = capsys.readouterr()
+        assert found == code, told.err
+        assert told.out == ""
+        assert "Traceback" not in told.err
+        for words in said:
+            assert words.lower() in told.err.lower()
+        return told.err
+
+    return check
+
+
+def run(model="nets.py:small", *more):
+    return ["run", "--model", model, "--target", "./formula.toml", "--speedup", "1.5", *more]
+
+
+BUDGETS = {
+    "neither": ([], "neither"),
+    "both": (["--latency-ms", "5", "--speedup", "2"], "both"),
+    "zero": (["--latency-ms", "0"], "above 0"),
+    "negative": (["--latency-ms=-3"], "above 0"),
+    "nan": (["--latency-ms", "nan"], "finite"),
+    "infinite": (["--speedup", "inf"], "finite"),
+    "no gain": (["--speedup", "1"], "above 1"),
+    "no number": (["--speedup", "fast"], "invalid float"),
+}
+
+
+@pytest.mark.parametrize("case", BUDGETS)
+def test_budgets(fails, case):
+    arguments, said = BUDGETS[case]
+    fails(["--target", "ort", *arguments], 2, said)
+
+
+USAGE = {
+    "command": (["runn"], "did you mean run?"),
+    "option": (["run", "--target", "ort", "--speedup", "2", "--fast"], "unrecognized"),
+    "no target": (["run", "--speedup", "2"], "--target"),
+    "batch": ([*run(), "--batch", "0"], "--batch"),
+    "size": ([*run(), "--input-size", "big"], "HxW"),
+    "builds": ([*run(), "--max-builds", "0"], "--max-builds"),
+    "percentile": ([*run(), "--percentile", "42"], "50, 95 or 99"),
+    "finetune": ([*run(), "--finetune", "2"], "--data"),
+    "int8": ([*run(), "--precision", "int8"], "--data"),
+    "ratios": (["sweep", "--target", "ort", "--ratios", "0:2:1"], "--ratios"),
+}
+
+
+@pytest.mark.parametrize("case", USAGE)
+def test_usage(fails, case):
+    arguments, said = USAGE[case]
+    fails(arguments, 2, said)
+
+
+NAMES = {
+    "model": (run("resnet51"), "resnet50"),
+    "empty model": (run(""), "--model"),
+    "timm model": (run("timm:resnet51_nothing"), "resnet"),
+    "factory": (run("nets.py:smal"), "small"),
+    "target": (["run", "--target", "orrt", "--speedup", "2"], "ort"),
+    "criterion": ([*run(), "--importance", "l3"], "l2"),
+    "recipe": ([*run(), "--data", "nowhere.toml"], "nowhere.toml"),
+}
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_unknown_names_offer_the_nearest(fails, case):
+    arguments, said = NAMES[case]
+    fails(arguments, 2, said)
+
+
+PROFILES = {
+    "syntax": ("backend = [", "not valid toml"),
+    "type": (FORMULA.replace("threads = 1", 'threads = "one"'), "threads"),
+    "key": ("thread = 1\n" + FORMULA, "thread"),
+    "range": (FORMULA.replace("channel_multiple = 8", "channel_multiple = 0"), "channel_multiple"),
+    "backend": (FORMULA.replace('"null"', '"nul"'), "backend"),
+    "bytes": (b"\xff\xfe\x00", "utf-8"),
+}
+
+
+@pytest.mark.parametrize("case", PROFILES)
+def test_profiles_name_file_and_key(place, fails, case):
+    text, said = PROFILES[case]
+    path = place / f"bad-{case}.toml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    arguments = ["run", "--model", "nets.py:small", "--target", path, "--speedup", "2"]
+    fails(arguments, 2, said, path.name)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (os.system, ("touch exploded",))
+
+
+def _weights(place, case):
+    import torch
+
+    path = place / f"{case}.pt"
+    if case == "truncated":
+        torch.save({"first.weight": torch.zeros(32, 3, 3, 3)}, path)
+        path.write_bytes(path.read_bytes()[:100])
+    elif case == "no state dict":
+        torch.save([1, 2, 3], path)
+    elif case == "other model":
+        torch.save({"other.weight": torch.zeros(3)}, path)
+    elif case == "other widths":
+        first = {"first.weight": torch.zeros(48, 3, 3, 3), "first.bias": torch.zeros(48)}
+        last = {"last.weight": torch.zeros(10, 48), "last.bias": torch.zeros(10)}
+        torch.save(first | last, path)
+    elif case == "pickle":
+        path.write_bytes(pickle.dumps(Bomb()))
+    elif case == "pickle in torch":
+        torch.save({"first.weight": Bomb()}, path)
+    return path
+
+
+WEIGHTS = "missing, truncated, no state dict, other model, other widths, pickle, pickle in torch"
+
+
+@pytest.mark.parametrize("case", WEIGHTS.split(", "))
+def test_weights(place, fails, case):
+    path = _weights(place, case)
+    fails([*run(), "--weights", path], 2, path.name)
+    assert not (place / "exploded").exists()
+
+
+MODELS = {
+    "failing": "the cat ate it",
+    "silent": "no tensor",
+    "bare": "prune",
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_that_cannot_be_pruned(fails, name):
+    fails(run(f"nets.py:{name}"), 2, MODELS[name])
+
+
+@pytest.mark.parametrize("case", ["missing", "text", "truncated", "empty"])
+@pytest.mark.parametrize("command", ["measure", "build"])
+def test_files_that_are_no_onnx(place, fails, case, command):
+    path = place / f"{case}.onnx"
+    if case != "missing":
+        path.write_bytes({"text": b"hello", "truncated": b"\x08\x08\x12", "empty": b""}[case])
+    fails([command, path, "--target", "ort"], 2, path.name, "onnx")
+
+
+def test_places_that_cannot_be_written_or_hold_something_else(place, fails):
+    (place / "file").write_text("")
+    fails([*run(), "--out", "file"], 2, "file", "--out")
+    fails([*run(), "--out", "/proc/none"], 2, "/proc/none", "--out")
+    (place / "mine").mkdir(exist_ok=True)
+    (place / "mine/thesis.tex").write_text("precious")
+    fails([*run(), "--out", "mine"], 2, "thesis.tex")
+    (place / "other").mkdir(exist_ok=True)
+    (place / "other/run.json").write_text(json.dumps({"target": "trt"}))
+    fails([*run(), "--out", "other", "--resume"], 2, "another run")
+    assert (place / "mine/thesis.tex").read_text() == "precious"
+
+
+def test_runs_that_are_none(place, fails):
+    fails(["report", "nowhere"], 2, "nowhere", "report.json")
+    (place / "broken").mkdir(exist_ok=True)
+    (place / "broken/report.json").write_text("{")
+    fails(["report", "broken"], 2, "not a report")
+
+
+def test_a_target_that_is_not_here_says_what_is_missing_and_what_works(place, fails):
+    text = (ROOT / "targets/ort.toml").read_text().replace("CPUExecution", "Nonsense")
+    (place / "absent.toml").write_text(text)
+    told = fails(["run", "--target", "./absent.toml", "--speedup", "2"], 3, "Nonsense")
+    assert "pip install" in told and "targets that work here: " in told
+    assert "ort" in told.split("targets that work here: ")[1]
+    assert not list(place.glob("runs/*absent*"))
