@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn import functional as F
 
 from prune2deploy.errors import PruneError, TraceError
 from prune2deploy.graph.axes import Graph
@@ -24,9 +23,8 @@ from prune2deploy.graph.build import build
 from prune2deploy.graph.layout import CAT, LEAF, Layout, Node, find, leaves
 from prune2deploy.graph.record import ModuleCall, Operation, Recording, Ref, record, tensors_in
 from prune2deploy.plan.plan import Plan
+from prune2deploy.spellings import FIRST_ONLY, SPELLINGS, Argument, as_recorded
 from prune2deploy.widths import Widths
-
-Argument = Any
 
 
 def capture(pruned: nn.Module, source: nn.Module, graph: Graph, plan: Plan) -> fx.GraphModule:
@@ -108,6 +106,7 @@ class _Writer:
         self.graph.output(self.argument(self.recording.outputs))
         self.graph.lint()
         module = fx.GraphModule(self.pruned, self.graph, type(source).__name__)
+        _keep_unused(module, self.pruned, self.recording.stored)
         module.train(source.training)
         return module
 
@@ -139,7 +138,7 @@ class _Writer:
 
     def _operator(self, operation: Operation) -> None:
         name = operation.func._schema.name
-        spelling = SPELLINGS.get(name, _as_recorded)
+        spelling = SPELLINGS.get(name, as_recorded)
         node = spelling(self, operation)
         if len(operation.outputs) == 1 and not _returns_list(operation):
             self.nodes[operation.outputs[0]] = node
@@ -240,167 +239,3 @@ def _plain_calls(recording: Recording, removed: Sequence[str]) -> dict[int, list
 
 SHAPED = (nn.Unflatten, nn.ChannelShuffle, nn.Fold, nn.Upsample)
 """Modules whose settings are sizes of their input: their operators are written out instead."""
-
-
-def _as_recorded(writer: _Writer, operation: Operation) -> fx.Node:
-    """The same overload with the same arguments; widths that the rule noted are computed."""
-    args, kwargs = list(operation.args), dict(operation.kwargs)
-    for place, argument in enumerate(operation.func._schema.arguments):
-        terms = operation.symbols.get(argument.name)
-        if terms is None:
-            continue
-        listed = isinstance(args[place] if place < len(args) else kwargs[argument.name], list)
-        sizes = writer.sizes(terms)
-        new = (
-            sizes
-            if listed
-            else (sum(sizes) if all(isinstance(s, int) for s in sizes) else sizes[0])
-        )
-        if place < len(args):
-            args[place] = new
-        else:
-            kwargs[argument.name] = new
-    return writer.call(operation.func, *args, **kwargs)
-
-
-def _given(operation: Operation, name: str) -> Any:
-    """An argument by its name in the schema."""
-    for place, argument in enumerate(operation.func._schema.arguments):
-        if argument.name == name:
-            if place < len(operation.args) and not argument.kwarg_only:
-                return operation.args[place]
-            return operation.kwargs.get(name, argument.default_value)
-    return None
-
-
-def _view(writer: _Writer, operation: Operation) -> fx.Node:
-    sizes = writer.sizes(operation.layouts[0])
-    return writer.call(torch.reshape, operation.args[0], sizes)
-
-
-def _expand(writer: _Writer, operation: Operation) -> fx.Node:
-    sizes = writer.sizes(operation.layouts[0])
-    return writer.call(torch.ops.aten.expand.default, operation.args[0], sizes)
-
-
-def _split(writer: _Writer, operation: Operation) -> fx.Node:
-    dim = _given(operation, "dim")
-    sizes = [writer.size(dims[dim]) for dims in operation.layouts]
-    return writer.call(torch.ops.aten.split_with_sizes.default, operation.args[0], sizes, dim)
-
-
-def _filled(writer: _Writer, operation: Operation) -> fx.Node:
-    args = list(operation.args)
-    args[1 if isinstance(args[0], Ref) else 0] = writer.sizes(operation.layouts[0])
-    return writer.call(operation.func, *args, **operation.kwargs)
-
-
-def _batch_norm(writer: _Writer, operation: Operation) -> fx.Node:
-    given = {name: _given(operation, name) for name in ("running_mean", "weight", "bias")}
-    training = writer.graph.get_attr("training") if given["running_mean"] is not None else True
-    epsilon = _given(operation, "eps")
-    return writer.call(
-        F.batch_norm,
-        _given(operation, "input"),
-        given["running_mean"],
-        _given(operation, "running_var"),
-        given["weight"],
-        given["bias"],
-        training,
-        _given(operation, "momentum"),
-        _given(operation, "epsilon") if epsilon is None else epsilon,
-    )
-
-
-def _layer_norm(writer: _Writer, operation: Operation) -> fx.Node:
-    shape = writer.sizes(operation.symbols["normalized_shape"])
-    given = [_given(operation, name) for name in ("weight", "bias", "eps")]
-    return writer.call(F.layer_norm, operation.args[0], shape, *given)
-
-
-def _group_norm(writer: _Writer, operation: Operation) -> fx.Node:
-    groups = operation.symbols.get("group")
-    count = writer.size(groups[0]) if groups else _given(operation, "group")
-    given = [_given(operation, name) for name in ("weight", "bias", "eps")]
-    return writer.call(F.group_norm, operation.args[0], count, *given)
-
-
-def _attention(writer: _Writer, operation: Operation) -> fx.Node:
-    mask = _given(operation, "attn_mask")
-    mask = _given(operation, "attn_bias") if mask is None else mask
-    q, k, v = operation.args[:3]
-    return writer.call(
-        F.scaled_dot_product_attention, q, k, v, mask, 0.0, bool(_given(operation, "is_causal")),
-        scale=_given(operation, "scale"),
-    )  # fmt: skip
-
-
-def _softmax(writer: _Writer, operation: Operation) -> fx.Node:
-    log = "log" in operation.func._schema.name
-    return writer.call(torch.log_softmax if log else torch.softmax, *operation.args[:2])
-
-
-def _max_pool(writer: _Writer, operation: Operation) -> fx.Node:
-    function = F.max_pool3d if "3d" in operation.func._schema.name else F.max_pool2d
-    names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
-    return writer.call(
-        function, operation.args[0], *(_given(operation, n) or _none(n) for n in names)
-    )
-
-
-def _none(name: str) -> Any:
-    return {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False}[name]
-
-
-def _adaptive_pool(writer: _Writer, operation: Operation) -> fx.Node:
-    deep = "3d" in operation.func._schema.name
-    function = F.adaptive_avg_pool3d if deep else F.adaptive_avg_pool2d
-    return writer.call(function, *operation.args[:2])
-
-
-def _identity(writer: _Writer, operation: Operation) -> Argument:
-    return writer.argument(operation.args[0])
-
-
-_NORMS = (
-    "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
-    "cudnn_batch_norm", "miopen_batch_norm", "_batch_norm_no_update", "_batch_norm_with_update",
-)  # fmt: skip
-_ATTENTIONS = (
-    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
-    "_scaled_dot_product_attention_math", "_scaled_dot_product_attention_math_for_mps",
-    "_scaled_dot_product_fused_attention_overrideable",
-)  # fmt: skip
-
-SPELLINGS: dict[str, Callable[[_Writer, Operation], Argument]] = {
-    f"aten::{name}": spelling
-    for names, spelling in (
-        (("view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy"), _view),
-        (("expand",), _expand),
-        (("split", "split_with_sizes", "unsafe_split"), _split),
-        (
-            ("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty"),
-            _filled,
-        ),
-        (_NORMS, _batch_norm),
-        (("native_layer_norm",), _layer_norm),
-        (("native_group_norm",), _group_norm),
-        (_ATTENTIONS, _attention),
-        (("_softmax", "_log_softmax"), _softmax),
-        (("max_pool2d_with_indices", "max_pool3d_with_indices"), _max_pool),
-        (("_adaptive_avg_pool2d", "_adaptive_avg_pool3d"), _adaptive_pool),
-        (("lift_fresh",), _identity),
-    )
-    for name in names
-}
-"""Operators written in the form that has gradients, exporters and size arguments."""
-
-FIRST_ONLY = frozenset(
-    f"aten::{name}"
-    for name in (
-        *_NORMS, *_ATTENTIONS, "native_layer_norm", "native_group_norm",
-        "max_pool2d_with_indices", "max_pool3d_with_indices",
-    )
-)  # fmt: skip
-"""Operators of which only the first result is used once they are spelt as functions."""

@@ -61,7 +61,13 @@ class Journal:
 
     def read(self, key: str, kind: type[T]) -> T:
         """Return the value of a finished step as an instance of ``kind``."""
-        return typing.cast("T", decode(kind, self._values[key]))
+        try:
+            return typing.cast("T", decode(kind, self._values[key]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(
+                f"{self.path}: the record {key!r} does not hold a {kind.__name__} of this version "
+                f"({error!r}); resume with the version that started the run, or start again"
+            ) from error
 
     def write(self, key: str, value: object) -> None:
         """Append a finished step; it is on disk when this returns."""

@@ -69,7 +69,10 @@ class Ranges:
         values = json.loads(text)
         if values.pop("schema") != SCHEMA:
             raise ValueError(f"expected schema {SCHEMA}")
-        pairs = {name: (float(a), float(b)) for name, (a, b) in values.pop("ranges").items()}
+        stored = values.pop("ranges")
+        if not isinstance(stored, dict):
+            raise ValueError("expected a table of ranges")
+        pairs = {name: (float(low), float(high)) for name, (low, high) in stored.items()}
         return Ranges(ranges=pairs, **values)
 
 

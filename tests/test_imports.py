@@ -19,9 +19,9 @@ ORDER = [
     {"graph"},
     {"importance"},
     {"plan"},
-    {"prune", "capture", "widths"},
+    {"prune", "capture", "spellings", "widths"},
     {"recover"},
-    {"export", "simplify", "precision", "parity", "activations"},
+    {"export", "simplify", "precision", "parity", "activations", "quantize", "ranges"},
     {"backends"},
     {"measure"},
     {"journal", "rundir"},
@@ -101,12 +101,8 @@ def _docstring(node):
 
 
 BLOCK = """
-import importlib, importlib.abc, sys
-class Wall(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] in {blocked!r}:
-            raise ImportError('blocked: ' + name)
-sys.meta_path.insert(0, Wall())
+import importlib, sys
+sys.modules.update(dict.fromkeys({blocked!r}))  # None there means: not installed
 {then}
 """
 

@@ -103,3 +103,10 @@ def test_time_between_sessions_is_not_counted(tmp_path):
     )
     since_last = time.time() - 9005
     assert Journal(path).seconds() == pytest.approx(10 + 20 + 5 + since_last, abs=1)
+
+
+def test_a_record_of_another_version_is_told(tmp_path):
+    journal = Journal(tmp_path / "j")
+    journal.write("step", {"path": "a", "sizes": [1], "colour": "red"})
+    with pytest.raises(ConfigError, match=r"'step' does not hold a Inner of this version"):
+        journal.read("step", Inner)

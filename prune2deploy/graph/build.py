@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from prune2deploy.errors import TraceError
 from prune2deploy.graph.axes import Axis, Block, Graph, Layer, Member, Polynomial
-from prune2deploy.graph.layout import CAT, LEAF, Layout, Node, find, tie_root
+from prune2deploy.graph.layout import CAT, LEAF, Layout, Node, find, freeze, tie_root
 from prune2deploy.graph.record import Recording
 from prune2deploy.graph.rules import KERNEL
 
@@ -32,6 +32,7 @@ def build(recording: Recording) -> Graph:
             "the model has no parameter with a dimension above one: there is nothing to prune"
         )
     ties = _tie_numbers(members)
+    _keep_tables(recording, members)
     axes = tuple(
         Axis(names[node], node.size, tuple(found), node.frozen, ties.get(id(tie_root(node))))
         for node, found in members.items()
@@ -52,6 +53,13 @@ def build(recording: Recording) -> Graph:
         operators=len(recording.operations),
         recording=recording,
     )
+
+
+def _keep_tables(recording: Recording, members: dict[Node, list[Member]]) -> None:
+    """Freeze what cuts buffers alone: tables of numbers, which hold nothing that was learnt."""
+    for node, found in members.items():
+        if not any(member.tensor in recording.parameters for member in found):
+            freeze([node], "holds no parameter")
 
 
 def _unshared(recording: Recording) -> frozenset[str]:

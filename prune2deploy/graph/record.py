@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prune2deploy.errors import TraceError
 from prune2deploy.graph import layout as algebra
-from prune2deploy.graph import rules_shape as _shape_rules  # noqa: F401  fills the table
+from prune2deploy.graph import rules_layers, rules_pick, rules_shape, rules_space  # noqa: F401  fill the table
 from prune2deploy.graph.layout import Layout, leaf
 from prune2deploy.graph.rules import Call, Value, apply_rule
 
@@ -133,6 +133,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         self.recording = Recording()
         self._numbers: dict[int, int] = {}
+        self._used: set[int] = set()
         self._alive: list[torch.Tensor] = []  # keeps ids unique while recording
         self._names = {id(m): name for name, m in model.named_modules()}
         self._scopes: list[tuple[str, int]] = [("", 0)]
@@ -173,6 +174,8 @@ class Recorder(TorchDispatchMode):
             value = self.recording.values[self.number(tensor)]
             algebra.freeze(value.dims, "model output")
         self.recording.outputs = self.refer(result)
+        for number in set(self.recording.stored.values()) - self._used:
+            algebra.freeze(self.recording.values[number].dims, "not used in the forward pass")
         algebra.settle_ties(self.recording.ties)
 
     def number(self, tensor: torch.Tensor) -> int:
@@ -186,7 +189,9 @@ class Recorder(TorchDispatchMode):
     def refer(self, tree: Any) -> Any:
         """Replace the tensors of nested arguments by references."""
         if isinstance(tree, torch.Tensor):
-            return Ref(self.number(tree))
+            number = self.number(tree)
+            self._used.add(number)
+            return Ref(number)
         if isinstance(tree, list | tuple) and not isinstance(tree, torch.Size):
             items = [self.refer(item) for item in tree]
             return items if isinstance(tree, list) else tuple(items)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,9 @@ class Measurement:
         control_ci95: Its 95 % interval.
         flags: What to mistrust.
         fingerprint: Facts of host and runtime.
+        undisturbed_p50_ms: Wall median of the runs that never waited for a processor; ``None``
+            where fewer than ten such runs are known.
+        disturbance: What the host did meanwhile; see ``summary.disturbance``.
         raw: File of the raw samples, where one was asked for.
     """
 
@@ -73,6 +76,8 @@ class Measurement:
     control_ci95: tuple[float, float]
     flags: tuple[str, ...]
     fingerprint: Mapping[str, Any]
+    undisturbed_p50_ms: float | None = None
+    disturbance: Mapping[str, float] = field(default_factory=dict)
     raw: Path | None = None
 
 
@@ -99,6 +104,8 @@ def single(
         both.ratio_ci95,
         both.flags,
         both.fingerprint,
+        both.undisturbed_p50_ms,
+        both.disturbance,
         raw_path,
     )
 

@@ -7,7 +7,7 @@ median of the reference in the same session.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,9 @@ class Comparison:
         flags: What to mistrust, one word or two each; empty is good.
         outliers: Wall samples of the candidate beyond Tukey's fences, by kind; none was dropped.
         fingerprint: Facts of the host and runtime; never pool samples of different ones.
+        undisturbed_p50_ms: Wall median of the reference over the runs that never waited for a
+            processor; ``None`` where fewer than ten such runs are known.
+        disturbance: What the host did meanwhile; see ``disturbance``.
         raw: File of the raw samples, where one was asked for.
     """
 
@@ -79,6 +82,8 @@ class Comparison:
     flags: tuple[str, ...]
     outliers: Mapping[str, int]
     fingerprint: Mapping[str, Any]
+    undisturbed_p50_ms: float | None = None
+    disturbance: Mapping[str, float] = field(default_factory=dict)
     raw: Path | None = None
 
 
@@ -147,8 +152,36 @@ def summarise(samples: Samples, target: Target, raw: Path | None = None) -> Comp
         flags=_flags(samples, target, clock),
         outliers=stats.outliers(samples.candidate[:, WALL].astype(float)),
         fingerprint=samples.notes.get("fingerprint", {}),
+        undisturbed_p50_ms=_undisturbed(samples.reference),
+        disturbance=disturbance(samples),
         raw=raw,
     )
+
+
+def disturbance(samples: Samples) -> dict[str, float]:
+    """Say what the host did while sampling.
+
+    Returns:
+        ``cpu_share`` (CPU time over wall time of the runs), ``involuntary`` (switches per run),
+        ``waiting`` (share of time waiting for a processor), ``pressure`` (share of time in which
+        some task of the host did) and ``steal`` (share taken by the hypervisor, at ticks of 10 ms).
+    """
+    runs = np.concatenate([samples.candidate, samples.reference, samples.twin])
+    noise = samples.noise.sum(axis=0).astype(float)
+    wall = max(1.0, noise[0])
+    return {
+        "cpu_share": float(runs[:, CPU].sum() / max(1, runs[:, WALL].sum())),
+        "involuntary": float(noise[1] / max(1, len(runs))),
+        "waiting": float(noise[3] / wall),
+        "pressure": float(noise[4] * 1e3 / wall),
+        "steal": float(noise[5] * 1e7 / wall),
+    }
+
+
+def _undisturbed(rows: Ints) -> float | None:
+    """Wall median in ms of the runs whose CPU time is 98 % of their wall time or more."""
+    calm = rows[rows[:, CPU] >= 0.98 * rows[:, WALL], WALL]
+    return ms(float(np.median(calm))) if len(calm) >= 10 else None
 
 
 def _latency(wall: Ints, block: Ints) -> LatencyStats:
@@ -170,10 +203,8 @@ def _control(samples: Samples, clock: int) -> tuple[float, tuple[float, float]] 
 
 
 def _flags(samples: Samples, target: Target, clock: int) -> tuple[str, ...]:
-    both = np.concatenate([samples.candidate, samples.reference])
-    noise = samples.noise.sum(axis=0)
-    wall_us = max(1.0, float(noise[0]) / 1e3)
-    share = both[:, CPU].sum() / max(1, both[:, WALL].sum())
+    host = disturbance(samples)
+    wall = samples.candidate[:, WALL].astype(np.float64)
     drift = stats.drift(
         stats.block_medians(samples.reference[:, clock].astype(np.float64), samples.block)
     )
@@ -182,13 +213,13 @@ def _flags(samples: Samples, target: Target, clock: int) -> tuple[str, ...]:
     wide = np.log(interval[1] / interval[0]) / 2 > np.log1p(target.measure.half_width)
     checks = {
         "not warm": not samples.notes.get("warm", True),
-        "noisy host": (clock == CPU and share < 0.9) or noise[4] / wall_us > 0.1,
-        "steal": float(noise[5]) * 1e4 / wall_us > 0.02,  # ticks of 10 ms
+        "noisy host": (clock == CPU and host["cpu_share"] < 0.9) or host["pressure"] > 0.1,
+        "steal": host["steal"] > 0.02,
         "throttled": drift.change > 0.03 and drift.steady,
         "drift": abs(drift.change) > 0.03 and not (drift.change > 0.03 and drift.steady),
         "wide interval": bool(wide),
-        "too few samples for p95": not stats.upper_quantile(both[: len(both) // 2, 0], 0.95)[1],
-        "too few samples for p99": not stats.upper_quantile(both[: len(both) // 2, 0], 0.99)[1],
+        "too few samples for p95": not stats.upper_quantile(wall, 0.95)[1],
+        "too few samples for p99": not stats.upper_quantile(wall, 0.99)[1],
         "opened once": not samples.notes.get("reopened", True),
         "control off": control is not None and _off(*control),
     }

@@ -9,7 +9,7 @@ replaced by the recorded operators (``rewrite``).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from prune2deploy.graph.record import Forward
 from prune2deploy.graph.trace import trace, unwrap
 from prune2deploy.plan.plan import Plan
 from prune2deploy.prune import (
+    Kept,
     check_outputs,
     kept_positions,
     runs_as_planned,
@@ -35,6 +36,7 @@ from prune2deploy.pruning.rewrite import is_rewritten, rewrite, with_batch
 from prune2deploy.widths import Widths
 
 Channels = npt.NDArray[np.int64]
+Call = Callable[[], Any]
 Removal = Mapping[str, Channels]
 """Axis name → sorted channels to remove, numbered as they are now."""
 
@@ -111,8 +113,12 @@ class Live:
             present.append((name, now))
         return [(name, now[stay]) for name, now in present]
 
-    def remove(self, removal: Removal) -> None:
+    def remove(self, removal: Removal, customized: Mapping[str, Call] | None = None) -> None:
         """Remove channels from the model, in place, and shrink the graph.
+
+        Args:
+            removal: Channels per axis.
+            customized: By path of a layer, what prunes it instead of slicing its tensors.
 
         Raises:
             PruneError: an axis would lose all its channels, or the model no longer runs.
@@ -122,7 +128,7 @@ class Live:
             self._backup, self._before = _Backup.of(self.model), self.graph
             self._alive_before = dict(self.alive)
         plan = self._plan(removal)
-        kept = kept_positions(self.graph, plan)
+        kept = self._customized(kept_positions(self.graph, plan), customized or {})
         slice_tensors(self.model, kept)
         update_attributes(self.model, self.graph.recording, Widths(self.graph, plan))
         self.graph = shrink(self.graph, plan)
@@ -130,6 +136,25 @@ class Live:
             self.alive[name] = self.alive[name][list(channels)]
         if not self._deferred:
             self.settle()
+
+    def _customized(self, kept: Kept, calls: Mapping[str, Call]) -> Kept:
+        """Run the user's functions; what they have sliced is not sliced again."""
+        for call in calls.values():
+            call()
+        left = dict(kept)
+        for name, dims in kept.items():
+            if not any(name.startswith(f"{path}.") or not path for path in calls):
+                continue
+            old = [d(self.graph.sizes({})) for d in self.graph.tensors[name]]
+            new = [n if p is None else len(p) for n, p in zip(old, dims, strict=True)]
+            found = list(_stored(self.model, name).shape)
+            if found == new:
+                left[name] = [None] * len(dims)
+            elif found != old:
+                raise PruneError(
+                    f"the customised pruner left {name} with shape {found}; expected {new}"
+                )
+        return left
 
     def defer(self, deferred: bool) -> None:  # noqa: FBT001  a switch
         """While deferred, removals are not verified one by one; ``settle`` verifies them all."""
@@ -189,7 +214,9 @@ class Live:
 
     def _rewrite(self, backup: _Backup, before: Graph) -> None:
         if self.forward_fn is not None:
-            raise PruneError("its code holds widths as constants and forward_fn calls it indirectly")
+            raise PruneError(
+                "its code holds widths as constants and forward_fn calls it indirectly"
+            )
         if not is_rewritten(self.model):
             now = _Backup.of(self.model)
             backup.restore()
@@ -208,7 +235,15 @@ class Live:
                 stacklevel=4,
             )
         rewrite(self.model, self.graph)
-        check_outputs(self.model, self.graph.recording, self._widths(), self.graph.recording.example)
+        check_outputs(
+            self.model, self.graph.recording, self._widths(), self.graph.recording.example
+        )
+
+
+def _stored(model: nn.Module, name: str) -> Any:
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    return owner._parameters[leaf] if leaf in owner._parameters else owner._buffers[leaf]
 
 
 def _renumber(alive: Channels, upto: int) -> Channels:

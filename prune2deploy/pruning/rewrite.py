@@ -38,9 +38,7 @@ class Rewritten:
         exec(source, scope)  # noqa: S102  written by torch.fx from recorded operators
         self._function: Any = scope["forward"]
         signature = inspect.signature(self._function)
-        self.__signature__ = signature.replace(
-            parameters=list(signature.parameters.values())[1:]
-        )
+        self.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run for the module."""

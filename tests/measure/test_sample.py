@@ -192,7 +192,20 @@ def test_cpu_time_counts_on_a_contended_host_whose_kernel_tells_the_wait(make_ta
     waited = 4 * 15 * MS  # as long as it ran
     samples, target = replay(make_target, cpu_share=0.5, delay=waited)
     assert summary.choose_clock(samples, target) == raw.CPU
-    assert "noisy host" in summary.summarise(samples, target).flags
+    found = summary.summarise(samples, target)
+    assert "noisy host" in found.flags
+    assert found.disturbance["cpu_share"] == pytest.approx(0.5, abs=0.01)
+    assert found.disturbance["waiting"] == pytest.approx(1.0)
+    assert found.undisturbed_p50_ms is None
+    assert found.reference.p50_ms == pytest.approx(20, rel=0.01)
+
+
+def test_runs_that_never_waited_are_known_among_those_that_did(make_target):
+    samples, target = replay(make_target)
+    samples.reference[::2, raw.WALL] *= 3
+    found = summary.summarise(samples, target)
+    assert found.undisturbed_p50_ms == pytest.approx(10, rel=0.01)
+    assert found.reference.p50_ms > 11
 
 
 def test_wall_time_counts_when_other_threads_do_the_work(make_target):

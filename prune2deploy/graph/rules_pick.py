@@ -1,0 +1,152 @@
+"""Rules for operators that pick, rank or reduce positions: those dimensions stay or vanish."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from prune2deploy.graph.layout import Layout, freeze, leaf, unify
+from prune2deploy.graph.rules import Call, fresh, rule
+from prune2deploy.graph.rules_shape import without
+
+
+@rule("aten::select", "aten::select_copy")
+def select(call: Call) -> Layout:
+    """One position of a dimension, which therefore stays."""
+    x = call.dims("self")
+    dim = call["dim"] % len(x)
+    freeze([x[dim]], "positions are picked by number")
+    return without(x, dim)
+
+
+@rule("aten::unbind", "aten::unbind_copy")
+def unbind(call: Call) -> list[Layout]:
+    """All positions of a dimension apart; it stays."""
+    x = call.dims("self")
+    dim = call["dim"] % len(x)
+    freeze([x[dim]], "positions are picked by number")
+    return [without(x, dim)] * len(call.outputs)
+
+
+@rule("aten::select_scatter", "aten::slice_scatter", "aten::diagonal_scatter")
+def scatter_view(call: Call) -> Layout:
+    """Write a part into a copy: the written part shares the other dimensions."""
+    x = call.dims("self")
+    freeze(call.dims("src"), "written into part of a tensor")
+    freeze(x, "written into part of a tensor")
+    return x
+
+
+@rule("aten::index_select")
+def index_select(call: Call) -> Layout:
+    """Positions picked by number along one dimension, which stays."""
+    x = call.dims("self")
+    dim = call["dim"] % len(x)
+    freeze([x[dim], *call.dims("index")], "positions are picked by number")
+    picked = leaf(call.shape()[dim], "positions are picked by number")
+    return (*x[:dim], picked, *x[dim + 1 :])
+
+
+@rule("aten::gather", "aten::scatter", "aten::scatter_", "aten::scatter_add", "aten::scatter_add_",
+      "aten::take_along_dim", "aten::scatter_reduce", "aten::scatter_reduce_")  # fmt: skip
+def gather(call: Call) -> Layout:
+    """Positions picked along one dimension stay; the others are shared where sizes agree."""
+    x = call.dims("self")
+    dim = call["dim"] % max(len(x), 1)
+    reason = "positions are picked by number"
+    freeze(x[dim : dim + 1], reason)
+    for tensor in call.tensors()[1:]:
+        for place, node in enumerate(call.notebook.value(tensor).dims):
+            if place != dim and node.size == x[place].size:
+                unify(node, x[place])
+            else:
+                freeze([node, x[place]], reason)
+    dims = call.dims("index") if "scatter" not in call.name else x
+    return tuple(dims)
+
+
+@rule("aten::index", "aten::_unsafe_index", "aten::index_put", "aten::index_put_",
+      "aten::_unsafe_index_put", "aten::_index_put_impl_")  # fmt: skip
+def index(call: Call) -> Layout:
+    """Advanced indexing: indexed dimensions stay, the others pass where they can be told."""
+    x, chosen = call.dims("self"), list(call["indices"])
+    reason = "positions are picked by number"
+    indexed = _indexed(chosen, len(x))
+    freeze([x[place] for place in indexed], reason)
+    numbers = [call.notebook.value(e).dims for e in chosen if e is not None]
+    for dims in numbers:
+        freeze(dims, reason)
+    if call["values"] is not None:
+        _couple_values(call, x, indexed)
+        return x
+    kept = [node for place, node in enumerate(x) if place not in indexed]
+    adjacent = indexed == list(range(indexed[0], indexed[-1] + 1))
+    front = indexed[0] if adjacent else 0
+    shape = call.shape()
+    picked = fresh(shape[front : front + len(shape) - len(kept)], reason)
+    masks = any(e is not None and e.dtype in (torch.bool, torch.uint8) for e in chosen)
+    if any(numbers) and not masks:
+        picked = broadcast(numbers)
+    return (*kept[:front], *picked, *kept[front:])
+
+
+def _couple_values(call: Call, x: Layout, indexed: list[int]) -> None:
+    values = call.dims("values")
+    tail = len(x) - 1 - max(indexed)
+    for node, own in zip(x[len(x) - tail :], values[len(values) - tail :], strict=False):
+        if node.size == own.size:
+            unify(node, own)
+    freeze(values[: max(len(values) - tail, 0)], "positions are picked by number")
+
+
+def _indexed(chosen: list[Any], rank: int) -> list[int]:
+    """The dimensions that index tensors address; a mask of rank r addresses r of them."""
+    places: list[int] = []
+    at = 0
+    for entry in chosen:
+        width = 1
+        if entry is not None:
+            if entry.dtype in (torch.bool, torch.uint8):
+                width = max(entry.dim(), 1)
+            places += range(at, min(at + width, rank))
+        at += width
+    return places
+
+
+@rule(
+    "aten::mean", "aten::sum", "aten::amax", "aten::amin", "aten::max", "aten::min", "aten::var",
+    "aten::std", "aten::var_mean", "aten::std_mean", "aten::logsumexp", "aten::prod", "aten::any",
+    "aten::all", "aten::norm", "aten::linalg_vector_norm", "aten::argmax", "aten::argmin",
+    "aten::aminmax", "aten::nansum", "aten::nanmean", "aten::median", "aten::count_nonzero",
+    "aten::square_sum",
+)  # fmt: skip
+def reduce(call: Call) -> list[Layout]:
+    """Reduced dimensions vanish or become one wide; a position found there is a number."""
+    x = call.notebook.value(call.tensors()[0]).dims
+    dim = call["dim"]
+    if dim is None or dim == []:
+        places = set(range(len(x)))
+    else:
+        places = {d % max(len(x), 1) for d in ([dim] if isinstance(dim, int) else dim)}
+    if call.name.rpartition("::")[2].startswith("arg"):
+        freeze([x[place] for place in places], "positions are found by number")
+    keep = bool(call["keepdim"])
+    dims = tuple(leaf(1) if i in places else n for i, n in enumerate(x) if keep or i not in places)
+    return [dims] * len(call.outputs)
+
+
+@rule("aten::topk", "aten::sort", "aten::argsort", "aten::kthvalue", "aten::mode",
+      "aten::cummax", "aten::cummin")  # fmt: skip
+def order(call: Call) -> list[Layout]:
+    """Positions are ranked along one dimension, which stays."""
+    x = call.dims("self")
+    dim = (-1 if call["dim"] is None else call["dim"]) % max(len(x), 1)
+    freeze(x[dim : dim + 1], "positions are ranked")
+    return [
+        tuple(
+            n if n.size == size and i != dim else leaf(size, "positions are ranked")
+            for i, (n, size) in enumerate(zip(x, t.shape, strict=True))
+        ) if t.dim() == len(x) else fresh(t.shape, "positions are ranked")
+        for t in call.outputs
+    ]  # fmt: skip

@@ -1,0 +1,81 @@
+"""Positions of a dimension ↔ channels of the axes that it is made of. Pure arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from prune2deploy.errors import PruneError
+
+Channels = npt.NDArray[np.int64]
+Cover = Sequence[tuple[str, Channels]]
+"""Per axis of a dimension: its name, and the channel of every position (-1: none)."""
+
+
+def whole_channels(idxs: Channels, channel: Channels) -> Channels:
+    """Channels all of whose positions are among ``idxs``."""
+    size = int(channel.max(initial=-1)) + 1
+    there = np.bincount(channel[channel >= 0], minlength=size)
+    hit = channel[idxs]
+    found = np.bincount(hit[hit >= 0], minlength=size)
+    return np.flatnonzero((found == there) & (there > 0))
+
+
+def run_length(channel: Channels) -> int:
+    """Length of the shortest run of positions of one channel: above one for outer factors."""
+    inside = channel >= 0
+    change = np.flatnonzero(np.diff(channel) != 0) + 1
+    runs = np.split(np.arange(len(channel)), change)
+    lengths = [len(run) for run in runs if inside[run[0]]]
+    return min(lengths, default=1)
+
+
+def to_channels(
+    idxs: Sequence[int], cover: Cover, prunable: Collection[str]
+) -> dict[str, Channels]:
+    """Channels to remove so that every position of ``idxs`` goes.
+
+    A channel all of whose positions are listed goes as such. A position that is left takes the
+    channel of the innermost prunable axis there with it: one column of one head stands for that
+    column of every head.
+
+    Args:
+        idxs: Positions of one dimension.
+        cover: The axes of the dimension.
+        prunable: Names of axes that may lose channels.
+
+    Raises:
+        PruneError: a position is out of range, or no prunable axis covers it.
+    """
+    size = len(cover[0][1])
+    chosen = np.unique(np.asarray(idxs, dtype=np.int64))
+    if len(chosen) and not (chosen[0] >= 0 and chosen[-1] < size):
+        raise PruneError(f"indices must be in 0..{size - 1}, found {chosen[[0, -1]].tolist()}")
+    free = sorted(
+        ((name, channel) for name, channel in cover if name in prunable),
+        key=lambda entry: run_length(entry[1]),
+    )
+    gone: dict[str, set[int]] = {}
+    left = np.zeros(size, dtype=bool)
+    left[chosen] = True
+    for name, channel in free:
+        whole = whole_channels(chosen, channel)
+        if len(whole) and left[np.isin(channel, whole)].any():
+            gone.setdefault(name, set()).update(whole.tolist())
+            left[np.isin(channel, whole)] = False
+    for place in np.flatnonzero(left):
+        owner = next(((n, c[place]) for n, c in free if c[place] >= 0), None)
+        if owner is None:
+            raise PruneError(f"position {place} belongs to no axis that may be pruned")
+        gone.setdefault(owner[0], set()).add(int(owner[1]))
+    return {name: np.array(sorted(channels)) for name, channels in gone.items()}
+
+
+def to_positions(channels: Channels, channel: Channels) -> Channels:
+    """Positions of the given channels; in channel order where each has one position."""
+    places = np.flatnonzero(np.isin(channel, channels) & (channel >= 0))
+    if len(np.unique(channel[places])) == len(places):
+        places = places[np.argsort(channel[places], kind="stable")]
+    return places

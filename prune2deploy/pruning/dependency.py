@@ -1,0 +1,383 @@
+"""The dependency graph under the names that users of Torch-Pruning know, over axes.
+
+``DependencyGraph().build_dependency(model, example_inputs)`` traces once; groups are views of its
+axes, and pruning one changes the caller's model in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from prune2deploy.errors import PruneError
+from prune2deploy.graph.axes import Axis
+from prune2deploy.graph.record import run, tensors_in
+from prune2deploy.pruning import function
+from prune2deploy.pruning.decode import Channels, Cover, to_channels
+from prune2deploy.pruning.group import Group, Origin
+from prune2deploy.pruning.items import Builder, Root
+from prune2deploy.pruning.layers import BasePruningFunc
+from prune2deploy.pruning.live import Live
+from prune2deploy.pruning.table import PruningFn, channel_dim, place, pruner_of
+
+ROOTS: tuple[type[Any], ...] = (nn.modules.conv._ConvNd, nn.Linear)
+EXPLICIT = frozenset({"model output"})
+"""Reasons of freezing that a caller may overrule by naming the layer and the channels."""
+
+History = list[Any]
+
+
+class DependencyGraph:
+    """Which layers of a model lose channels together."""
+
+    live: Live
+
+    def __init__(self) -> None:
+        self.customized: dict[Any, BasePruningFunc] = {}
+        self._history: History = []
+        self._ignored: list[Any] = []
+        self._open = 0
+
+    def build_dependency(  # noqa: PLR0913  the interface that is offered
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        forward_fn: Callable[..., Any] | None = None,
+        output_transform: Callable[..., Any] | None = None,
+        unwrapped_parameters: Any = None,
+        customized_pruners: Mapping[Any, BasePruningFunc] | None = None,
+        ignored_layers: Sequence[nn.Module] | None = None,
+        ignored_params: Sequence[nn.Parameter] | None = None,
+        verbose: bool = True,  # noqa: FBT001,FBT002
+    ) -> DependencyGraph:
+        """Trace a model.
+
+        Args:
+            model: Any module; it is pruned in place later.
+            example_inputs: One tensor, a tuple of arguments, or a dict of keywords.
+            forward_fn: ``forward_fn(model, example_inputs)`` where calling the model takes more.
+            output_transform: Finds the tensors in outputs that are neither tensors nor lists,
+                tuples or mappings of them.
+            unwrapped_parameters: Not needed: bare parameters are found with their dimensions.
+            customized_pruners: Layer type or instance to the functions that prune it.
+            ignored_layers: Layers whose output channels stay.
+            ignored_params: Parameters that stay as they are.
+            verbose: Not needed.
+
+        Returns:
+            This graph.
+
+        Raises:
+            TraceError: the forward pass fails or has nothing to prune.
+        """
+        for layer, pruner in (customized_pruners or {}).items():
+            self.register_customized_layer(layer, pruner)
+        self._ignored = [*(ignored_layers or ()), *(ignored_params or ())]
+        self.live = Live(model, example_inputs, _forward(forward_fn, output_transform))
+        return self
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that is pruned."""
+        return self.live.model
+
+    def register_customized_layer(
+        self, layer_type_or_instance: Any, layer_pruner: BasePruningFunc
+    ) -> None:
+        """Let ``layer_pruner`` prune all layers of a type, or one layer."""
+        self.customized[layer_type_or_instance] = layer_pruner
+
+    def get_pruner_of_module(self, module: Any) -> BasePruningFunc | None:
+        """The functions that prune a layer."""
+        return pruner_of(module, self.customized)
+
+    def is_out_channel_pruning_fn(self, fn: PruningFn) -> bool:
+        """Whether a function removes output channels."""
+        return fn == _owner(fn).prune_out_channels
+
+    def is_in_channel_pruning_fn(self, fn: PruningFn) -> bool:
+        """Whether a function removes input channels."""
+        return fn == _owner(fn).prune_in_channels
+
+    def get_out_channels(self, module: Any) -> int | None:
+        """Output channels of a layer; ``None`` where it has none of its own."""
+        pruner = self.get_pruner_of_module(module)
+        return None if pruner is None else pruner.get_out_channels(module)
+
+    def get_in_channels(self, module: Any) -> int | None:
+        """Input channels of a layer; ``None`` where it has none of its own."""
+        pruner = self.get_pruner_of_module(module)
+        return None if pruner is None else pruner.get_in_channels(module)
+
+    def get_pruning_group(
+        self, module: Any, pruning_fn: PruningFn, idxs: int | Iterable[int] | torch.Tensor
+    ) -> Group:
+        """The group of layers that must lose channels when ``module`` does.
+
+        Args:
+            module: A layer or bare parameter of the model.
+            pruning_fn: Which side of it, such as ``prune_conv_out_channels``.
+            idxs: Positions to remove there.
+
+        Raises:
+            PruneError: the forward pass does not use the layer, an index is out of range, or the
+                channels have to stay; says why.
+        """
+        if not self._open:
+            self.live.follow()
+        root = self._root(module, pruning_fn)
+        wanted = [idxs] if isinstance(idxs, int) else [int(i) for i in idxs]
+        prunable = {
+            a.name for a in self.live.graph.axes if a.frozen is None or a.frozen in EXPLICIT
+        }
+        for name, channel in root.cover:
+            axis = self.live.graph[name]
+            if (
+                name not in prunable
+                and (channel[[i for i in wanted if i < len(channel)]] >= 0).all()
+            ):
+                prunable_here = any(other in prunable for other, _ in root.cover)
+                if not prunable_here:
+                    raise PruneError(f"{root.node.path} has to keep its channels: {axis.frozen}")
+        return self._group(root, self._with_ties(to_channels(wanted, root.cover, prunable)))
+
+    def check_pruning_group(self, group: Group) -> bool:
+        """Whether every layer of the group keeps at least one channel."""
+        graph = self.live.graph
+        return all(len(gone) < graph[name].size for name, gone in group.origin.removal.items())
+
+    def get_all_groups(
+        self,
+        ignored_layers: Sequence[Any] = (),
+        root_module_types: Sequence[type[Any]] = ROOTS,
+    ) -> Iterator[Group]:
+        """Every prunable group with all its channels, one after the other.
+
+        Groups may be pruned while iterating; that the model still runs is verified at the end.
+
+        Args:
+            ignored_layers: Modules (with all inside) and parameters whose groups are left out.
+            root_module_types: Only groups that one of these layers begins.
+        """
+        if not self._open:
+            self.live.follow()
+        ignored = members_of([*ignored_layers, *self._ignored])
+        with self.deferred():
+            for unit in self.units():
+                root = self._first_root(unit, tuple(root_module_types))
+                if root is None:
+                    continue
+                group = self._group(root, self.everything(unit))
+                if not self.touches(group, ignored):
+                    yield group
+
+    def touches(self, group: Group, layers: set[int]) -> bool:
+        """Whether a group takes output channels from one of some layers (given by identity)."""
+        return any(
+            id(dep.target.module) in layers and not self._only_in(dep.handler) for dep, _ in group
+        )
+
+    def _only_in(self, fn: PruningFn) -> bool:
+        return self.is_in_channel_pruning_fn(fn) and not self.is_out_channel_pruning_fn(fn)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Verify once, when the outermost block ends, that the pruned model runs."""
+        self._open += 1
+        self.live.defer(True)
+        try:
+            yield
+        finally:
+            self._open -= 1
+            if not self._open:
+                self.live.defer(False)
+                self.live.settle()
+
+    def units(self) -> list[tuple[Axis, ...]]:
+        """Prunable axes, those that must keep equal counts together."""
+        found: dict[object, list[Axis]] = {}
+        for axis in self.live.graph.prunable:
+            key: object = axis.name if axis.tie is None else axis.tie
+            found.setdefault(key, []).append(axis)
+        return [tuple(axes) for axes in found.values()]
+
+    def everything(self, unit: Sequence[Axis]) -> dict[str, Channels]:
+        """All channels of some axes."""
+        return {a.name: np.arange(self.live.graph[a.name].size) for a in unit}
+
+    def _with_ties(self, removal: dict[str, Channels]) -> dict[str, Channels]:
+        """The same channel numbers go in axes that must keep equally many."""
+        for tie in self.live.graph.ties:
+            given = [removal[name] for name in tie if name in removal]
+            if given:
+                joint = np.unique(np.concatenate(given))
+                removal.update(dict.fromkeys(tie, joint))
+        return removal
+
+    def _builder(self) -> Builder:
+        return Builder(self.live, self.customized)
+
+    def _root(self, module: Any, pruning_fn: PruningFn) -> Root:
+        out = self.is_out_channel_pruning_fn(pruning_fn)
+        node = self._builder().node(module)
+        handler = self._handler(module, pruning_fn, out=out)
+        cover = self._cover(module, node.path, out=out)
+        if not cover:
+            raise PruneError(
+                f"{node.path} has no {'output' if out else 'input'} channels that the forward pass "
+                "uses, so nothing is coupled to them; example inputs that reach the layer show it"
+            )
+        return Root(node, handler, out, cover)
+
+    def _handler(self, module: Any, pruning_fn: PruningFn, *, out: bool) -> PruningFn:
+        pruner = self.get_pruner_of_module(module)
+        if pruner is None or module in self.customized:
+            return pruning_fn
+        return pruner.prune_out_channels if out else pruner.prune_in_channels
+
+    def _cover(self, module: Any, path: str, *, out: bool) -> Cover:
+        """The axes of a layer's output or input channels."""
+        members = self._builder().at
+        if isinstance(module, nn.Parameter):
+            dims = [members[path, dim] for dim in range(module.dim()) if (path, dim) in members]
+            graph = self.live.graph
+            free = [c for c in dims if any(graph[name].frozen is None for name, _ in c)]
+            return (free or dims or [[]])[-1]
+        spot = place(module, out=out)
+        if spot is not None:
+            tensor = f"{path}.{spot[0]}" if path else spot[0]
+            rank = len(self.live.graph.tensors.get(tensor, ()))
+            found = members.get((tensor, spot[1] % max(rank, 1)), [])
+            if found:
+                return found
+        return self._from_call(module, path, out=out)
+
+    def _from_call(self, module: Any, path: str, *, out: bool) -> Cover:
+        recording = self.live.graph.recording
+        for call in recording.calls:
+            numbers = call.outputs if out else call.inputs
+            if call.name == path and numbers:
+                dims = recording.values[numbers[0]].dims
+                if dims:
+                    return self.live.positions(dims[channel_dim(module, len(dims))])
+        return []
+
+    def _first_root(self, unit: Sequence[Axis], types: tuple[type[Any], ...]) -> Root | None:
+        """The first layer of the wanted types that makes the channels."""
+        builder = self._builder()
+        for role in ("out", "param"):
+            for axis in unit:
+                for member in axis.members:
+                    owner = builder.owner(member.tensor)
+                    if member.role != role or not isinstance(owner, types):
+                        continue
+                    node = builder.node(owner)
+                    pruner = self.get_pruner_of_module(owner)
+                    if pruner is not None:
+                        cover = builder.at[member.tensor, member.dim]
+                        return Root(node, pruner.prune_out_channels, True, cover)
+        return None
+
+    def _group(self, root: Root, removal: dict[str, Channels]) -> Group:
+        graph = self.live.graph
+        axes = [name for name, _ in root.cover if name in removal]
+        channel = dict(root.cover)
+        origin = Origin(
+            removal,
+            {name: graph[name].size for name in removal},
+            axes[0] if axes else None,
+            channel[axes[0]] if axes else np.zeros(0, dtype=np.int64),
+            root.is_out,
+        )
+        return Group(self, origin, self._builder().items(root, removal))
+
+    def _again(self, group: Group, idxs: Sequence[int]) -> Group:
+        """A group of the same root for other positions of it."""
+        group._check_fresh()
+        dep = group[0].dep
+        origin = group.origin
+        root = self._root(dep.target.module, dep.handler)
+        if origin.root_axis is None or any(not 0 <= i < len(origin.root_channel) for i in idxs):
+            return self.get_pruning_group(dep.target.module, dep.handler, idxs)
+        channels = origin.root_channel[list(idxs)]
+        if (channels < 0).any():
+            return self.get_pruning_group(dep.target.module, dep.handler, idxs)
+        return self._group(root, self._with_ties({origin.root_axis: np.unique(channels)}))
+
+    def _prune(self, group: Group) -> None:
+        self.live.remove(group.origin.removal, self._builder().customized_calls(group))
+
+    def _note(self, group: Group) -> None:
+        dep, idxs = group[0]
+        exact = {name: gone.tolist() for name, gone in group.origin.removal.items()}
+        entry = [dep.target.path, group.origin.is_out, idxs]
+        self._history.append([*entry, exact] if len(exact) > 1 else entry)
+
+    def pruning_history(self) -> History:
+        """What was pruned so far: ``[path, whether outputs, positions]`` each.
+
+        A fourth entry names the channels per axis where one step cut several axes.
+        """
+        return self._history
+
+    def load_pruning_history(self, pruning_history: History) -> None:
+        """Prune a fresh model as another one was pruned."""
+        with self.deferred():
+            for path, is_out, idxs, *exact in pruning_history:
+                module = self._builder().find(path)
+                pruner = self.get_pruner_of_module(module) or function.PARAMETER
+                handler = pruner.prune_out_channels if is_out else pruner.prune_in_channels
+                root = self._root(module, handler)
+                if exact:
+                    gone = {name: np.asarray(c, dtype=np.int64) for name, c in exact[0].items()}
+                    self._group(root, gone).prune()
+                else:
+                    self.get_pruning_group(module, handler, idxs).prune()
+
+
+def members_of(layers: Iterable[Any]) -> set[int]:
+    """Identities of modules with everything inside them, and of parameters."""
+    found: set[int] = set()
+    for layer in layers:
+        found.add(id(layer))
+        if isinstance(layer, nn.Module):
+            found.update(id(part) for part in layer.modules())
+            found.update(id(parameter) for parameter in layer.parameters(recurse=True))
+    return found
+
+
+def _owner(fn: PruningFn) -> BasePruningFunc:
+    owner = getattr(fn, "__self__", None)
+    if not isinstance(owner, BasePruningFunc):
+        raise PruneError(
+            f"{fn!r} is no pruning function; expected one such as prune_conv_out_channels, or the "
+            "prune_out_channels of a BasePruningFunc"
+        )
+    return owner
+
+
+def _forward(
+    forward_fn: Callable[..., Any] | None, output_transform: Callable[..., Any] | None
+) -> Callable[..., Any] | None:
+    """How to run the model so that its own outputs are seen, whatever is made of them after."""
+    if forward_fn is None and output_transform is None:
+        return None
+
+    def forward(model: nn.Module, example: Any) -> Any:
+        seen: list[Any] = []
+        handle = model.register_forward_hook(lambda module, args, result: seen.append(result))
+        try:
+            result = run(model, example, forward_fn)
+        finally:
+            handle.remove()
+        outputs = [found for found in seen if next(tensors_in(found), None) is not None]
+        if not outputs and output_transform is not None:
+            result = output_transform(result)
+        return (outputs, result) if forward_fn is not None else result
+
+    return forward

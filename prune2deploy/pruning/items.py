@@ -1,0 +1,221 @@
+"""The items of a group: one per layer and side, with positions and where they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from prune2deploy.errors import PruneError
+from prune2deploy.graph.axes import Member
+from prune2deploy.pruning import function
+from prune2deploy.pruning.decode import Channels, Cover, to_positions
+from prune2deploy.pruning.group import Dependency, Group, Item, Node
+from prune2deploy.pruning.layers import BasePruningFunc
+from prune2deploy.pruning.live import Live
+from prune2deploy.pruning.table import PruningFn, pruner_of
+
+
+@dataclass(frozen=True, eq=False)
+class Root:
+    """Where a group begins: a layer, the side of it, and the axes there."""
+
+    node: Node
+    handler: PruningFn
+    is_out: bool
+    cover: Cover
+
+
+class _Draft:
+    """Positions of one layer and side, collected axis by axis."""
+
+    def __init__(self, node: Node, handler: PruningFn) -> None:
+        self.node = node
+        self.handler = handler
+        self.tensors: list[tuple[str, int]] = []
+        self.idxs: list[int] = []
+        self.root_idxs: list[int] = []
+
+    def add(self, tensor: str, dim: int, idxs: Channels, root_idxs: Channels) -> None:
+        if (tensor, dim) not in self.tensors:
+            self.tensors.append((tensor, dim))
+        if self.tensors[0] == (tensor, dim):
+            known = set(self.idxs)
+            for idx, root in zip(idxs.tolist(), root_idxs.tolist(), strict=True):
+                if idx not in known:
+                    self.idxs.append(idx)
+                    self.root_idxs.append(root)
+
+    def item(self, root: Root) -> Item:
+        dep = Dependency(root.handler, self.handler, root.node, self.node)
+        return Item.make(dep, self.idxs, self.root_idxs, tuple(self.tensors))
+
+
+class Builder:
+    """Makes nodes and items for the model as it is now."""
+
+    def __init__(self, live: Live, customized: Mapping[Any, BasePruningFunc]) -> None:
+        self.live = live
+        self.customized = customized
+
+    @cached_property
+    def modules(self) -> dict[str, nn.Module]:
+        """Module by path, shared ones under each of their paths."""
+        return dict(self.live.model.named_modules(remove_duplicate=False))
+
+    @cached_property
+    def at(self) -> dict[tuple[str, int], list[tuple[str, Channels]]]:
+        """The axes of every stored dimension."""
+        found: dict[tuple[str, int], list[tuple[str, Channels]]] = {}
+        for axis in self.live.graph.axes:
+            for member in axis.members:
+                found.setdefault((member.tensor, member.dim), []).append(
+                    (axis.name, member.channel)
+                )
+        return found
+
+    def owner(self, tensor: str) -> nn.Module:
+        """The layer to name for a stored tensor: one with its own pruner around it, or its owner."""
+        path = tensor.rpartition(".")[0]
+        parts = path.split(".") if path else []
+        for depth in range(len(parts) + 1):
+            module = self.modules[".".join(parts[:depth])]
+            if any(module is k or (isinstance(k, type) and isinstance(module, k))
+                   for k in self.customized):  # fmt: skip
+                return module
+        return self.modules[path.partition(".parametrizations")[0]]
+
+    def path(self, module: nn.Module) -> str:
+        """The path of a module.
+
+        Raises:
+            PruneError: it is no part of the model.
+        """
+        for path, known in self.modules.items():
+            if known is module:
+                return path
+        raise PruneError(
+            f"{type(module).__name__} is no part of the traced model; pass one of its own modules"
+        )
+
+    def node(self, module: Any) -> Node:
+        """The node of a module or parameter."""
+        if not isinstance(module, nn.Parameter):
+            return Node(module, self.path(module))
+        for name, parameter in self.live.model.named_parameters(remove_duplicate=False):
+            if parameter is module:
+                return Node(module, name, -1)
+        raise PruneError(f"a parameter of shape {tuple(module.shape)} is no part of the model")
+
+    def find(self, path: str) -> Any:
+        """The module or parameter at a path."""
+        if path in self.modules:
+            return self.modules[path]
+        return self.live.model.get_parameter(path)
+
+    def items(self, root: Root, removal: Mapping[str, Channels]) -> list[Item]:
+        """Every layer that loses channels, the root first."""
+        cover = [(name, channel) for name, channel in root.cover if name in removal]
+        places = [to_positions(removal[name], channel) for name, channel in cover]
+        listed = np.concatenate(places) if places else np.zeros(0, dtype=np.int64)
+        first = _Draft(root.node, root.handler)
+        order = {int(p): n for n, p in reversed(list(enumerate(listed)))}
+        first.idxs = list(dict.fromkeys(listed.tolist()))
+        first.root_idxs = list(range(len(first.idxs)))
+        drafts: dict[Any, _Draft] = {(id(root.node.module), root.is_out): first}
+        guide = {name: (channel, order) for name, channel in cover}
+        for name, gone in removal.items():
+            channel, ranks = guide.get(name) or (None, {})
+            lookup = _Lookup(gone, channel, ranks, len(listed))
+            for member in self.live.graph[name].members:
+                self._draft(drafts, member, gone, lookup, root)
+        return [draft.item(root) for draft in drafts.values()]
+
+    def _draft(
+        self, drafts: dict[Any, _Draft], member: Member, gone: Channels, lookup: _Lookup, root: Root
+    ) -> None:
+        idxs = to_positions(gone, member.channel)
+        if not len(idxs):
+            return
+        node, handler, out = self._target(member)
+        draft = drafts.get((id(node.module), out))
+        if draft is None:
+            draft = drafts[id(node.module), out] = _Draft(node, handler)
+        if node.module is root.node.module and out == root.is_out:
+            draft.tensors.append((member.tensor, member.dim))
+            return
+        draft.add(member.tensor, member.dim, idxs, lookup(member.channel[idxs]))
+
+    def _target(self, member: Member) -> tuple[Node, PruningFn, bool]:
+        out = member.role != "in"
+        owner = self.owner(member.tensor)
+        pruner = pruner_of(owner, self.customized)
+        leaf = member.tensor.rpartition(".")[2]
+        if pruner is not None:
+            handler = pruner.prune_out_channels if out else pruner.prune_in_channels
+            return Node(owner, self.path(owner)), handler, out
+        table: Any = owner._parameters if leaf in owner._parameters else owner._buffers
+        tensor = table[leaf]
+        return Node(tensor, member.tensor, member.dim), function.prune_parameter_out_channels, out
+
+    def customized_calls(self, group: Group) -> dict[str, Callable[[], Any]]:
+        """Calls of the user's own pruning functions, by path of the layer."""
+        calls: dict[str, Callable[[], Any]] = {}
+        for dep, _ in group:
+            module = dep.target.module
+            if isinstance(module, nn.Module) and pruner_of(module, self.customized) in list(
+                self.customized.values()
+            ):
+                calls[dep.target.path] = self._call(module, dep.target.path, group)
+        return calls
+
+    def _call(self, module: nn.Module, path: str, group: Group) -> Callable[[], Any]:
+        pruner = pruner_of(module, self.customized)
+        assert pruner is not None
+        for out, prune in ((True, pruner.prune_out_channels), (False, pruner.prune_in_channels)):
+            idxs = self._through(path, group.origin.removal, out=out)
+            if idxs:
+                return lambda prune=prune, idxs=idxs: prune(module, idxs)  # type: ignore[misc]
+        raise PruneError(f"{path}: what its own pruner has to remove shows neither at its input "
+                         "nor at its output")  # fmt: skip
+
+    def _through(self, path: str, removal: Mapping[str, Channels], *, out: bool) -> list[int]:
+        """Positions of a module's output or input that go."""
+        recording = self.live.graph.recording
+        gone: set[int] = set()
+        for call in recording.calls:
+            numbers: Sequence[int] = call.outputs if out else call.inputs
+            if call.name == path and numbers:
+                for node in recording.values[numbers[0]].dims:
+                    for name, channel in self.live.positions(node):
+                        if name in removal:
+                            gone.update(to_positions(removal[name], channel).tolist())
+        return sorted(gone)
+
+
+class _Lookup:
+    """Channel of an axis → where the root lists it."""
+
+    def __init__(
+        self, gone: Channels, channel: Channels | None, order: Mapping[int, int], count: int
+    ) -> None:
+        self._places: dict[int, list[int]] = {}
+        if channel is None:  # an axis that the root lacks: paired by order
+            self._places = {int(c): [min(n, max(count - 1, 0))] for n, c in enumerate(gone)}
+        else:
+            for place in to_positions(gone, channel).tolist():
+                self._places.setdefault(int(channel[place]), []).append(order[place])
+
+    def __call__(self, channels: Channels) -> Channels:
+        seen: dict[int, int] = {}
+        found = []
+        for channel in channels.tolist():
+            places = self._places[channel]
+            number = seen.get(channel, 0)
+            seen[channel] = number + 1
+            found.append(places[number % len(places)])
+        return np.asarray(found, dtype=np.int64)

@@ -1,0 +1,216 @@
+"""How each recorded operator is written in a captured module.
+
+In: an operator as it was recorded and a writer. Out: nodes of an ``fx.Graph`` that take gradients,
+export to ONNX and have every width computed from the layouts instead of spelt out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+from torch.nn import functional as F
+
+from prune2deploy.graph.layout import Layout, Node, factors, find, prod
+from prune2deploy.graph.record import Operation, Recording, Ref
+
+Argument = Any
+
+
+class Writer(Protocol):
+    """What a spelling may ask of the writer of a captured module."""
+
+    graph: fx.Graph
+    recording: Recording
+
+    def value(self, number: int) -> Argument:
+        """The node of a recorded value."""
+
+    def argument(self, tree: Any) -> Argument:
+        """Arguments with references replaced by nodes."""
+
+    def size(self, node: Node) -> Argument:
+        """A width, as a number or as a node."""
+
+    def sizes(self, dims: Layout) -> list[Argument]:
+        """Sizes of a layout."""
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """Append a function call; references in the arguments are replaced."""
+
+
+def as_recorded(writer: Writer, operation: Operation) -> fx.Node:
+    """The same overload with the same arguments; widths that the rule noted are computed."""
+    args, kwargs = list(operation.args), dict(operation.kwargs)
+    for place, argument in enumerate(operation.func._schema.arguments):
+        terms = operation.symbols.get(argument.name)
+        if terms is None:
+            continue
+        new: Any = writer.sizes(terms)
+        if not isinstance(given(operation, argument.name), list):
+            new = sum(new) if all(isinstance(size, int) for size in new) else new[0]
+        if place < len(args):
+            args[place] = new
+        else:
+            kwargs[argument.name] = new
+    return writer.call(operation.func, *args, **kwargs)
+
+
+def given(operation: Operation, name: str) -> Any:
+    """An argument by its name in the schema."""
+    for place, argument in enumerate(operation.func._schema.arguments):
+        if argument.name == name:
+            if place < len(operation.args) and not argument.kwarg_only:
+                return operation.args[place]
+            return operation.kwargs.get(name, argument.default_value)
+    return None
+
+
+def _view(writer: Writer, operation: Operation) -> fx.Node:
+    sizes = writer.sizes(operation.layouts[0])
+    return writer.call(torch.reshape, operation.args[0], sizes)
+
+
+def _expand(writer: Writer, operation: Operation) -> fx.Node:
+    sizes = writer.sizes(operation.layouts[0])
+    return writer.call(torch.ops.aten.expand.default, operation.args[0], sizes)
+
+
+def _split(writer: Writer, operation: Operation) -> fx.Node:
+    dim = given(operation, "dim")
+    sizes = [writer.size(dims[dim]) for dims in operation.layouts]
+    return writer.call(torch.ops.aten.split_with_sizes.default, operation.args[0], sizes, dim)
+
+
+def _filled(writer: Writer, operation: Operation) -> fx.Node:
+    args = list(operation.args)
+    args[1 if isinstance(args[0], Ref) else 0] = writer.sizes(operation.layouts[0])
+    return writer.call(operation.func, *args, **operation.kwargs)
+
+
+def _batch_norm(writer: Writer, operation: Operation) -> fx.Node:
+    stored = {name: given(operation, name) for name in ("running_mean", "weight", "bias")}
+    training = writer.graph.get_attr("training") if stored["running_mean"] is not None else True
+    epsilon = given(operation, "eps")
+    return writer.call(
+        F.batch_norm,
+        given(operation, "input"),
+        stored["running_mean"],
+        given(operation, "running_var"),
+        stored["weight"],
+        stored["bias"],
+        training,
+        given(operation, "momentum"),
+        given(operation, "epsilon") if epsilon is None else epsilon,
+    )
+
+
+def _layer_norm(writer: Writer, operation: Operation) -> fx.Node:
+    shape = writer.sizes(operation.symbols["normalized_shape"])
+    found = [given(operation, name) for name in ("weight", "bias", "eps")]
+    return writer.call(F.layer_norm, operation.args[0], shape, *found)
+
+
+def _group_norm(writer: Writer, operation: Operation) -> fx.Node:
+    groups = operation.symbols.get("group")
+    count = writer.size(groups[0]) if groups else given(operation, "group")
+    found = [given(operation, name) for name in ("weight", "bias", "eps")]
+    return writer.call(F.group_norm, operation.args[0], count, *found)
+
+
+def _attention(writer: Writer, operation: Operation) -> fx.Node:
+    mask = given(operation, "attn_mask")
+    mask = given(operation, "attn_bias") if mask is None else mask
+    q, k, v = (_every_head(writer, operation, place) for place in range(3))
+    return writer.call(
+        F.scaled_dot_product_attention, q, k, v, mask, 0.0, bool(given(operation, "is_causal")),
+        scale=given(operation, "scale"),
+    )  # fmt: skip
+
+
+def _every_head(writer: Writer, operation: Operation, place: int) -> Argument:
+    """Queries, keys or values; those of fewer heads are repeated for the heads that share them."""
+    ref = operation.args[place]
+    own, all_heads = (
+        find(writer.recording.values[operation.args[at].number].dims[-3]) for at in (place, 0)
+    )
+    if own.size == all_heads.size:
+        return ref
+    copies = all_heads
+    for factor in factors(own):
+        rest = [f for f in factors(copies) if f is not factor]
+        copies = prod(rest)
+    return writer.call(torch.repeat_interleave, ref, writer.size(copies), -3)
+
+
+def _softmax(writer: Writer, operation: Operation) -> fx.Node:
+    log = "log" in operation.func._schema.name
+    return writer.call(torch.log_softmax if log else torch.softmax, *operation.args[:2])
+
+
+def _max_pool(writer: Writer, operation: Operation) -> fx.Node:
+    function = F.max_pool3d if "3d" in operation.func._schema.name else F.max_pool2d
+    names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
+    return writer.call(
+        function, operation.args[0], *(given(operation, n) or _none(n) for n in names)
+    )
+
+
+def _none(name: str) -> Any:
+    return {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False}[name]
+
+
+def _adaptive_pool(writer: Writer, operation: Operation) -> fx.Node:
+    deep = "3d" in operation.func._schema.name
+    function = F.adaptive_avg_pool3d if deep else F.adaptive_avg_pool2d
+    return writer.call(function, *operation.args[:2])
+
+
+def _identity(writer: Writer, operation: Operation) -> Argument:
+    return writer.argument(operation.args[0])
+
+
+_NORMS = (
+    "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
+    "cudnn_batch_norm", "miopen_batch_norm", "_batch_norm_no_update", "_batch_norm_with_update",
+)  # fmt: skip
+_ATTENTIONS = (
+    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_attention_math", "_scaled_dot_product_attention_math_for_mps",
+    "_scaled_dot_product_fused_attention_overrideable",
+)  # fmt: skip
+
+SPELLINGS: dict[str, Callable[[Writer, Operation], Argument]] = {
+    f"aten::{name}": spelling
+    for names, spelling in (
+        (("view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy"), _view),
+        (("expand",), _expand),
+        (("split", "split_with_sizes", "unsafe_split"), _split),
+        (
+            ("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty"),
+            _filled,
+        ),
+        (_NORMS, _batch_norm),
+        (("native_layer_norm",), _layer_norm),
+        (("native_group_norm",), _group_norm),
+        (_ATTENTIONS, _attention),
+        (("_softmax", "_log_softmax"), _softmax),
+        (("max_pool2d_with_indices", "max_pool3d_with_indices"), _max_pool),
+        (("_adaptive_avg_pool2d", "_adaptive_avg_pool3d"), _adaptive_pool),
+        (("lift_fresh",), _identity),
+    )
+    for name in names
+}
+"""Operators written in the form that has gradients, exporters and size arguments."""
+
+FIRST_ONLY = frozenset(
+    f"aten::{name}"
+    for name in (
+        *_NORMS, *_ATTENTIONS, "native_layer_norm", "native_group_norm",
+        "max_pool2d_with_indices", "max_pool3d_with_indices",
+    )
+)  # fmt: skip
+"""Operators of which only the first result is used once they are spelt as functions."""

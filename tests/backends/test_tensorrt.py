@@ -1,0 +1,456 @@
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from torch import nn
+
+from prune2deploy import precision, simplify, target
+from prune2deploy.backends import engine_store, gpu_driver, gpu_memory, registry
+from prune2deploy.backends.base import Engine
+from prune2deploy.backends.engine_build import BuildRequest
+from prune2deploy.backends.tensorrt_session import layer_timings
+from prune2deploy.errors import BackendError, BuildError, MissingBackend
+from prune2deploy.export import to_onnx
+
+
+class Residual(nn.Module):
+    """A small residual net with the odd widths that pruning leaves."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 24, 3, 2, 1), nn.BatchNorm2d(24), nn.ReLU())
+        self.a = nn.Sequential(nn.Conv2d(24, 40, 3, 1, 1), nn.BatchNorm2d(40), nn.ReLU())
+        self.b = nn.Conv2d(40, 24, 3, 1, 1)
+        self.head = nn.Linear(24, 10)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(torch.relu(x + self.b(self.a(x))).mean((2, 3)))
+
+
+@pytest.fixture
+def rtx(tmp_path):
+    return with_options(target.load("trt-rtx"), cache=str(tmp_path / "cache"), build_seconds=120.0)
+
+
+@pytest.fixture
+def backend(rtx):
+    return registry.for_target(rtx)
+
+
+@pytest.fixture
+def model(tmp_path):
+    path = to_onnx(Residual(), (torch.randn(1, 3, 32, 32),), tmp_path / "raw.onnx")
+    return simplify.simplify(path, tmp_path / "net.onnx").path
+
+
+def with_options(profile, **changed):
+    return replace(profile, options=tuple({**dict(profile.options), **changed}.items()))
+
+
+def needs_rtx():
+    return pytest.importorskip(
+        "tensorrt_rtx", reason="tensorrt_rtx is not installed", exc_type=ImportError
+    )
+
+
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(gpu_driver, "LIBRARY", "libcuda-that-is-not-there.so.1")
+
+
+def pretend_engine(folder, **changed):
+    folder.mkdir(parents=True, exist_ok=True)
+    engine = folder / "m.engine"
+    engine.write_bytes(b"plan")
+    facts = {
+        "module": "tensorrt_rtx",
+        "version": "1.0",
+        "device": "compute capability 89",
+        "onnx_sha256": "a",
+        "engine_sha256": engine_store.sha256(engine),
+        "settings": {},
+        "seconds": 1.0,
+    }
+    engine_store.Manifest(**{**facts, **changed}).write(engine)
+    return engine
+
+
+# --- really built -------------------------------------------------------------------------------
+
+
+@pytest.mark.rtx
+def test_fp32_fp16_and_int8_are_really_built(backend, rtx, model, tmp_path):
+    needs_rtx()
+    half = precision.to_fp16(model, tmp_path / "half.onnx").path
+    rows = [((torch.randn(1, 3, 32, 32),), None) for _ in range(4)]
+    quantised = precision.to_int8(model, tmp_path / "int8.onnx", rows).path
+    both = precision.to_fp16(quantised, tmp_path / "int8_half.onnx").path
+    sizes = {}
+    for file in (model, half, quantised, both):
+        engine = backend.build(file, rtx, tmp_path / "out")
+        sizes[file.stem] = engine.path.stat().st_size
+        assert engine.log is not None
+        assert "Engine generation completed" in engine.log.read_text()
+        assert engine_store.read_manifest(engine.path).module == "tensorrt_rtx"
+    assert sizes["net"] > 10_000
+    assert len(set(sizes.values())) == 4, "each precision must give an engine of its own"
+
+
+@pytest.mark.rtx
+def test_free_batch_is_built_for_its_range(backend, rtx, tmp_path):
+    needs_rtx()
+    path = to_onnx(
+        Residual(), (torch.randn(2, 3, 32, 32),), tmp_path / "free.onnx", dynamic_batch=True
+    )
+    engine = backend.build(path, with_options(rtx, batch_opt=4, batch_max=16), tmp_path / "out")
+    assert engine_store.read_manifest(engine.path).settings["batch"] == [1, 4, 16]
+
+
+@pytest.mark.rtx
+def test_second_build_comes_from_the_cache_and_other_settings_do_not(
+    backend, rtx, model, tmp_path, monkeypatch
+):
+    needs_rtx()
+    first = backend.build(model, rtx, tmp_path / "a")
+    built = []
+    real = engine_store.run_builder
+    monkeypatch.setattr(
+        engine_store, "run_builder", lambda *args: built.append(args) or real(*args)
+    )
+    second = backend.build(model, rtx, tmp_path / "b")
+    assert built == []
+    assert second.path.read_bytes() == first.path.read_bytes()
+    backend.build(model, with_options(rtx, compute_capability="86"), tmp_path / "c")
+    assert len(built) == 1
+    corrupt = next((tmp_path / "cache").glob("*.engine"))
+    for engine in (tmp_path / "cache").glob("*.engine"):
+        engine.write_bytes(b"garbage")
+    again = backend.build(model, rtx, tmp_path / "d")
+    assert len(built) == 2, f"a corrupt engine ({corrupt.name}) must be built again"
+    assert again.path.read_bytes() == first.path.read_bytes()
+
+
+@pytest.mark.rtx
+def test_unsupported_operator_is_named_with_its_node(backend, rtx, tmp_path):
+    needs_rtx()
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [4])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [4])
+    node = helper.make_node("Special", ["x"], ["y"], name="odd_one", domain="mine")
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("mine", 1)]
+    path = tmp_path / "odd.onnx"
+    onnx.save(
+        helper.make_model(helper.make_graph([node], "g", [x], [y]), opset_imports=opsets), path
+    )
+    with pytest.raises(BuildError, match=r"'Special' at node 'odd_one'"):
+        backend.build(path, rtx, tmp_path / "out")
+    assert not list((tmp_path / "cache").glob("*.engine"))
+
+
+@pytest.mark.rtx
+def test_unknown_compute_capability_names_the_choices(backend, rtx, model, tmp_path):
+    needs_rtx()
+    with pytest.raises(BuildError, match=r"'87' is not known to tensorrt_rtx.*89"):
+        backend.build(model, with_options(rtx, compute_capability="87"), tmp_path / "out")
+
+
+@pytest.mark.rtx
+def test_free_image_size_is_refused_by_name(backend, rtx, tmp_path):
+    needs_rtx()
+    x = helper.make_tensor_value_info("pixels", TensorProto.FLOAT, [1, 3, "h", "w"])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 3, "h", "w"])
+    graph = helper.make_graph([helper.make_node("Relu", ["pixels"], ["y"])], "g", [x], [y])
+    path = tmp_path / "free.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]), path)
+    with pytest.raises(BuildError, match=r"'pixels'.*only the batch"):
+        backend.build(path, rtx, tmp_path / "out")
+
+
+BUILD = """
+import json, sys
+from pathlib import Path
+from prune2deploy.backends import registry
+from prune2deploy.target import Target
+profile = Target.from_dict(json.loads(sys.argv[1]))
+registry.for_target(profile).build(Path(sys.argv[2]), profile, Path(sys.argv[3]))
+"""
+
+
+@pytest.mark.rtx
+def test_two_processes_that_build_the_same_engine_get_the_same_whole_file(rtx, model, tmp_path):
+    needs_rtx()
+    profile, env = json.dumps(rtx.to_dict()), engine_store._environment()
+    builders = [
+        subprocess.Popen(
+            [sys.executable, "-c", BUILD, profile, str(model), str(tmp_path / name)], env=env
+        )
+        for name in ("a", "b")
+    ]
+    assert [builder.wait(120) for builder in builders] == [0, 0]
+    first, second = ((tmp_path / name / "net.engine").read_bytes() for name in ("a", "b"))
+    assert first == second
+    assert len(list((tmp_path / "cache").glob("*.engine"))) == 1
+    assert not list((tmp_path / "cache").glob(".part-*"))
+
+
+@pytest.mark.rtx
+def test_engine_cannot_be_opened_without_a_gpu_and_says_so(
+    backend, rtx, model, tmp_path, monkeypatch
+):
+    needs_rtx()
+    no_gpu(monkeypatch)
+    known = backend.availability(rtx)
+    assert not known.usable
+    assert "can be built here but not run" in known.reason
+    assert backend.can_build(rtx).usable
+    engine = backend.build(model, rtx, tmp_path / "out")
+    with pytest.raises(MissingBackend, match="NVIDIA driver"):
+        backend.open(engine, rtx)
+
+
+# --- the builder's process ----------------------------------------------------------------------
+
+
+def run_as(monkeypatch, code):
+    monkeypatch.setattr(
+        engine_store, "command", lambda order: [sys.executable, "-c", code, str(order)]
+    )
+
+
+def request(tmp_path):
+    return BuildRequest("tensorrt_rtx", "model.onnx", str(tmp_path / "m.engine"))
+
+
+def test_crashing_builder_is_an_error_with_the_end_of_its_log(tmp_path, monkeypatch):
+    run_as(monkeypatch, "import os; os.write(1, b'last words\\n'); os.kill(os.getpid(), 11)")
+    with pytest.raises(BuildError, match=r"crashed \(SIGSEGV\)(.|\n)*last words"):
+        engine_store.run_builder(request(tmp_path), tmp_path, 30)
+
+
+def test_builder_killed_for_memory_says_so(tmp_path, monkeypatch):
+    run_as(monkeypatch, "import os; os.kill(os.getpid(), 9)")
+    with pytest.raises(BuildError, match="want of memory"):
+        engine_store.run_builder(request(tmp_path), tmp_path, 30)
+
+
+def test_builder_that_hangs_is_stopped_with_what_it_started(tmp_path, monkeypatch):
+    run_as(
+        monkeypatch,
+        "import subprocess, sys, time; from pathlib import Path\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        f"Path({str(tmp_path / 'child')!r}).write_text(str(child.pid)); time.sleep(60)",
+    )
+    with pytest.raises(BuildError, match="longer than 2 s"):
+        engine_store.run_builder(request(tmp_path), tmp_path, 2)
+    pid = int((tmp_path / "child").read_text())
+    time.sleep(0.2)
+    state = Path(f"/proc/{pid}/stat")
+    assert not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+
+def test_builder_that_ends_without_an_answer_is_an_error(tmp_path, monkeypatch):
+    run_as(monkeypatch, "raise SystemExit(7)")
+    with pytest.raises(BuildError, match="code 7 and no answer"):
+        engine_store.run_builder(request(tmp_path), tmp_path, 30)
+
+
+def test_failed_build_leaves_the_cache_as_it_was(tmp_path, monkeypatch):
+    run_as(monkeypatch, "import os; os.kill(os.getpid(), 11)")
+    cache = tmp_path / "cache"
+    wanted = engine_store.Manifest("tensorrt_rtx", "1", "x", "a", "", {}, 0.0)
+    with pytest.raises(BuildError):
+        engine_store.obtain(cache, wanted, request(tmp_path), 30)
+    assert [p.suffix for p in cache.iterdir()] == [".lock"]
+
+
+@pytest.mark.rtx
+def test_builder_that_cannot_write_its_engine_says_so(tmp_path, rtx, model, monkeypatch):
+    needs_rtx()
+    real = engine_store.command
+    monkeypatch.setattr(
+        engine_store,
+        "command",
+        lambda order: ["bash", "-c", 'ulimit -f 8; exec "$@"', "bash", *real(order)],
+    )
+    with pytest.raises(BuildError, match=r"File too large|No space"):
+        registry.for_target(rtx).build(model, rtx, tmp_path / "out")
+    assert not list((tmp_path / "cache").glob("*.engine"))
+
+
+def test_build_request_survives_its_file():
+    order = BuildRequest("tensorrt", "a.onnx", "b.engine", batch=(1, 2, 3), timing_cache="t")
+    assert BuildRequest.from_json(order.to_json()) == order
+
+
+# --- engines on disk ----------------------------------------------------------------------------
+
+
+def test_manifest_round_trip_and_corrupt_engine(tmp_path):
+    engine = pretend_engine(tmp_path)
+    assert engine_store.read_manifest(engine).version == "1.0"
+    engine.write_bytes(b"plaN")
+    with pytest.raises(BackendError, match="corrupt"):
+        engine_store.read_manifest(engine)
+
+
+def test_missing_and_damaged_manifests_say_to_build_again(tmp_path):
+    engine = pretend_engine(tmp_path)
+    engine_store.manifest_path(engine).write_text('{"schema": 1, "module"')
+    with pytest.raises(BackendError, match=r"damaged.*build it again"):
+        engine_store.read_manifest(engine)
+    engine_store.manifest_path(engine).write_text(json.dumps({"schema": 99}))
+    with pytest.raises(BackendError, match="expected schema 1"):
+        engine_store.read_manifest(engine)
+    engine_store.manifest_path(engine).unlink()
+    with pytest.raises(BackendError, match="engines of other tools"):
+        engine_store.read_manifest(engine)
+    engine.unlink()
+    with pytest.raises(BackendError, match="no such engine"):
+        engine_store.read_manifest(engine)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"version": "0.9"}, r"version 0\.9, but here it is 1\.0"),
+        ({"device": "compute capability 86"}, "GPU compute capability 86"),
+        ({"module": "tensorrt"}, "runtime tensorrt, but"),
+    ],
+)
+def test_engine_of_another_version_gpu_or_runtime_is_refused(tmp_path, changed, message):
+    engine = pretend_engine(tmp_path, **changed)
+    manifest = engine_store.read_manifest(engine)
+    here = {"module": "tensorrt_rtx", "version": "1.0", "device": "compute capability 89"}
+    with pytest.raises(BackendError, match=message):
+        engine_store.check_fits(engine, manifest, **here)
+
+
+def test_opening_an_engine_of_another_version_is_refused(tmp_path, rtx, backend):
+    needs_rtx()
+    engine = pretend_engine(tmp_path, version="0.1")
+    with pytest.raises(BackendError, match=r"built for tensorrt_rtx version 0\.1"):
+        backend.open(Engine(engine, tmp_path / "m.onnx", "tensorrt", 0.0), rtx)
+
+
+def test_lock_keeps_a_second_process_out_until_the_first_ends(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path\n"
+        "from prune2deploy.backends.engine_store import lock\n"
+        "with lock(Path(sys.argv[1]), 5): print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "x.lock")],
+        stdout=subprocess.PIPE,
+        env=engine_store._environment(),
+    )
+    with holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        with (
+            pytest.raises(BuildError, match="another process"),
+            engine_store.lock(tmp_path / "x.lock", 0.3),
+        ):
+            pass
+        holder.kill()
+        holder.wait()
+        with engine_store.lock(tmp_path / "x.lock", 5):
+            pass
+
+
+def test_cache_drops_the_longest_unused_engines_only(tmp_path):
+    import os
+
+    for i, name in enumerate(("old", "mid", "new")):
+        engine = tmp_path / f"{name}.engine"
+        engine.write_bytes(bytes(100))
+        engine.with_suffix(".log").write_text("")
+        engine_store.manifest_path(engine).write_text("{}")
+        os.utime(engine, (i, i))
+    engine_store.trim(tmp_path, 250, keep=tmp_path / "new.engine")
+    assert {p.name.split(".")[0] for p in tmp_path.iterdir()} == {"mid", "new"}
+
+
+# --- what is there and what is not --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["trt", "trt-fp16", "trt-int8", "trt-rtx"])
+def test_without_a_gpu_every_profile_says_what_is_missing_and_the_fix(name, monkeypatch):
+    no_gpu(monkeypatch)
+    profile = target.load(name)
+    known = registry.for_target(profile).availability(profile)
+    assert not known.usable
+    assert "NVIDIA driver" in known.reason
+    assert known.fix
+
+
+def test_without_the_package_the_line_that_installs_it_is_given(monkeypatch, tmp_path):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    profile = target.load("trt")
+    backend = registry.for_target(profile)
+    known = backend.availability(profile)
+    assert "tensorrt is not installed" in known.reason
+    assert known.fix == 'pip install "prune2deploy[trt]"'
+    with pytest.raises(MissingBackend, match=r"prune2deploy\[trt\]"):
+        backend.build(tmp_path / "m.onnx", profile, tmp_path)
+
+
+def test_profile_mistakes_make_it_unusable_and_name_the_key(rtx):
+    backend = registry.for_target(rtx)
+    for changed, word in (
+        (with_options(rtx, module="tensorflow"), "options.module"),
+        (replace(rtx, device="cpu"), ":device"),
+        (with_options(rtx, module="tensorrt", compute_capability="89"), "compute_capability"),
+    ):
+        known = backend.availability(changed)
+        assert not known.usable
+        assert word in known.reason
+
+
+def test_memory_libraries_are_asked_for_by_name(monkeypatch):
+    import importlib.util
+
+    assert "expected one of auto" in gpu_memory.availability("cupy").reason
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert gpu_memory.installed() == ()
+    assert "pip install" in gpu_memory.availability("auto").fix
+    with pytest.raises(MissingBackend, match="none is installed"):
+        gpu_memory.choose("auto", 0)
+
+
+def test_every_memory_library_that_fails_is_quoted(monkeypatch):
+    def broken(index):
+        raise OSError("the driver is too old")
+
+    monkeypatch.setattr(gpu_memory, "PROVIDERS", {"torch": ("torch", broken)})
+    with pytest.raises(MissingBackend, match="torch: OSError: the driver is too old"):
+        gpu_memory.choose("auto", 0)
+
+
+def test_profiler_times_are_joined_with_the_inspectors_shapes():
+    inspected = json.dumps(
+        {
+            "Layers": [
+                {
+                    "Name": "conv1 + relu1",
+                    "LayerType": "CaskConvolution",
+                    "Inputs": [{"Name": "x", "Dimensions": [1, 3, 32, 32]}],
+                    "Outputs": [{"Name": "y", "Dimensions": [1, 24, 16, 16]}],
+                }
+            ]
+        }
+    )
+    conv, other = layer_timings(inspected, {"conv1 + relu1": 1500.0, "Reformat": 10.0})
+    assert conv.kind == "CaskConvolution"
+    assert conv.input_shapes == ((1, 3, 32, 32),)
+    assert conv.output_shapes == ((1, 24, 16, 16),)
+    assert (other.name, other.ns, other.output_shapes) == ("Reformat", 10.0, ())
+    assert np.isclose(conv.ns, 1500.0)
