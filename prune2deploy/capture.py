@@ -11,17 +11,26 @@ operators, which have gradients and export like any other. The batch dimension s
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from prune2deploy.errors import PruneError, TraceError
+from prune2deploy.errors import TraceError
 from prune2deploy.graph.axes import Graph
 from prune2deploy.graph.build import build
 from prune2deploy.graph.layout import CAT, LEAF, Layout, Node, find, leaves
-from prune2deploy.graph.record import ModuleCall, Operation, Recording, Ref, record, tensors_in
+from prune2deploy.graph.record import (
+    ModuleCall,
+    Operation,
+    Recording,
+    Ref,
+    Struct,
+    record,
+    tensors_in,
+)
+from prune2deploy.graph.rules import VARYING
 from prune2deploy.plan.plan import Plan
 from prune2deploy.spellings import FIRST_ONLY, SPELLINGS, Argument, as_recorded
 from prune2deploy.widths import Widths
@@ -38,7 +47,7 @@ def capture(pruned: nn.Module, source: nn.Module, graph: Graph, plan: Plan) -> f
         plan: Kept channels.
 
     Raises:
-        PruneError: the inputs are nested, or an operator cannot be written down.
+        PruneError: an operator cannot be written down.
     """
     graph = with_batch(source, graph)
     writer = _Writer(pruned, graph.recording, Widths(graph, plan))
@@ -80,7 +89,7 @@ class _Writer:
         self.graph = fx.Graph()
         self.nodes: dict[int, Argument] = {}
         self.names = {number: name for name, number in reversed(recording.stored.items())}
-        self.batch: dict[int, tuple[int, int]] = {}
+        self.varying: dict[int, tuple[int, int]] = {}
 
     def write(self, source: nn.Module, removed: Sequence[str] = ()) -> fx.GraphModule:
         """Placeholders, operators in order, output; removed blocks hand their input on."""
@@ -117,26 +126,31 @@ class _Writer:
         else:
             given = tuple(example) if isinstance(example, list | tuple) else (example,)
             named = dict(zip(_parameter_names(source, len(given)), given, strict=True))
-        numbers = iter(self.recording.inputs)
         for name, entry in named.items():
             node = self.graph.placeholder(name)
             if isinstance(entry, torch.Tensor):
-                number = next(numbers)
-                self.nodes[number] = node
-                dims = self.recording.values[number].dims
+                dims = self.recording.values[self.recording.inputs[len(self.nodes)]].dims
                 if dims and dims[0].size > 1:
-                    self.batch.setdefault(id(find(dims[0])), (number, 0))
-            elif next(tensors_in(entry), None) is not None:
-                raise PruneError(
-                    f"input {name!r} is a {type(entry).__name__} that holds tensors; a model "
-                    "whose code has to be captured takes tensors as its direct arguments"
-                )
+                    number = self.recording.inputs[len(self.nodes)]
+                    self.varying.setdefault(id(find(dims[0])), (number, 0))
+            self._enter(entry, node)
+
+    def _enter(self, entry: Any, node: fx.Node) -> None:
+        """Find the tensors of one argument, in the order in which they were recorded."""
+        if isinstance(entry, torch.Tensor):
+            self.nodes[self.recording.inputs[len(self.nodes)]] = node
+        elif isinstance(entry, Mapping | list | tuple):
+            keys = entry if isinstance(entry, Mapping) else range(len(entry))
+            for key in keys:
+                if next(tensors_in(entry[key]), None) is not None:
+                    self._enter(entry[key], self.graph.call_function(_item, (node, key)))
 
     def _call_module(self, call: ModuleCall) -> None:
         given = [self.value(number) for number in call.inputs]
         self.nodes[call.outputs[0]] = self.graph.call_module(call.name, tuple(given))
 
     def _operator(self, operation: Operation) -> None:
+        self._note_varying(operation)
         name = operation.func._schema.name
         spelling = SPELLINGS.get(name, as_recorded)
         node = spelling(self, operation)
@@ -149,6 +163,13 @@ class _Writer:
         for place, number in enumerate(operation.outputs):
             self.nodes[number] = self.graph.call_function(_item, (node, place))
 
+    def _note_varying(self, operation: Operation) -> None:
+        """Sizes that values decide are read where they first occur."""
+        for number in operation.outputs:
+            for place, node in enumerate(self.recording.values[number].dims):
+                if find(node).frozen == VARYING:
+                    self.varying.setdefault(id(find(node)), (number, place))
+
     def value(self, number: int) -> Argument:
         """The node of a recorded value; stored tensors and constants are fetched when needed."""
         if number not in self.nodes:
@@ -157,7 +178,7 @@ class _Writer:
                 name = f"_constant_{number}"
                 constant = self.recording.values[number].constant
                 assert constant is not None, number
-                self.pruned.register_buffer(name, constant.clone())
+                self.pruned.register_buffer(name, constant.detach().clone())
             self.nodes[number] = self.graph.get_attr(name)
         return self.nodes[number]
 
@@ -169,16 +190,19 @@ class _Writer:
             items = [self.argument(item) for item in tree]
             return items if isinstance(tree, list) else tuple(items)
         if isinstance(tree, Mapping):
-            return {key: self.argument(item) for key, item in tree.items()}
+            items = {key: self.argument(item) for key, item in tree.items()}
+            if isinstance(tree, Struct):
+                return self.graph.call_function(tree.kind, (), items)
+            return items
         return tree
 
     def size(self, node: Node) -> Argument:
-        """A width: a number, or a product with the size of the batch as it is at run time."""
+        """A width: a number, or computed from the batch and other sizes that are known at run time."""
         node = find(node)
-        if not any(id(below) in self.batch for below in leaves(node)):
+        if not any(id(below) in self.varying for below in leaves(node)):
             return self.widths(node)
         if node.kind == LEAF:
-            number, dim = self.batch[id(node)]
+            number, dim = self.varying[id(node)]
             return self.graph.call_function(torch.ops.aten.sym_size.int, (self.value(number), dim))
         sizes = [self.size(part) for part in node.parts]
         total = sizes[0]
@@ -197,6 +221,36 @@ class _Writer:
         )
 
 
+def _keep_unused(module: fx.GraphModule, pruned: nn.Module, names: Iterable[str]) -> None:
+    """Register stored tensors that no operator reads, so that no key of the state is lost."""
+    kept = dict(_stored(module))
+    wanted = set(names)
+    for name, tensor in _stored(pruned):
+        if name in kept or name not in wanted:
+            continue
+        path, _, leaf = name.rpartition(".")
+        if not _has_submodule(module, path):
+            module.add_submodule(path, nn.Module())
+        owner = module.get_submodule(path)
+        if isinstance(tensor, nn.Parameter):
+            owner.register_parameter(leaf, tensor)
+        else:
+            persistent = leaf not in pruned.get_submodule(path)._non_persistent_buffers_set
+            owner.register_buffer(leaf, tensor, persistent=persistent)
+
+
+def _stored(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def _has_submodule(module: nn.Module, path: str) -> bool:
+    inner: nn.Module | None = module
+    for part in path.split(".") if path else ():
+        inner = inner._modules.get(part) if inner is not None else None
+    return inner is not None
+
+
 def _add(a: int, b: int) -> int:
     return a + b
 
@@ -205,7 +259,7 @@ def _multiply(a: int, b: int) -> int:
     return a * b
 
 
-def _item(values: Sequence[Any], place: int) -> Any:
+def _item(values: Any, place: Any) -> Any:
     return values[place]
 
 

@@ -83,20 +83,14 @@ def to_onnx(
         ExportError: The forward fails, an operator has no ONNX form, the file is not valid, or
             the batch was asked to be free and is not.
     """
-    names = list(options.get("input_names") or input_names(len(example_inputs)))
-    if len(names) != len(example_inputs):
-        raise ExportError(
-            f"{len(names)} input names for {len(example_inputs)} input tensors: give one each"
-        )
-    if not example_inputs:
-        raise ExportError("no example inputs: give the tensors that the model is called with")
+    names = _input_names(example_inputs, options.get("input_names"))
     free_batch = options.get("dynamic_batch", False)
     if free_batch and options.get("dynamo", False):
         example_inputs = tuple(_at_least_two(tensor) for tensor in example_inputs)
     with _evaluating(module), scratch(path.parent) as folder:
         outputs = _output_names(module, example_inputs, options.get("output_names"))
         file = folder / path.name
-        with _flat_outputs(module):
+        with _plain_call(module):
             _run_exporter(module, example_inputs, file, (names, outputs), options)
         _gather_weights(file)
         _check_file(file)
@@ -104,6 +98,17 @@ def to_onnx(
             _check_free_batch(file, example_inputs, names)
         _move(file, path)
     return path
+
+
+def _input_names(inputs: tuple[Tensor, ...], given: Sequence[str] | None) -> list[str]:
+    if not inputs:
+        raise ExportError("no example inputs: give the tensors that the model is called with")
+    names = list(given or input_names(len(inputs)))
+    if len(names) != len(inputs):
+        raise ExportError(
+            f"{len(names)} input names for {len(inputs)} input tensors: give one each"
+        )
+    return names
 
 
 def input_names(count: int) -> tuple[str, ...]:
@@ -145,16 +150,26 @@ def flatten(value: object, prefix: str = "output") -> dict[str, Tensor]:
 
 
 @contextmanager
-def _flat_outputs(module: nn.Module) -> Iterator[None]:
-    """Have ``module`` return its output tensors as one flat tuple while the block runs.
+def _plain_call(module: nn.Module) -> Iterator[None]:
+    """Have ``module`` take only tensors and return a flat tuple of them while the block runs.
 
-    A hook and no wrapper, so that the names in the file are those of the module's parameters.
+    Exporters make inputs of the forward's default arguments (``is_causal=False``), so those are
+    hidden. No wrapper module, so that the names in the file are those of the module's parameters.
     """
-    handle = module.register_forward_hook(lambda _, __, out: tuple(flatten(out).values()))
+    own = vars(module).get("forward")
+    forward = module.forward
+
+    def call(*inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(flatten(forward(*inputs)).values())
+
+    vars(module)["forward"] = call
     try:
         yield
     finally:
-        handle.remove()
+        if own is None:
+            del vars(module)["forward"]
+        else:
+            vars(module)["forward"] = own
 
 
 def _output_names(
@@ -202,7 +217,7 @@ def _run_exporter(
         arguments["external_data"] = weights > SINGLE_FILE_BYTES
     if options.get("dynamic_batch", False) and dynamo:
         batch = torch.export.Dim("batch")
-        arguments["dynamic_shapes"] = tuple({0: batch} for _ in inputs)
+        arguments["dynamic_shapes"] = (tuple({0: batch} for _ in inputs),)
     elif options.get("dynamic_batch", False):
         arguments["dynamic_axes"] = {name: {0: "batch"} for name in (*names[0], *names[1])}
     with _quiet(), torch.no_grad():

@@ -17,9 +17,10 @@ recovered once, on the plan that was found, and the recovered model is built and
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from prune2deploy.importance import score
 from prune2deploy.job import Attempt, Baseline, Job, Outcome, aim, best, judge
 from prune2deploy.measure import Comparison, Measurement
 from prune2deploy.plan import latency_model
-from prune2deploy.plan.allocate import SmallestMisses, allocate, channels
+from prune2deploy.plan.allocate import Allocation, SmallestMisses, allocate, channels
 from prune2deploy.plan.choices import Choice, Problem, choices, importance_curves
 from prune2deploy.plan.latency_model import LatencyModel
 from prune2deploy.plan.plan import Plan
@@ -45,6 +46,7 @@ from prune2deploy.target import Target
 
 NUDGES = 12  # times that the aim is moved to find a plan that was not tried before
 NUDGE = 0.005
+HELD = 6  # axes held wider in turn to fill a budget
 
 
 def prune_to_budget(job: Job, options: RunOptions) -> Outcome:
@@ -199,9 +201,14 @@ class Search:
         self._learn()
 
     def _learn(self) -> None:
-        """Fit the latency model on everything that was profiled and measured."""
+        """Fit the latency model on everything that was profiled and measured.
+
+        One profile alone cannot tell which axis an operator's width belongs to; the whole
+        model's latency by its multiply-accumulates has to do until there is a second.
+        """
         base = self.baseline
-        builds = [latency_model.Build({}, base.profile, base.p50_ms)]
+        enough = bool(self.probes or self.attempts)
+        builds = [latency_model.Build({}, base.profile if enough else (), base.p50_ms)]
         builds += [
             latency_model.Build(b.plan.counts, candidate.profile(self.shop, b)) for b in self.probes
         ]
@@ -237,6 +244,7 @@ class Search:
         return journal.read(key, Wanted)
 
     def _allocate(self) -> Wanted | None:
+        """The best plan that was not tried; ``None`` when there is no other worth a build."""
         assert self.model is not None
         limit, tried = self._limit(), [a.built.plan.counts for a in self.attempts]
         target = aim(limit, self._half_width())
@@ -248,6 +256,11 @@ class Search:
             except SmallestMisses as floor:
                 smallest = Wanted(floor.counts, floor.floor_ms, floor=True)
                 return None if _pruned(self.graph, floor.counts) in tried else smallest
+            if up and found.predicted_ms < FILL * limit:
+                near = fuller(problem, found)
+                enough = [plan for plan in near if plan.predicted_ms >= FILL * limit]
+                if enough:
+                    found = max(enough, key=lambda plan: plan.objective)
             if _pruned(self.graph, found.counts) not in tried:
                 return Wanted(found.counts, found.predicted_ms)
             target *= 1 + NUDGE if up else 1 - NUDGE
@@ -258,17 +271,18 @@ class Search:
     def _half_width(self) -> float:
         """Half-width to expect of the next interval, as a fraction."""
         policy = self.shop.target.measure.half_width
-        if not self.attempts or self.attempts[-1].comparison.stopped == "decided":
+        if not self.attempts:
             return policy
         low, high = self.attempts[-1].comparison.ratio_ci95
         return max(policy, (high - low) / (high + low))
 
     def _measure(self, built: Built, predicted_ms: float) -> Attempt:
-        """Profile a build and measure it interleaved with the baseline."""
+        """Profile a build and measure it interleaved with the baseline.
+
+        Not only until the verdict is clear but until the interval is narrow: the model learns
+        from the value.
+        """
         profile = candidate.profile(self.shop, built)
-        limit = 1 / self.budget.speedup if self.budget.speedup else None
-        if limit is None and self.budget.percentile == 50:
-            limit = self._limit() / self.baseline.p50_ms
 
         def work() -> Comparison:
             self.shop.say("measuring", built.number)
@@ -277,7 +291,6 @@ class Search:
                 self.shop.engine(self.baseline.built),
                 self.shop.target,
                 raw_path=self.shop.run / f"raw/{built.key}.npz",
-                stop_at=limit,
             )
 
         seen = self.shop.run.journal.once(f"{built.key}/compare", Comparison, work)
@@ -338,6 +351,29 @@ def random_counts(among: tuple[Choice, ...], dice: random.Random) -> dict[str, i
         width = int(dice.choice(choice.options.tolist()))
         counts.update(dict.fromkeys(choice.axes, width))
     return counts
+
+
+def fuller(problem: Problem, found: Allocation) -> list[Allocation]:
+    """Plans near the worthiest one that use more of the budget than it does.
+
+    Wide steps of one costly axis can leave a gap below the budget that no worthier plan fills.
+    Each of the costliest axes is therefore held one step wider in turn, and the others give way.
+    """
+    steps = []
+    for number, choice in enumerate(problem.choices):
+        wider = choice.options > found.counts[choice.axes[0]]
+        if wider.any():
+            width = int(choice.options[wider][0])
+            cost = problem.model.predict(found.counts | dict.fromkeys(choice.axes, width))
+            steps.append((cost, number, wider))
+    plans = []
+    for _, number, wider in sorted(steps, key=lambda s: -s[0])[:HELD]:
+        held = list(problem.choices)
+        choice = held[number]
+        held[number] = replace(choice, options=choice.options[wider], worth=choice.worth[wider])
+        with contextlib.suppress(SmallestMisses):
+            plans.append(allocate(replace(problem, choices=tuple(held))))
+    return [plan for plan in plans if plan.predicted_ms > found.predicted_ms]
 
 
 def _pruned(graph: Any, counts: Mapping[str, int]) -> dict[str, int]:

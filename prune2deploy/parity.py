@@ -90,35 +90,41 @@ def compare(
     Raises:
         ParityError: The two have different outputs or shapes, or there was no sample.
     """
-    limit = TOLERANCE[precision] if tolerance is None else tolerance
     judged = "rms_rel" if precision == "int8" else "max_rel"
-    worst: tuple[float, str] = (-1.0, "")
-    top = {"max_abs": 0.0, "max_rel": 0.0, "rms_rel": 0.0}
-    count = 0
+    limit = TOLERANCE[precision] if tolerance is None else tolerance
+    errors, zero, count = _errors(reference, candidate, samples)
+    if not count:
+        raise ParityError("no samples to compare outputs on: give at least one input")
+    worst = max(errors, key=lambda name: errors[name][judged])
+    return Parity(
+        max_abs=max(error["max_abs"] for error in errors.values()),
+        max_rel=max(error["max_rel"] for error in errors.values()),
+        worst_output=worst,
+        tolerance=limit,
+        passed=errors[worst][judged] <= limit,
+        samples=count,
+        vacuous=tuple(name for name, all_zero in zero.items() if all_zero),
+        rms_rel=max(error["rms_rel"] for error in errors.values()),
+        judged=judged,
+    )
+
+
+def _errors(
+    reference: Runner, candidate: Runner, samples: Iterable[Mapping[str, Array]]
+) -> tuple[dict[str, dict[str, float]], dict[str, bool], int]:
+    """Largest error of each kind per output, whether its reference was all zero, and a count."""
+    errors: dict[str, dict[str, float]] = {}
     zero: dict[str, bool] = {}
+    count = 0
     for feeds in samples:
         count += 1
         for name, expected, found in _paired(reference(feeds), candidate(feeds)):
-            errors = dict(
-                zip(top, (*difference(expected, found), rms(expected, found)), strict=True)
-            )
-            worst = max(worst, (errors[judged], name))
-            top = {kind: max(top[kind], error) for kind, error in errors.items()}
+            absolute, relative = difference(expected, found)
+            now = {"max_abs": absolute, "max_rel": relative, "rms_rel": rms(expected, found)}
+            top = errors.setdefault(name, now)
+            errors[name] = {kind: max(top[kind], now[kind]) for kind in now}
             zero[name] = zero.get(name, True) and not np.any(expected)
-    if not count:
-        raise ParityError("no samples to compare outputs on: give at least one input")
-    vacuous = tuple(name for name, all_zero in zero.items() if all_zero)
-    return Parity(
-        max_abs=top["max_abs"],
-        max_rel=top["max_rel"],
-        worst_output=worst[1],
-        tolerance=limit,
-        passed=worst[0] <= limit,
-        samples=count,
-        vacuous=vacuous,
-        rms_rel=top["rms_rel"],
-        judged=judged,
-    )
+    return errors, zero, count
 
 
 def require(parity: Parity, stages: str) -> Parity:

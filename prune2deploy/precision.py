@@ -3,7 +3,8 @@
 The precision of every operator is written into the file, so every runtime does the same. What
 does not stand the lower precision stays in the higher one: operators whose values leave the range
 of fp16 (looked for in the fp32 activations, because CPUs compute fp16 in fp32 and hide it), and
-those that comparing activations of both files, and then trying, shows to cost most. The report carries the parity that was reached and the tolerance.
+those that comparing activations of both files, and then trying, shows to cost most. The report
+carries the parity that was reached and the tolerance.
 """
 
 from __future__ import annotations
@@ -227,12 +228,13 @@ def _search(
             if verdict.passed:
                 break
             suspects = _suspects(error_jumps(path, file, judge.samples), kept, candidates, attempt)
-            trial = folder / "trial.onnx"
             errors: dict[str, float] = {}
             for name in suspects:
-                convert(trial, [*kept, name])
-                errors[name] = judge.compare(trial).error
+                convert(folder / "trial.onnx", [*kept, name])
+                errors[name] = judge.compare(folder / "trial.onnx").error
             kept += sorted(suspects, key=errors.__getitem__)[: 2**attempt]
+            if not suspects:
+                break
         assert best is not None
         best.path.replace(out)
     return _Found(out, best.kept, best.verdict)

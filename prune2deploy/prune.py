@@ -10,6 +10,7 @@ operators are handed back as a captured module instead (``capture``).
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from prune2deploy.capture import capture
 from prune2deploy.errors import PruneError
 from prune2deploy.graph.axes import Graph
+from prune2deploy.graph.layout import find
 from prune2deploy.graph.record import (
     Forward,
     Operation,
@@ -31,6 +33,7 @@ from prune2deploy.graph.record import (
     run,
     tensors_in,
 )
+from prune2deploy.graph.rules import VARYING
 from prune2deploy.graph.trace import unwrap
 from prune2deploy.plan.plan import Plan
 from prune2deploy.widths import Widths
@@ -150,6 +153,8 @@ def update_attributes(module: nn.Module, recording: Recording, widths: Widths) -
         for types, attributes in FROM_WEIGHT:
             if isinstance(part, types):
                 _follow_weight(part, attributes)
+        if isinstance(part, nn.RNNBase):
+            _follow_recurrent(part)
         if isinstance(part, CONVOLUTIONS):
             _follow_convolution(part, widths.of(symbols.get(name, {}).get("groups", ())))
         elif isinstance(part, nn.GroupNorm) and name in symbols:
@@ -170,6 +175,13 @@ def _follow_weight(part: Any, attributes: dict[str, int]) -> None:
             setattr(part, attribute, stored.shape[dim])
 
 
+def _follow_recurrent(part: nn.RNNBase) -> None:
+    """Sizes, and the list of weights that the module hands to its kernel."""
+    part._flat_weights = [getattr(part, name) for name in part._flat_weights_names]
+    part.input_size = part._parameters["weight_ih_l0"].shape[1]  # type: ignore[union-attr]
+    part.hidden_size = part._parameters["weight_hh_l0"].shape[1]  # type: ignore[union-attr]
+
+
 def _follow_convolution(part: nn.modules.conv._ConvNd, groups: int | None) -> None:
     if groups is not None:
         part.groups = groups
@@ -186,10 +198,13 @@ class _Shapes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         self.seen: list[tuple[str, tuple[tuple[int, ...], ...]]] = []
+        self._made: list[Any] = []  # a new tensor that somebody holds is detached by torch
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         shapes = tuple(tuple(t.shape) for t in tensors_in(result))
+        if next(tensors_in(args), None) is None:
+            self._made.append(result)
         self.seen.append((func._schema.name, shapes))
         return result
 
@@ -208,15 +223,21 @@ def runs_as_planned(
             run(module, example, forward_fn)
     except Exception:  # noqa: BLE001  the user's code may fail in any way when widths change
         return False
-    if len(shapes.seen) != len(operations):
+    known = list(itertools.takewhile(_known_size, operations))
+    if len(known) == len(operations) != len(shapes.seen):
         return False
-    for (name, found), operation in zip(shapes.seen, operations, strict=True):
+    for (name, found), operation in zip(shapes.seen, known, strict=False):
         if name != operation.func._schema.name:
             return False
         planned = tuple(widths.shape(dims) for dims in operation.layouts)
         if found != planned:
             return False
     return True
+
+
+def _known_size(operation: Operation) -> bool:
+    """Whether the values of the input have no say in the sizes that an operator returns."""
+    return all(find(node).frozen != VARYING for dims in operation.layouts for node in dims)
 
 
 def check_outputs(module: nn.Module, recording: Recording, widths: Widths, example: Any) -> None:
@@ -231,10 +252,10 @@ def check_outputs(module: nn.Module, recording: Recording, widths: Widths, examp
             "model: its code depends on widths in a way that is not understood."
         ) from error
     found = [tuple(t.shape) for t in tensors_in(result)]
-    planned = [
-        widths.shape(recording.values[ref.number].dims) for ref in refs_in(recording.outputs)
-    ]
-    if found != planned:
+    layouts = [recording.values[ref.number].dims for ref in refs_in(recording.outputs)]
+    planned = [widths.shape(dims) for dims in layouts]
+    varies = any(find(node).frozen == VARYING for dims in layouts for node in dims)
+    if found != planned and not varies:
         raise PruneError(f"the pruned model returns shapes {found}, expected {planned}")
 
 

@@ -65,13 +65,11 @@ class Ranges:
 
     @staticmethod
     def from_json(text: str) -> Ranges:
-        """Read what ``to_json`` wrote; raises ValueError or KeyError if it is not that."""
+        """Read what ``to_json`` wrote; raises ValueError, TypeError or KeyError if not."""
         values = json.loads(text)
         if values.pop("schema") != SCHEMA:
             raise ValueError(f"expected schema {SCHEMA}")
-        stored = values.pop("ranges")
-        if not isinstance(stored, dict):
-            raise ValueError("expected a table of ranges")
+        stored = dict(values.pop("ranges"))
         pairs = {name: (float(low), float(high)) for name, (low, high) in stored.items()}
         return Ranges(ranges=pairs, **values)
 
@@ -96,13 +94,7 @@ def calibrate(
     Raises:
         ExportError: No data, data that can be read only once, or an unknown method.
     """
-    if method not in METHODS:
-        raise ExportError(f"calibration method {method!r}: expected one of {', '.join(METHODS)}")
-    if iter(batches) is batches:
-        raise ExportError(
-            "calibration reads its data more than once, but was given an iterator; give a list or "
-            "an object that starts over each time"
-        )
+    _check(batches, method)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if store is not None and data:
         known = _stored(store)
@@ -118,6 +110,16 @@ def calibrate(
     if store is not None:
         write_text(store, found.to_json())
     return found
+
+
+def _check(batches: Batches, method: str) -> None:
+    if method not in METHODS:
+        raise ExportError(f"calibration method {method!r}: expected one of {', '.join(METHODS)}")
+    if iter(batches) is batches:
+        raise ExportError(
+            "calibration reads its data more than once, but was given an iterator; give a list or "
+            "an object that starts over each time"
+        )
 
 
 def feeds(path: Path, batches: Batches) -> Iterator[dict[str, Array]]:

@@ -94,6 +94,11 @@ def count_nodes(graph: Any) -> int:
     return sum(1 + sum(count_nodes(g) for g in _subgraphs(node)) for node in graph.node)
 
 
+def _operators(graph: Any) -> int:
+    """Nodes that compute something: a Constant is only a way to store a number."""
+    return count_nodes(graph) - sum(1 for node in graph.node if node.op_type == "Constant")
+
+
 def custom_operators(graph: Any) -> Counter[str]:
     """How often each operator outside the ONNX standard occurs, as ``domain::type``."""
     found: Counter[str] = Counter()
@@ -149,7 +154,8 @@ def _simplify_checked(
         onnx.checker.check_model(after)
     except onnx.checker.ValidationError as error:
         raise _Rejected(f"onnxsim gave an invalid file: {str(error).splitlines()[0]}") from error
-    _save_no_larger(after, candidate, path.stat().st_size)
+    same = _operators(after.graph) == _operators(before.graph)
+    _save_no_larger(after, candidate, path.stat().st_size, same_operators=same)
     try:
         reference = parity.onnx_runner(path)
     except ExportError:
@@ -159,12 +165,15 @@ def _simplify_checked(
     return "", _same_outputs(reference, candidate, samples or parity.random_samples(path))
 
 
-def _save_no_larger(model: Any, candidate: Path, limit: int) -> None:
+def _save_no_larger(model: Any, candidate: Path, limit: int, *, same_operators: bool) -> None:
     """Save, without the inferred shapes of inner tensors where those make the file larger."""
     if model.ByteSize() > limit:
         del model.graph.value_info[:]
-    if model.ByteSize() > limit:
-        raise _Rejected(f"onnxsim made the file larger ({limit} to {model.ByteSize()} bytes)")
+    size = model.ByteSize()
+    if size > limit and same_operators and size < 1.01 * limit:  # it only chose longer names
+        raise _Rejected("there was nothing to simplify")
+    if size > limit:
+        raise _Rejected(f"onnxsim made the file larger ({limit} to {size} bytes)")
     onnx.save_model(model, str(candidate))
 
 

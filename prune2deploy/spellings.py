@@ -90,6 +90,16 @@ def _filled(writer: Writer, operation: Operation) -> fx.Node:
     return writer.call(operation.func, *args, **operation.kwargs)
 
 
+def _arange(writer: Writer, operation: Operation) -> fx.Node:
+    """Numbers that count the batch follow it."""
+    size = writer.size(operation.layouts[0][0])
+    first, step = given(operation, "start") or 0, given(operation, "step") or 1
+    if isinstance(size, int) or first != 0 or step != 1:
+        return as_recorded(writer, operation)
+    settings = {name: given(operation, name) for name in ("dtype", "device")}
+    return writer.call(torch.ops.aten.arange.default, size, **settings)
+
+
 def _batch_norm(writer: Writer, operation: Operation) -> fx.Node:
     stored = {name: given(operation, name) for name in ("running_mean", "weight", "bias")}
     training = writer.graph.get_attr("training") if stored["running_mean"] is not None else True
@@ -188,6 +198,7 @@ SPELLINGS: dict[str, Callable[[Writer, Operation], Argument]] = {
     for names, spelling in (
         (("view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy"), _view),
         (("expand",), _expand),
+        (("arange",), _arange),
         (("split", "split_with_sizes", "unsafe_split"), _split),
         (
             ("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty"),

@@ -131,6 +131,26 @@ def test_attention_modules_export_and_the_fused_path_is_on_again(tmp_path):
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+def test_default_arguments_of_forward_do_not_become_inputs(tmp_path, image):
+    class Switch(Net):
+        def forward(self, x, doubled=False, factor=3.0):
+            return super().forward(x) * (2.0 if doubled else factor)
+
+    net = Switch().eval()
+    before = dict(vars(net))
+    path = to_onnx(net, (image,), tmp_path / "n.onnx")
+    assert [i.name for i in onnx.load(str(path)).graph.input] == ["input"]
+    assert vars(net) == before
+    sample = parity.as_sample((image,))
+    assert parity.compare(parity.torch_runner(net), parity.onnx_runner(path), [sample]).passed
+
+
+def test_names_of_weights_are_those_of_the_module(tmp_path, image):
+    path = to_onnx(Nested(), (image,), tmp_path / "n.onnx")
+    names = {t.name for t in onnx.load(str(path)).graph.initializer}
+    assert {"head.weight", "head.bias"} <= names
+
+
 def test_operator_without_onnx_form_is_an_export_error(tmp_path):
     class Odd(nn.Module):
         def forward(self, x):

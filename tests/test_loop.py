@@ -41,30 +41,29 @@ max_seconds = 30.0
 
 
 class Net(nn.Module):
-    """Nine convolutions with two shortcuts: seven axes of 4 to 16 widths each."""
+    """A stem, eight blocks with shortcuts and a head: ten axes of 4 to 12 widths each."""
 
     def __init__(self):
         super().__init__()
-        widths = ((3, 32), (32, 64), (64, 64), (64, 96), (96, 64), (64, 128), (128, 96), (96, 128))
-        self.layers = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1) for i, o in widths)
-        self.norm = nn.BatchNorm2d(32)
-        self.last = nn.Linear(128, 10)
+        self.first = nn.Conv2d(3, 64, 3, padding=1)
+        self.norm = nn.BatchNorm2d(64)
+        inner = (32, 40, 48, 56, 64, 72, 80, 96)
+        self.down = nn.ModuleList(nn.Conv2d(64, n, 3, padding=1) for n in inner)
+        self.up = nn.ModuleList(nn.Conv2d(n, 64, 3, padding=1) for n in inner)
+        self.wide = nn.Conv2d(64, 96, 1)
+        self.last = nn.Linear(96, 10)
 
     def forward(self, x):
-        a, b, c, d, e, f, g, h = self.layers
-        x = torch.relu(self.norm(a(x)))
-        x = torch.relu(b(x))
-        x = x + torch.relu(c(x))
-        x = x + torch.relu(e(torch.relu(d(x))))
-        x = functional.max_pool2d(torch.relu(f(x)), 2)
-        x = x + torch.relu(h(torch.relu(g(x))))
-        return self.last(x.mean((2, 3)))
+        x = torch.relu(self.norm(self.first(x)))
+        for down, up in zip(self.down, self.up, strict=True):
+            x = x + torch.relu(up(torch.relu(down(x))))
+        return self.last(torch.relu(self.wide(x)).mean((2, 3)))
 
 
 @pytest.fixture(scope="module")
 def net():
     torch.manual_seed(0)
-    return Net().eval(), torch.randn(1, 3, 12, 12)
+    return Net().eval(), torch.randn(1, 3, 8, 8)
 
 
 @pytest.fixture
@@ -102,8 +101,8 @@ def test_the_measured_latency_is_the_formula(net, target, tmp_path):
     ns = 0.0
     for module in result.module.modules():
         if isinstance(module, nn.Conv2d):
-            early = module not in list(result.module.layers)[6:]
-            ns += 0.01 * (144 if early else 36) * 9 * up(module.in_channels) * module.out_channels
+            area = module.kernel_size[0] * module.kernel_size[1]
+            ns += 0.01 * 64 * area * up(module.in_channels) * up(module.out_channels)
         elif isinstance(module, nn.Linear):
             ns += 0.01 * up(module.in_features) * up(module.out_features)
     layers = json.loads((result.run_dir / "report.json").read_text())["layers"]
@@ -130,9 +129,8 @@ def test_it_converges_under_noise(net, tmp_path, seed):
 def test_a_budget_in_milliseconds_and_a_percentile(net, target, tmp_path):
     whole = run(net, target, speedup=1.01, run_dir=tmp_path / "a").report.baseline.p50_ms
     for percentile in (50, 95):
-        result = run(
-            net, target, budget_ms=whole / 2, percentile=percentile, run_dir=tmp_path / f"{percentile}"
-        )  # fmt: skip
+        folder = tmp_path / str(percentile)
+        result = run(net, target, budget_ms=whole / 2, percentile=percentile, run_dir=folder)
         assert result.met
         assert result.report.budget_ms == whole / 2
         assert 0.97 <= result.report.final.p50_ms / (whole / 2) <= 1
@@ -222,7 +220,7 @@ import importlib.util
 spec = importlib.util.spec_from_file_location("test_loop", {file!r})
 loop_tests = importlib.util.module_from_spec(spec); spec.loader.exec_module(loop_tests)
 torch.manual_seed(0)
-net = loop_tests.Net().eval(), torch.randn(1, 3, 12, 12)
+net = loop_tests.Net().eval(), torch.randn(1, 3, 8, 8)
 seen = []
 def die(step):
     seen.append(step)
@@ -286,7 +284,7 @@ def test_the_users_training_is_called_once_and_shipped(net, target, tmp_path):
 
 
 def test_data_reestimates_batch_norm(net, target, tmp_path):
-    batches = [((3 + torch.randn(8, 3, 12, 12),), None) for _ in range(4)]
+    batches = [((3 + torch.randn(8, 3, 8, 8),), None) for _ in range(4)]
     plain = run(net, target, speedup=2.0, run_dir=tmp_path / "a")
     better = run(net, target, speedup=2.0, batches=batches, run_dir=tmp_path / "b")
     assert plain.plan.counts == better.plan.counts

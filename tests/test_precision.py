@@ -88,7 +88,7 @@ def test_operators_that_overflow_stay_in_fp32_and_are_named(tmp_path):
     precision._write_half(path, blind, [])
     jumps = activations.error_jumps(path, blind, parity.random_samples(path))
     assert np.isinf(next(iter(jumps.values()))), "in fp16 those operators must really overflow"
-    assert set(name for name, jump in jumps.items() if np.isinf(jump)) <= set(report.kept)
+    assert {name for name, jump in jumps.items() if np.isinf(jump)} <= set(report.kept)
 
 
 def test_a_tolerance_that_fp16_cannot_keep_is_reported_not_hidden(small, tmp_path):
@@ -132,17 +132,21 @@ def test_cpu_recipe_has_unsigned_activations(small, tmp_path):
 
 
 def test_sensitive_layer_is_found_and_kept_until_the_limit_holds(tmp_path):
-    net = Small()
-    with torch.no_grad():
-        net.b.weight[:, 0] *= 40  # one input channel rules every output channel's scale
-        net.a.weight[0] *= 0.02
+    layers = []
+    for i in range(6):
+        layers += [nn.Conv2d(3 if i == 0 else 16, 16, 3, padding=1), nn.ReLU()]
+    net = nn.Sequential(*layers)
+    with torch.no_grad():  # layer 6 reads one channel of a range that swallows all others
+        net[4].weight[0] *= 300
+        net[4].bias[0] = 300
+        net[6].weight[:, 0] /= 300
     path = to_onnx(net, (torch.randn(1, 3, 12, 12),), tmp_path / "s.onnx")
-    plain = to_int8(path, tmp_path / "plain.onnx", data(8), Int8Options(max_error=1.0))
-    limit = 0.6 * plain.parity.rms_rel
+    plain = to_int8(path, tmp_path / "plain.onnx", data(8), Int8Options(max_error=1e3))
+    limit = 0.5 * plain.parity.rms_rel
     report = to_int8(path, tmp_path / "q.onnx", data(8), Int8Options(max_error=limit))
     assert plain.kept == ()
     assert report.passed
-    assert report.kept
+    assert "/6/Conv" in report.kept
     assert report.parity.rms_rel <= limit
     assert set(report.kept) < set(quantize.quantizable(path, "tensorrt"))
 

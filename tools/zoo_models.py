@@ -88,7 +88,7 @@ TORCHVISION_OPTIONS: tuple[tuple[str, dict[str, Any], tuple[int, ...]], ...] = (
     ("vit_*", {"image_size": 64}, (3, 64, 64)),
     ("maxvit_t", {}, (3, 224, 224)),
     ("*inception_v3", {}, (3, 96, 96)),
-    ("mvit_*", {"spatial_size": (64, 64), "temporal_size": 8}, (3, 8, 64, 64)),
+    ("mvit_*", {}, (3, 16, 224, 224)),
     ("s3d", {}, (3, 16, 224, 224)),
     ("swin3d_*", {}, (3, 8, 64, 64)),
     ("r3d_18", {}, (3, 4, 32, 32)),

@@ -260,7 +260,11 @@ def run_builder(request: BuildRequest, folder: Path, seconds: float) -> dict[str
             ) from error
         finally:
             _end(process)
-    answer = folder / ANSWER
+    return _answer(request, code, folder / ANSWER, log)
+
+
+def _answer(request: BuildRequest, code: int, answer: Path, log: Path) -> dict[str, Any]:
+    """Read how the builder says it went, or raise what became of it."""
     if code < 0:
         name = signal.Signals(-code).name
         raise BuildError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -31,6 +31,14 @@ class Ref:
     """Stands for a recorded value where an operator's arguments held a tensor."""
 
     number: int
+
+
+class Struct(dict[str, Any]):
+    """Stands for a result of a class of its own that is made from keywords."""
+
+    def __init__(self, items: Any, *, kind: type) -> None:
+        super().__init__(items)
+        self.kind = kind
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +191,7 @@ class Recorder(TorchDispatchMode):
         number = self._numbers.get(id(tensor))
         if number is None:
             dims = tuple(leaf(n, "a tensor that is not registered") for n in tensor.shape)
-            number = self._add(tensor, Value(dims, constant=tensor.detach()))
+            number = self._add(tensor, Value(dims, constant=tensor))
         return number
 
     def refer(self, tree: Any) -> Any:
@@ -196,7 +204,10 @@ class Recorder(TorchDispatchMode):
             items = [self.refer(item) for item in tree]
             return items if isinstance(tree, list) else tuple(items)
         if isinstance(tree, Mapping):
-            return {key: self.refer(item) for key, item in tree.items()}
+            items = {key: self.refer(item) for key, item in tree.items()}
+            return items if type(tree) is dict else Struct(items, kind=type(tree))
+        if is_dataclass(tree) and not isinstance(tree, type):
+            return Struct(((k, self.refer(v)) for k, v in _fields(tree)), kind=type(tree))
         return tree
 
     def _add(self, tensor: torch.Tensor, value: Value) -> int:
@@ -272,12 +283,23 @@ def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
     elif isinstance(tree, list | tuple):
         for item in tree:
             yield from tensors_in(item)
+    elif is_dataclass(tree) and not isinstance(tree, type):
+        for _, item in _fields(tree):
+            yield from tensors_in(item)
+
+
+def _fields(tree: Any) -> list[tuple[str, Any]]:
+    return [(entry.name, getattr(tree, entry.name)) for entry in fields(tree)]
 
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients or fused attention fast path; all restored on leaving."""
-    modes = [(module, module.training) for module in model.modules()]
+    """Evaluation mode without gradients or fused attention fast path; all restored on leaving.
+
+    Attributes that the forward pass sets (caches of anchors, masks, positions) are set back too:
+    the model is left as it was, and each later pass sees what the first one saw.
+    """
+    saved = [(module, _attributes(module)) for module in model.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     model.eval()
@@ -286,8 +308,17 @@ def quiet(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for module, training in modes:
-            module.training = training
+        for module, attributes in saved:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """A module's attributes, its tables of tensors and children copied."""
+    tables = ("_parameters", "_buffers", "_modules")
+    return {
+        name: value.copy() if name in tables else value for name, value in module.__dict__.items()
+    }
 
 
 def run(model: nn.Module, example: Any, forward_fn: Forward | None = None) -> Any:

@@ -28,6 +28,9 @@ Rule = Callable[["Call"], "Layout | Sequence[Layout]"]
 KERNEL = "kernel position"
 """Reason of dimensions that are not channels; they are left out of the list of axes."""
 
+VARYING = "values decide its size"
+"""Reason of dimensions whose size is known at run time only (found objects, masked positions)."""
+
 RULES: dict[str, Rule] = {}
 
 
@@ -270,9 +273,9 @@ def copy_in(call: Call) -> Layout:
 
 
 @rule(
-    "aten::native_dropout", "aten::_softmax", "aten::_log_softmax", "aten::cumsum", "aten::tril",
+    "aten::native_dropout", "aten::cumsum", "aten::tril",
     "aten::triu", "aten::flip", "aten::roll", "aten::cumprod", "aten::logcumsumexp", "aten::tril_",
-    "aten::triu_", "aten::_safe_softmax", "aten::bernoulli_", "aten::bernoulli", "aten::normal_",
+    "aten::triu_", "aten::bernoulli_", "aten::bernoulli", "aten::normal_",
     "aten::uniform_", "aten::zero_", "aten::_to_copy", "aten::clone", "aten::detach",
     "aten::alias", "aten::lift_fresh", "aten::zeros_like", "aten::ones_like", "aten::full_like",
     "aten::empty_like", "aten::randn_like",
@@ -283,3 +286,12 @@ def same(call: Call) -> list[Layout]:
     """Outputs have the layout of the first tensor."""
     dims = call.notebook.value(call.tensors()[0]).dims
     return [dims] * len(call.outputs)
+
+
+@rule("aten::_softmax", "aten::_log_softmax", "aten::_safe_softmax")
+def softmax(call: Call) -> Layout:
+    """Positions that share a distribution are categories, each with a meaning: they stay."""
+    x = call.dims("self")
+    if x:
+        freeze([x[call["dim"] % len(x)]], "categories of a softmax")
+    return x

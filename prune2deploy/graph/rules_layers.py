@@ -42,15 +42,29 @@ def convolution(call: Call) -> Layout:
     bias = call.dims("bias")
     if bias:
         unify(bias[0], out)
-    shape = call.shape()
-    space = fresh(shape[-(len(weight) - 2) :], "spatial position")
+    rank = len(weight) - 2
+    space = _convolved(call, x[-rank:], [node.size for node in weight[2:]])
     result = (out, *space) if batch is None else (batch, out, *space)
-    pixels = x[-(len(weight) - 2) :] if transposed else space
+    pixels = x[-rank:] if transposed else space
     # a transposed convolution visits every input pixel: its own output width per group counts
     outer, per_group = (channels, weight[1]) if transposed else (out, inner)
     macs = (*(() if batch is None else (batch,)), *pixels, *weight[2:], outer, per_group)
     call.notebook.contraction("convolution", call.value("weight"), ((channels,), (out,), macs))
     return result
+
+
+def _convolved(call: Call, space: Layout, kernel: list[int]) -> Layout:
+    """Positions in space: passed where the kernel sees one at a time, else they stay."""
+    shape = call.shape()[-len(space) :]
+    result = []
+    for place, (node, taps, size) in enumerate(zip(space, kernel, shape, strict=True)):
+        step, border = (call[name][place % len(call[name])] for name in ("stride", "padding"))
+        if taps == 1 and step == 1 and border == 0 and node.size == size:
+            result.append(node)
+        else:
+            freeze([node], "read through a kernel")
+            result.append(leaf(size, "spatial position"))
+    return tuple(result)
 
 
 def _couple_groups(
@@ -276,6 +290,7 @@ def recurrent_layer(call: Call) -> list[Layout]:
     for name, used in (("weight0", x[-1]), ("weight1", hidden)):
         macs = (*x[:-1], used, rows_in[0])
         call.notebook.contraction("linear", call.value(name), ((used,), (rows_in[0],), macs))
+    call.symbols["hidden_size"] = (hidden,)
     state = (*call.dims("hx_")[:-1], hidden)
     made = [(*x[:-1], hidden), state, state]
     return [

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from prune2deploy.graph.layout import Layout, freeze, leaf, unify
-from prune2deploy.graph.rules import Call, fresh, rule
+from prune2deploy.graph.rules import VARYING, Call, broadcast, fresh, rule
 from prune2deploy.graph.rules_shape import without
 
 
@@ -88,7 +88,40 @@ def index(call: Call) -> Layout:
     masks = any(e is not None and e.dtype in (torch.bool, torch.uint8) for e in chosen)
     if any(numbers) and not masks:
         picked = broadcast(numbers)
+    elif masks:
+        picked = tuple(leaf(node.size, VARYING) for node in picked)
     return (*kept[:front], *picked, *kept[front:])
+
+
+@rule("aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim",
+      "aten::unique_consecutive", "torchvision::nms")  # fmt: skip
+def found(call: Call) -> list[Layout]:
+    """As many positions as the values say; what they were looked for in stays."""
+    for tensor in call.tensors():
+        freeze(call.notebook.value(tensor).dims, "positions are found by value")
+    return [
+        tuple(leaf(n, "numbers" if i else VARYING) for i, n in enumerate(t.shape))
+        for t in call.outputs
+    ]
+
+
+@rule("aten::index_fill", "aten::index_fill_")
+def index_fill(call: Call) -> Layout:
+    """Positions of one dimension are overwritten by number; it stays."""
+    x = call.dims("self")
+    dim = call["dim"] % max(len(x), 1)
+    freeze([*x[dim : dim + 1], *call.dims("index")], "positions are picked by number")
+    return x
+
+
+@rule("aten::index_add", "aten::index_add_", "aten::index_copy", "aten::index_copy_")
+def index_write(call: Call) -> Layout:
+    """Rows are written by number: that dimension stays, the others are shared."""
+    x, source = call.dims("self"), call.dims("source")
+    dim = call["dim"] % max(len(x), 1)
+    freeze([x[dim], source[dim], *call.dims("index")], "positions are picked by number")
+    broadcast([without(x, dim), without(source, dim)])
+    return x
 
 
 def _couple_values(call: Call, x: Layout, indexed: list[int]) -> None:

@@ -44,6 +44,7 @@ def resample(call: Call) -> list[Layout]:
     """Batch and channels pass; positions in space are new."""
     x = call.notebook.value(call.tensors()[0]).dims
     lead = len(x) - _spatial_rank(call.name)
+    freeze(x[lead:], "read through a kernel")
     return [
         (*x[:lead], *fresh(t.shape[lead:], "spatial position"))
         if tuple(t.shape[lead:]) != tuple(n.size for n in x[lead:])
@@ -94,6 +95,14 @@ def columns(call: Call) -> Layout:
         return (*x[:-2], *fresh(shape[-3:], "columns cut across its channels"))
     freeze([pair[1]], KERNEL)
     return (*x[:-2], pair[0], *fresh(shape[-2:], "spatial position"))
+
+
+@rule("torchvision::roi_align", "torchvision::roi_pool")
+def regions(call: Call) -> list[Layout]:
+    """One output for each region (rows of the second tensor); channels pass."""
+    x, rois = call.dims("input"), call.dims("rois")
+    freeze([*x[2:], rois[1]], "read through regions")
+    return [(rois[0], x[1], *fresh(t.shape[2:], "spatial position")) for t in call.outputs]
 
 
 @rule("aten::unfold")

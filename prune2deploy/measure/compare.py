@@ -152,7 +152,12 @@ def _take(
         return taken
     with tempfile.TemporaryDirectory(prefix="prune2deploy-raw-") as folder:
         raw = raw_path.resolve() if raw_path else Path(folder) / "raw.npz"
-        spec = {**_spec(engines, target, "compare"), "raw": str(raw), "stop_at": stop_at}
+        spec = {
+            **_spec(engines, target, "compare"),
+            "raw": str(raw),
+            "stop_at": stop_at,
+            "scratch": [folder],
+        }
         limit = STARTUP_SECONDS + 2.5 * target.measure.max_seconds
         child.run(spec, limit, progress)
         return samples.load(raw)

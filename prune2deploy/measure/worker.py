@@ -2,7 +2,8 @@
 
 The specification has ``task`` (``"compare"`` or ``"profile"``), ``target`` (``Target.to_dict``),
 ``engines`` (path, onnx, backend of each: candidate, reference), and for comparing ``raw`` (where
-the samples go) and ``stop_at``, for profiling ``runs``. Messages go to standard output, one JSON
+the samples go) and ``stop_at``, for profiling ``runs``; ``scratch`` lists folders to remove should
+the parent be killed. Messages go to standard output, one JSON
 document a line.
 """
 
@@ -11,9 +12,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +31,18 @@ def main(argv: list[str]) -> int:
     """Do what the specification asks; return the exit status."""
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a library prints must not mix with the messages
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    spec = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
+    path = Path(argv[0])
+    spec = json.loads(path.read_text(encoding="utf-8"))
+    folders = [path.parent, *map(Path, spec.get("scratch", ()))]
+    watch = threading.Thread(target=_end_with_parent, args=(folders,), daemon=True)
+    watch.start()
 
     def say(message: dict[str, Any]) -> None:
-        channel.write(json.dumps(message) + "\n")
-        channel.flush()
+        try:
+            channel.write(json.dumps(message) + "\n")
+            channel.flush()
+        except BrokenPipeError:  # nobody listens any more
+            watch.join()
 
     try:
         say({"result": _TASKS[spec["task"]](spec, say)})
@@ -44,9 +52,11 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _end_with_parent() -> None:
-    """Wait until the parent is gone, then leave at once."""
+def _end_with_parent(folders: Sequence[Path]) -> None:
+    """Wait until the parent is gone, remove its temporary folders, and leave at once."""
     sys.stdin.buffer.read()
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 
 

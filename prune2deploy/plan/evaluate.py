@@ -143,23 +143,47 @@ class Evaluator:
             Float array with one dimension per entry of ``choices``.
         """
         shape = tuple(len(self.problem.choices[c].options) for c in choices)
-        count = len(self.problem.choices)
         work = np.zeros((*shape, 3))
         for term in np.flatnonzero(self.terms.row // 3 == operator):
-            value = np.full(shape, self.terms.coefficient[term])
-            for variable in self.terms.variables[term]:
-                if variable < 2 * count and variable % count in choices:
-                    place = list(choices).index(variable % count)
-                    own = self._values[variable % count][variable // count]
-                    value = value * own.reshape(
-                        [-1 if i == place else 1 for i in range(len(shape))]
-                    )
-                elif variable < 2 * count:
-                    option = self.chosen[variable % count]
-                    value = value * self._values[variable % count][variable // count][option]
-            work[..., self.terms.row[term] % 3] += value
+            work[..., self.terms.row[term] % 3] += self._product(int(term), choices)
         cost, seen = self.terms.cost[operator], self.terms.seen[operator]
         return time_ns(work, cost, seen, self.terms.residual[operator])
+
+    def spread(self, operator: int) -> dict[tuple[int, ...], Floats]:
+        """An operator's cost as a sum of tables over at most two choices each; approximate.
+
+        Exact at the present assignment. The residual is taken as it is there, and so are the
+        choices beyond the second of a product.
+        """
+        cost = self.terms.cost[operator]
+        present = float(self.table(operator, ()))
+        work = self._work.reshape(-1, 3)[operator]
+        factor = present / max(float(work @ cost[:3] + cost[3]), 1e-300)
+        parts: dict[tuple[int, ...], Floats] = {(): np.array(factor * cost[3])}
+        count = len(self.problem.choices)
+        for term in np.flatnonzero(self.terms.row // 3 == operator):
+            own = self.terms.variables[term]
+            key = tuple(sorted({int(v) % count for v in own if v < 2 * count})[:2])
+            price = factor * cost[self.terms.row[term] % 3]
+            parts[key] = parts.get(key, np.zeros(())) + price * self._product(int(term), key)
+        return parts
+
+    def _product(self, term: int, choices: Sequence[int]) -> Floats:
+        """A monomial over the options of ``choices``, the others as they are at present."""
+        count = len(self.problem.choices)
+        shape = tuple(len(self.problem.choices[c].options) for c in choices)
+        value = np.full(shape, self.terms.coefficient[term])
+        for variable in self.terms.variables[term]:
+            kind, choice = divmod(int(variable), count)
+            if kind == 2:  # the constant one
+                continue
+            if choice in choices:
+                place = list(choices).index(choice)
+                line = [-1 if i == place else 1 for i in range(len(shape))]
+                value = value * self._values[choice][kind].reshape(line)
+            else:
+                value = value * self._values[choice][kind][self.chosen[choice]]
+        return value
 
     def _times(self, operators: Ints, work: Floats) -> Floats:
         """Cost of operators, (operators, options), from their work (operators, 3, options)."""

@@ -172,10 +172,9 @@ class LatencyModel:
 
     @property
     def fixed_ms(self) -> float:
-        """Time that no width changes: operators without axes, and the constant offset."""
-        each = zip(self.operators, self.predict_operators({}), strict=True)
-        constant = sum(time for operator, time in each if not operator.axes)
-        return max(0.0, constant + self.offset_ms(constant))
+        """Time that no width changes: constant operators, all calls, and the constant offset."""
+        calls = sum(operator.share * operator.cost[3] for operator in self.operators) / NS_PER_MS
+        return calls + max(0.0, self.offset_ms(calls))
 
     @property
     def fixed_share(self) -> float:

@@ -6,9 +6,9 @@ and whether both are exact.
 One binary variable per option; for every two choices that some operator couples, one continuous
 variable per pair of options, tied to the binaries by its marginals (the local-consistency
 formulation of pairwise problems; Halp and its successors pose the same knapsack). Operators of
-more than two choices (long concatenations) are replaced by their change along each choice from
-the present assignment; they are counted, the solution is checked with the true costs, and the
-bound is then not exact.
+more than two choices (long concatenations) are split into their products of at most two widths,
+with the residual as it is at the present assignment (and the third width of a product, too);
+they are counted, the solution is checked with the true costs, and the bound is then not exact.
 """
 
 from __future__ import annotations
@@ -89,14 +89,16 @@ def _tables(evaluator: Evaluator) -> tuple[dict[tuple[int, ...], Floats], Floats
     linearised = 0
     for operator in range(len(evaluator.terms.cost)):
         involved = evaluator.involved(operator)
-        limit = int(evaluator.terms.limit[operator])
-        parts = {involved: evaluator.table(operator, involved)}
         if len(involved) > 2:
             linearised += 1
-            here = float(evaluator.table(operator, ()))
-            parts = {(g,): evaluator.table(operator, (g,)) - here for g in involved}
-            constant[limit] += here
+            parts = evaluator.spread(operator)
+        else:
+            parts = {involved: evaluator.table(operator, involved)}
+        limit = int(evaluator.terms.limit[operator])
         for key, table in parts.items():
+            if not key:
+                constant[limit] += float(table)
+                continue
             if key not in tables:
                 tables[key] = np.zeros((limits, *table.shape))
             tables[key][limit] += table

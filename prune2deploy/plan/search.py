@@ -121,19 +121,16 @@ def _climb(evaluator: Evaluator, prices: Floats) -> None:
 
 def fill(evaluator: Evaluator) -> None:
     """Widen choices, best worth per cost first, while every limit is kept."""
-    choices = evaluator.problem.choices
-    pending = set(range(len(choices)))
+    pending = list(range(len(evaluator.problem.choices)))
     while pending:
-        best: tuple[float, int, int] | None = None
-        for g in sorted(pending):
-            move = _best_widening(evaluator, g)
-            if move is None:
-                pending.discard(g)  # costs of others only grow from here on
-            elif best is None or move[0] > best[0]:
-                best = (move[0], g, move[1])
-        if best is None:
-            return
-        evaluator.set(best[1], best[2])
+        moves = [(move, g) for g in pending if (move := _best_widening(evaluator, g)) is not None]
+        moves.sort(key=lambda found: (-found[0][0], found[1]))
+        pending = []  # costs only grow from here on: what does not fit now never will
+        for place, (move, g) in enumerate(moves):
+            now = move if place == 0 else _best_widening(evaluator, g)
+            if now is not None:
+                evaluator.set(g, now[1])
+                pending.append(g)
 
 
 def _best_widening(evaluator: Evaluator, g: int) -> tuple[float, int] | None:

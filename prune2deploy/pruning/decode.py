@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +33,7 @@ def run_length(channel: Channels) -> int:
 
 
 def to_channels(
-    idxs: Sequence[int], cover: Cover, prunable: Collection[str]
+    idxs: Sequence[int], cover: Cover, reasons: Mapping[str, str | None]
 ) -> dict[str, Channels]:
     """Channels to remove so that every position of ``idxs`` goes.
 
@@ -44,7 +44,7 @@ def to_channels(
     Args:
         idxs: Positions of one dimension.
         cover: The axes of the dimension.
-        prunable: Names of axes that may lose channels.
+        reasons: Why each axis has to keep its channels; ``None`` where it may lose some.
 
     Raises:
         PruneError: a position is out of range, or no prunable axis covers it.
@@ -54,7 +54,7 @@ def to_channels(
     if len(chosen) and not (chosen[0] >= 0 and chosen[-1] < size):
         raise PruneError(f"indices must be in 0..{size - 1}, found {chosen[[0, -1]].tolist()}")
     free = sorted(
-        ((name, channel) for name, channel in cover if name in prunable),
+        ((name, channel) for name, channel in cover if reasons[name] is None),
         key=lambda entry: run_length(entry[1]),
     )
     gone: dict[str, set[int]] = {}
@@ -68,14 +68,31 @@ def to_channels(
     for place in np.flatnonzero(left):
         owner = next(((n, c[place]) for n, c in free if c[place] >= 0), None)
         if owner is None:
-            raise PruneError(f"position {place} belongs to no axis that may be pruned")
+            why = [reasons[n] for n, c in cover if c[place] >= 0 and reasons[n] is not None]
+            raise PruneError(
+                f"channel {place} has to stay: {why[0] if why else 'no axis holds it'}. Other "
+                "layers or the model's interface rely on it; leave it out"
+            )
         gone.setdefault(owner[0], set()).add(int(owner[1]))
     return {name: np.array(sorted(channels)) for name, channels in gone.items()}
 
 
 def to_positions(channels: Channels, channel: Channels) -> Channels:
     """Positions of the given channels; in channel order where each has one position."""
-    places = np.flatnonzero(np.isin(channel, channels) & (channel >= 0))
-    if len(np.unique(channel[places])) == len(places):
+    size = int(channel.max(initial=-1)) + 1
+    wanted = np.zeros(size + 1, dtype=bool)  # the last entry answers for position -1
+    wanted[channels] = True
+    wanted[-1] = False
+    places = np.flatnonzero(wanted[channel])
+    if len(places) <= len(channels):
         places = places[np.argsort(channel[places], kind="stable")]
     return places
+
+
+def merged(cover: Cover) -> list[tuple[str, Channels]]:
+    """Each axis once, where a dimension holds one in several places."""
+    found: dict[str, Channels] = {}
+    for name, channel in cover:
+        known = found.get(name)
+        found[name] = channel if known is None else np.where(known >= 0, known, channel)
+    return list(found.items())

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from prune2deploy.errors import PruneError
-from prune2deploy.graph.axes import Axis
-from prune2deploy.graph.record import run, tensors_in
+from prune2deploy.graph.axes import Axis, Graph
 from prune2deploy.pruning import function
 from prune2deploy.pruning.decode import Channels, Cover, to_channels
-from prune2deploy.pruning.group import Group, Origin
+from prune2deploy.pruning.given import forward_of, members_of, owner_of
+from prune2deploy.pruning.group import Dependency, Group, Origin
 from prune2deploy.pruning.items import Builder, Root
 from prune2deploy.pruning.layers import BasePruningFunc
 from prune2deploy.pruning.live import Live
@@ -42,8 +42,9 @@ class DependencyGraph:
         self._history: History = []
         self._ignored: list[Any] = []
         self._open = 0
+        self._kept: tuple[Graph, Builder] | None = None
 
-    def build_dependency(  # noqa: PLR0913  the interface that is offered
+    def build_dependency(  # noqa: PLR0913,PLR0917  the interface offered
         self,
         model: nn.Module,
         example_inputs: Any,
@@ -53,7 +54,7 @@ class DependencyGraph:
         customized_pruners: Mapping[Any, BasePruningFunc] | None = None,
         ignored_layers: Sequence[nn.Module] | None = None,
         ignored_params: Sequence[nn.Parameter] | None = None,
-        verbose: bool = True,  # noqa: FBT001,FBT002
+        verbose: bool = True,
     ) -> DependencyGraph:
         """Trace a model.
 
@@ -78,7 +79,7 @@ class DependencyGraph:
         for layer, pruner in (customized_pruners or {}).items():
             self.register_customized_layer(layer, pruner)
         self._ignored = [*(ignored_layers or ()), *(ignored_params or ())]
-        self.live = Live(model, example_inputs, _forward(forward_fn, output_transform))
+        self.live = Live(model, example_inputs, forward_of(forward_fn, output_transform))
         return self
 
     @property
@@ -91,6 +92,7 @@ class DependencyGraph:
     ) -> None:
         """Let ``layer_pruner`` prune all layers of a type, or one layer."""
         self.customized[layer_type_or_instance] = layer_pruner
+        self._kept = None
 
     def get_pruner_of_module(self, module: Any) -> BasePruningFunc | None:
         """The functions that prune a layer."""
@@ -98,11 +100,11 @@ class DependencyGraph:
 
     def is_out_channel_pruning_fn(self, fn: PruningFn) -> bool:
         """Whether a function removes output channels."""
-        return fn == _owner(fn).prune_out_channels
+        return fn == owner_of(fn).prune_out_channels
 
     def is_in_channel_pruning_fn(self, fn: PruningFn) -> bool:
         """Whether a function removes input channels."""
-        return fn == _owner(fn).prune_in_channels
+        return fn == owner_of(fn).prune_in_channels
 
     def get_out_channels(self, module: Any) -> int | None:
         """Output channels of a layer; ``None`` where it has none of its own."""
@@ -132,19 +134,12 @@ class DependencyGraph:
             self.live.follow()
         root = self._root(module, pruning_fn)
         wanted = [idxs] if isinstance(idxs, int) else [int(i) for i in idxs]
-        prunable = {
-            a.name for a in self.live.graph.axes if a.frozen is None or a.frozen in EXPLICIT
+        graph = self.live.graph
+        reasons = {
+            name: None if graph[name].frozen in EXPLICIT else graph[name].frozen
+            for name, _ in root.cover
         }
-        for name, channel in root.cover:
-            axis = self.live.graph[name]
-            if (
-                name not in prunable
-                and (channel[[i for i in wanted if i < len(channel)]] >= 0).all()
-            ):
-                prunable_here = any(other in prunable for other, _ in root.cover)
-                if not prunable_here:
-                    raise PruneError(f"{root.node.path} has to keep its channels: {axis.frozen}")
-        return self._group(root, self._with_ties(to_channels(wanted, root.cover, prunable)))
+        return self._group(root, self._with_ties(to_channels(wanted, root.cover, reasons)))
 
     def check_pruning_group(self, group: Group) -> bool:
         """Whether every layer of the group keeps at least one channel."""
@@ -179,8 +174,14 @@ class DependencyGraph:
     def touches(self, group: Group, layers: set[int]) -> bool:
         """Whether a group takes output channels from one of some layers (given by identity)."""
         return any(
-            id(dep.target.module) in layers and not self._only_in(dep.handler) for dep, _ in group
+            self.identities(dep) & layers and not self._only_in(dep.handler) for dep, _ in group
         )
+
+    def identities(self, dep: Dependency) -> set[int]:
+        """Of a target, and of the module that holds it where it is a bare parameter."""
+        holder = self._builder().modules.get(dep.target.path.rpartition(".")[0])
+        bare = isinstance(dep.target.module, torch.Tensor)
+        return {id(dep.target.module), id(holder)} if bare else {id(dep.target.module)}
 
     def _only_in(self, fn: PruningFn) -> bool:
         return self.is_in_channel_pruning_fn(fn) and not self.is_out_channel_pruning_fn(fn)
@@ -220,7 +221,10 @@ class DependencyGraph:
         return removal
 
     def _builder(self) -> Builder:
-        return Builder(self.live, self.customized)
+        """Makes nodes and items; kept until the graph changes."""
+        if self._kept is None or self._kept[0] is not self.live.graph:
+            self._kept = self.live.graph, Builder(self.live, self.customized)
+        return self._kept[1]
 
     def _root(self, module: Any, pruning_fn: PruningFn) -> Root:
         out = self.is_out_channel_pruning_fn(pruning_fn)
@@ -312,16 +316,45 @@ class DependencyGraph:
     def _prune(self, group: Group) -> None:
         self.live.remove(group.origin.removal, self._builder().customized_calls(group))
 
+    def prune_together(self, groups: Sequence[Group]) -> None:
+        """Prune groups that were made of the same state of the model, in one go.
+
+        Raises:
+            PruneError: as ``Group.prune``.
+        """
+        if self.customized or len({n for g in groups for n in g.axes}) < sum(
+            len(group.axes) for group in groups
+        ):
+            with self.deferred():
+                for group in groups:
+                    group.prune()
+            return
+        joint: dict[str, Channels] = {}
+        for group in groups:
+            group._check_fresh()
+            joint.update(group.origin.removal)
+        if joint:
+            self.live.remove(joint)
+        for group in groups:
+            self._note(group)
+
     def _note(self, group: Group) -> None:
+        """Remember a step; by channels per axis where positions alone do not say which."""
         dep, idxs = group[0]
-        exact = {name: gone.tolist() for name, gone in group.origin.removal.items()}
-        entry = [dep.target.path, group.origin.is_out, idxs]
-        self._history.append([*entry, exact] if len(exact) > 1 else entry)
+        origin = group.origin
+        entry = [dep.target.path, origin.is_out, idxs]
+        plain = len(origin.removal) == 1 and len(np.unique(origin.root_channel)) == len(
+            origin.root_channel
+        )
+        exact = {name: gone.tolist() for name, gone in origin.removal.items()}
+        self._history.append(
+            entry if plain and (origin.root_channel >= 0).all() else [*entry, exact]
+        )
 
     def pruning_history(self) -> History:
         """What was pruned so far: ``[path, whether outputs, positions]`` each.
 
-        A fourth entry names the channels per axis where one step cut several axes.
+        A fourth entry names the channels per axis where positions alone do not say them.
         """
         return self._history
 
@@ -338,46 +371,3 @@ class DependencyGraph:
                     self._group(root, gone).prune()
                 else:
                     self.get_pruning_group(module, handler, idxs).prune()
-
-
-def members_of(layers: Iterable[Any]) -> set[int]:
-    """Identities of modules with everything inside them, and of parameters."""
-    found: set[int] = set()
-    for layer in layers:
-        found.add(id(layer))
-        if isinstance(layer, nn.Module):
-            found.update(id(part) for part in layer.modules())
-            found.update(id(parameter) for parameter in layer.parameters(recurse=True))
-    return found
-
-
-def _owner(fn: PruningFn) -> BasePruningFunc:
-    owner = getattr(fn, "__self__", None)
-    if not isinstance(owner, BasePruningFunc):
-        raise PruneError(
-            f"{fn!r} is no pruning function; expected one such as prune_conv_out_channels, or the "
-            "prune_out_channels of a BasePruningFunc"
-        )
-    return owner
-
-
-def _forward(
-    forward_fn: Callable[..., Any] | None, output_transform: Callable[..., Any] | None
-) -> Callable[..., Any] | None:
-    """How to run the model so that its own outputs are seen, whatever is made of them after."""
-    if forward_fn is None and output_transform is None:
-        return None
-
-    def forward(model: nn.Module, example: Any) -> Any:
-        seen: list[Any] = []
-        handle = model.register_forward_hook(lambda module, args, result: seen.append(result))
-        try:
-            result = run(model, example, forward_fn)
-        finally:
-            handle.remove()
-        outputs = [found for found in seen if next(tensors_in(found), None) is not None]
-        if not outputs and output_transform is not None:
-            result = output_transform(result)
-        return (outputs, result) if forward_fn is not None else result
-
-    return forward

@@ -170,7 +170,7 @@ class Group:
             for item in self
         )
 
-    def prune(self, idxs: Sequence[int] | None = None, record_history: bool = True) -> None:  # noqa: FBT001,FBT002  the interface's
+    def prune(self, idxs: Sequence[int] | None = None, record_history: bool = True) -> None:
         """Remove the group's channels, or those at other positions of the root.
 
         Args:

@@ -13,7 +13,7 @@ from torch import nn
 from prune2deploy.errors import PruneError
 from prune2deploy.graph.axes import Member
 from prune2deploy.pruning import function
-from prune2deploy.pruning.decode import Channels, Cover, to_positions
+from prune2deploy.pruning.decode import Channels, Cover, merged, to_positions
 from prune2deploy.pruning.group import Dependency, Group, Item, Node
 from prune2deploy.pruning.layers import BasePruningFunc
 from prune2deploy.pruning.live import Live
@@ -61,6 +61,7 @@ class Builder:
     def __init__(self, live: Live, customized: Mapping[Any, BasePruningFunc]) -> None:
         self.live = live
         self.customized = customized
+        self._owners: dict[str, nn.Module] = {}
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
@@ -73,13 +74,17 @@ class Builder:
         found: dict[tuple[str, int], list[tuple[str, Channels]]] = {}
         for axis in self.live.graph.axes:
             for member in axis.members:
-                found.setdefault((member.tensor, member.dim), []).append(
-                    (axis.name, member.channel)
-                )
-        return found
+                place = (member.tensor, member.dim)
+                found.setdefault(place, []).append((axis.name, member.channel))
+        return {place: merged(cover) for place, cover in found.items()}
 
     def owner(self, tensor: str) -> nn.Module:
-        """The layer to name for a stored tensor: one with its own pruner around it, or its owner."""
+        """The layer of a stored tensor: the outermost with a pruner of its own, or its owner."""
+        if tensor not in self._owners:
+            self._owners[tensor] = self._find_owner(tensor)
+        return self._owners[tensor]
+
+    def _find_owner(self, tensor: str) -> nn.Module:
         path = tensor.rpartition(".")[0]
         parts = path.split(".") if path else []
         for depth in range(len(parts) + 1):
@@ -89,18 +94,22 @@ class Builder:
                 return module
         return self.modules[path.partition(".parametrizations")[0]]
 
+    @cached_property
+    def _paths(self) -> dict[int, str]:
+        return {id(module): path for path, module in reversed(self.modules.items())}
+
     def path(self, module: nn.Module) -> str:
         """The path of a module.
 
         Raises:
             PruneError: it is no part of the model.
         """
-        for path, known in self.modules.items():
-            if known is module:
-                return path
-        raise PruneError(
-            f"{type(module).__name__} is no part of the traced model; pass one of its own modules"
-        )
+        path = self._paths.get(id(module))
+        if path is None:
+            raise PruneError(
+                f"{type(module).__name__} is no part of the traced model; pass one of its modules"
+            )
+        return path
 
     def node(self, module: Any) -> Node:
         """The node of a module or parameter."""
@@ -123,14 +132,14 @@ class Builder:
         places = [to_positions(removal[name], channel) for name, channel in cover]
         listed = np.concatenate(places) if places else np.zeros(0, dtype=np.int64)
         first = _Draft(root.node, root.handler)
-        order = {int(p): n for n, p in reversed(list(enumerate(listed)))}
         first.idxs = list(dict.fromkeys(listed.tolist()))
+        order = {place: n for n, place in enumerate(first.idxs)}
         first.root_idxs = list(range(len(first.idxs)))
         drafts: dict[Any, _Draft] = {(id(root.node.module), root.is_out): first}
         guide = {name: (channel, order) for name, channel in cover}
         for name, gone in removal.items():
             channel, ranks = guide.get(name) or (None, {})
-            lookup = _Lookup(gone, channel, ranks, len(listed))
+            lookup = _Lookup(gone, channel, ranks, len(first.idxs))
             for member in self.live.graph[name].members:
                 self._draft(drafts, member, gone, lookup, root)
         return [draft.item(root) for draft in drafts.values()]

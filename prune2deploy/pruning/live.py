@@ -32,6 +32,7 @@ from prune2deploy.prune import (
     slice_tensors,
     update_attributes,
 )
+from prune2deploy.pruning.decode import merged
 from prune2deploy.pruning.rewrite import is_rewritten, rewrite, with_batch
 from prune2deploy.widths import Widths
 
@@ -61,7 +62,7 @@ class _Backup:
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:
-    return {k: v for k, v in module.__dict__.items() if isinstance(v, int | tuple)}
+    return {k: v for k, v in module.__dict__.items() if isinstance(v, int | tuple | list)}
 
 
 class Live:
@@ -111,7 +112,7 @@ class Live:
             now = np.where(channel >= 0, number[channel], -1)
             stay &= (channel < 0) | (now >= 0)
             present.append((name, now))
-        return [(name, now[stay]) for name, now in present]
+        return merged([(name, now[stay]) for name, now in present])
 
     def remove(self, removal: Removal, customized: Mapping[str, Call] | None = None) -> None:
         """Remove channels from the model, in place, and shrink the graph.
@@ -156,7 +157,7 @@ class Live:
                 )
         return left
 
-    def defer(self, deferred: bool) -> None:  # noqa: FBT001  a switch
+    def defer(self, deferred: bool) -> None:
         """While deferred, removals are not verified one by one; ``settle`` verifies them all."""
         self._deferred = deferred
 
@@ -210,7 +211,9 @@ class Live:
         recording = self.graph.recording
         if is_rewritten(self.model):
             return False
-        return runs_as_planned(self.model, recording, self._widths(), recording.example)
+        return runs_as_planned(
+            self.model, recording.operations, self._widths(), recording.example, self.forward_fn
+        )
 
     def _rewrite(self, backup: _Backup, before: Graph) -> None:
         if self.forward_fn is not None:

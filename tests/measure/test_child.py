@@ -108,11 +108,14 @@ def test_an_interrupt_kills_the_child(worker, tmp_path):
 def test_the_worker_ends_when_its_parent_is_killed(tmp_path):
     code = f"""
 import os, subprocess, sys, time
-spec = {str(tmp_path / "spec.json")!r}
+spec = {str(tmp_path / "scratch")!r}
+os.mkdir(spec)
 stand_in = (
     "import sys, threading, time, os\\n"
+    "from pathlib import Path\\n"
     "from prune2deploy.measure import worker\\n"
-    "threading.Thread(target=worker._end_with_parent, daemon=True).start()\\n"
+    "args = ([Path(sys.argv[1])],)\\n"
+    "threading.Thread(target=worker._end_with_parent, args=args, daemon=True).start()\\n"
     "open(sys.argv[1] + '.pid', 'w').write(str(os.getpid()))\\n"
     "time.sleep(600)\\n"
 )
@@ -121,7 +124,7 @@ time.sleep(600)
 """
     root = str(Path(child.__file__).parents[2])
     parent = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": root})
-    pid_file = tmp_path / "spec.json.pid"
+    pid_file = tmp_path / "scratch.pid"
     deadline = time.monotonic() + 60
     while not (pid_file.exists() and pid_file.read_text()):
         assert time.monotonic() < deadline
@@ -132,3 +135,4 @@ time.sleep(600)
     while alive(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not alive(pid)
+    assert not (tmp_path / "scratch").exists()

@@ -193,3 +193,25 @@ def test_channels_keeps_the_best_and_checks_scores():
         channels(graph, {}, {"a0": 2})
     with pytest.raises(PlanError, match="are not finite"):
         importance_curves(graph, {"a0": [1, 2, 3, float("nan")], "a1": [1] * 4})
+
+
+def test_spread_tables_agree_with_the_operator_where_it_stands():
+    one = problem(concatenating(), 0.7)
+    evaluator = Evaluator(one)
+    evaluator.assign([0] * len(one.choices))
+    wide = [o for o in range(len(evaluator.terms.cost)) if len(evaluator.involved(o)) > 2]
+    assert wide
+    for operator in wide:
+        parts = evaluator.spread(operator)
+        assert all(len(key) <= 2 for key in parts)
+        total = sum(float(table[(0,) * table.ndim]) for table in parts.values())
+        assert total == pytest.approx(float(evaluator.table(operator, ())))
+
+
+def test_exact_method_stays_close_with_long_concatenations():
+    for seed in range(4):
+        one = problem(concatenating(), 0.6, seed)
+        found = allocate(one, "milp")
+        assert found.linearised > 0
+        assert found.gap is None
+        assert found.objective >= 0.99 * brute(one)[1]
