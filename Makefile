@@ -16,8 +16,8 @@ $(VENV)/.uv:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	touch $@
 
-$(READY): $(VENV)/.uv pyproject.toml
-	$(BIN)/uv pip install --python $(BIN)/python --editable '.[dev]'
+$(READY): $(VENV)/.uv pyproject.toml constraints.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 demo: $(READY)

@@ -1,0 +1,324 @@
+"""Pruners: how many channels go, which, in what steps, and what is left alone."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import prune2deploy.pruning as tp
+from prune2deploy.errors import ConfigError
+from prune2deploy.graph import trace
+from prune2deploy.pruning.ranking import Record, alone, lowest, together
+
+from .nets import Attention, Plain, Res, Transformer, shapes
+
+X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+MAGNITUDE = tp.importance.GroupMagnitudeImportance(p=2)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Res().eval()
+
+
+def pruned(model, x=X, importance=MAGNITUDE, kind=tp.pruner.BasePruner, **options):
+    pruner = kind(model, x, importance=importance, **options)
+    pruner.step()
+    return pruner
+
+
+def widths(model):
+    return model.conv1.out_channels, model.layer1[0].conv1.out_channels, model.fc.in_features
+
+
+def test_half_of_every_group_goes_and_the_classifier_stays(model):
+    pruned(model, pruning_ratio=0.5, ignored_layers=[model.fc], round_to=8)
+    assert widths(model) == (8, 8, 16) and model.fc.out_features == 10
+    assert model(torch.randn(5, 3, 8, 8)).shape == (5, 10)
+
+
+def test_a_classifier_is_left_alone_without_being_ignored(model):
+    pruned(model)
+    assert model.fc.out_features == 10
+
+
+def test_counts_are_those_of_a_hand_count(model):
+    macs, params = tp.utils.count_ops_and_params(model, X)
+    convs = 64 * (27 * 16 + 4 * 9 * 16 * 16) + 16 * 9 * 16 * 32
+    assert macs == convs + 32 * 10
+    assert params == sum(p.numel() for p in model.parameters())
+    batch = tp.utils.count_ops_and_params(model, X.expand(4, -1, -1, -1))
+    assert batch == (macs, params)
+    total, _, by_module, own = tp.utils.count_ops_and_params(model, X, layer_wise=True)
+    assert by_module[model.conv1] == 64 * 27 * 16 and sum(by_module.values()) == total
+    assert own[model.fc] == 330 and sum(own.values()) == params
+
+
+def test_functional_products_and_attention_are_counted():
+    model = Attention(16, 4)
+    x = torch.randn(2, 5, 16)
+    macs, _ = tp.utils.count_ops_and_params(model, x)
+    assert macs == 5 * 16 * 48 + 2 * (4 * 5 * 5 * 4) + 5 * 16 * 16
+
+
+def test_the_least_important_channels_go(model):
+    with torch.no_grad():
+        model.layer1[0].conv1.weight[4:] *= 0.01
+        model.layer1[0].conv2.weight[:, 4:] *= 0.01
+    kept = model.layer1[0].conv1.weight.detach()[:4].clone()
+    pruned(model, pruning_ratio=0.75, ignored_layers=[model.conv1])
+    assert torch.equal(model.layer1[0].conv1.weight, kept)
+
+
+def test_ratios_of_modules_and_of_what_is_inside_them(model):
+    pruned(model, pruning_ratio=0.5, pruning_ratio_dict={model.layer1: 0.25, model.layer2: 0.0})
+    # the stem is coupled to layer1's second convolutions: it takes their ratio
+    assert widths(model) == (12, 12, 32)
+
+
+def test_ignored_layers_keep_their_outputs(model):
+    pruned(model, ignored_layers=[model.layer1[0].conv1, model.layer2])
+    assert widths(model) == (8, 16, 32)
+
+
+def test_an_ignored_parameter_keeps_its_group():
+    model = Transformer()
+    x = torch.randn(1, 3, 6)
+    with pytest.warns(UserWarning, match="constants"):
+        pruned(model, x, ignored_layers=[model.token])
+    assert model.token.shape[-1] == 16 and model.mlp[0].out_features == 16
+
+
+def test_no_group_loses_more_than_the_ceiling(model):
+    pruned(model, pruning_ratio=0.9, max_pruning_ratio=0.25)
+    assert widths(model) == (12, 12, 24)
+
+
+def test_global_ranking_removes_the_weak_layer_and_spares_the_strong(model):
+    with torch.no_grad():
+        model.layer1[0].conv1.weight *= 0.01
+        model.layer1[0].bn1.weight *= 0.01
+        model.layer1[0].conv2.weight *= 0.01
+    before = sum(a.size for a in trace(model, X).prunable)
+    importance = tp.importance.GroupMagnitudeImportance(p=2, normalizer=None)
+    pruner = pruned(model, importance=importance, global_pruning=True, pruning_ratio=0.2)
+    after = sum(axis.size for axis in pruner.DG.live.graph.prunable)
+    assert model.layer1[0].conv1.out_channels == 1  # its last channel is never taken
+    assert after == int(before * 0.8)
+
+
+def test_a_tuple_of_modules_shares_one_ranking(model):
+    with torch.no_grad():
+        model.layer1[0].conv1.weight *= 0.01
+        model.layer1[0].bn1.weight *= 0.01
+        model.layer1[0].conv2.weight *= 0.01
+    importance = tp.importance.GroupMagnitudeImportance(p=2, normalizer=None)
+    key = (model.layer1[0].conv1, model.layer1[1].conv1)
+    pruned(
+        model, importance=importance, global_pruning=True, pruning_ratio=0.0,
+        pruning_ratio_dict={key: 0.25},
+    )  # fmt: skip
+    assert model.layer1[0].conv1.out_channels == 8 and model.layer1[1].conv1.out_channels == 16
+    assert model.layer2[0].out_channels == 32
+
+
+def test_isomorphic_ranks_groups_of_the_same_build_together(model):
+    with torch.no_grad():
+        for part in (model.layer1[0].conv1, model.layer1[0].bn1, model.layer1[0].conv2):
+            part.weight *= 0.01
+    importance = tp.importance.GroupMagnitudeImportance(p=2, normalizer=None)
+    pruned(model, importance=importance, global_pruning=True, isomorphic=True, pruning_ratio=0.25)
+    # both inner convolutions compete; stem and widening layer are each alone of their kind
+    assert model.layer1[0].conv1.out_channels == 8 and model.layer1[1].conv1.out_channels == 16
+    assert model.conv1.out_channels == 12 and model.fc.in_features == 24
+
+
+def test_steps_reach_the_ratio_and_then_stop(model):
+    pruner = tp.pruner.MetaPruner(model, X, importance=MAGNITUDE, iterative_steps=3)
+    seen = []
+    for _ in range(3):
+        pruner.step()
+        seen.append(model.conv1.out_channels)
+        assert model(X).shape == (1, 10)
+    assert seen == [13, 10, 8] and pruner.current_ratio == 0.5
+    with pytest.warns(UserWarning, match="step 4 of 3"):
+        pruner.step()
+    assert model.conv1.out_channels == 8
+
+
+def test_interactive_steps_prune_what_the_caller_takes(model):
+    pruner = tp.pruner.BasePruner(model, X, importance=MAGNITUDE, iterative_steps=2)
+    for _ in range(2):
+        for group in pruner.step(interactive=True):
+            dep, idxs = group[0]
+            assert idxs == sorted(idxs) and dep.handler.__name__ == "prune_out_channels"
+            if dep.target.module is model.conv1:
+                continue
+            if dep.target.module is model.layer2[0]:
+                group.prune(idxs=[0])
+            else:
+                group.prune()
+        assert model(X).shape == (1, 10)
+    assert widths(model) == (16, 8, 30)
+
+
+def test_one_pruner_leaves_no_state_for_the_next():
+    """Heads and groups given to one pruner must not be known to another."""
+    first = Attention()
+    tp.pruner.BasePruner(
+        first, torch.randn(1, 3, 16), importance=MAGNITUDE, num_heads={first.qkv: 4},
+        out_channel_groups={first.proj: 4}, in_channel_groups={first.proj: 2},
+        pruning_ratio_dict={first.qkv: 0.9},
+    )  # fmt: skip
+    second = tp.pruner.BasePruner(Res(), X, importance=MAGNITUDE)
+    assert not second.num_heads and not second.options.out_channel_groups
+    assert not second.options.in_channel_groups and not second._scopes
+    assert not second.DG.customized
+
+
+def test_the_caller_s_dictionaries_are_not_changed(model):
+    given = {model.conv1: 2}
+    tp.pruner.BasePruner(model, X, MAGNITUDE, out_channel_groups=given, num_heads=given).step()
+    assert given == {model.conv1: 2}
+
+
+def test_groups_that_the_user_names_lose_equally_many(model):
+    importance = tp.importance.GroupMagnitudeImportance(p=2)
+    weight = model.layer1[0].conv1.weight
+    with torch.no_grad():
+        weight[:8] *= 0.01
+    marks = torch.arange(16.0)
+    model.layer1[0].bn1.running_mean.copy_(marks)
+    pruned(model, importance=importance, out_channel_groups={model.layer1[0].conv1: 2})
+    left = model.layer1[0].bn1.running_mean
+    assert (left < 8).sum() == (left >= 8).sum() == 4
+    assert torch.equal(left[:4] + 8, left[4:])
+
+
+@pytest.mark.parametrize("heads", [False, True])
+def test_heads_shrink_in_width_and_go_whole_only_when_asked(heads):
+    torch.manual_seed(0)
+    model = Transformer(16, 4).eval()
+    x = torch.randn(2, 3, 6)
+    options = {"prune_num_heads": True, "head_pruning_ratio": 0.5} if heads else {}
+    with pytest.warns(UserWarning, match="constants"):
+        pruner = pruned(model, x, num_heads={model.attention.qkv: 4}, **options)
+    graph = pruner.DG.live.graph
+    sizes = {a.name: a.size for a in graph.axes if a.name.startswith("attention.qkv")}
+    assert sorted(sizes.values()) == ([2, 2, 2] if heads else [2, 2, 4])
+    assert model.attention.qkv.out_features == 3 * (2 if heads else 4) * 2
+    assert model(torch.randn(3, 3, 6)).shape == (3, 5)
+
+
+def test_head_widths_stay_when_that_is_asked_for():
+    model = Transformer(16, 4).eval()
+    with pytest.warns(UserWarning, match="constants"):
+        pruned(model, torch.randn(2, 3, 6), num_heads={model.attention.qkv: 4},
+               prune_head_dims=False)  # fmt: skip
+    assert model.attention.qkv.out_features == 48 and model.attention.qkv.in_features == 8
+
+
+def test_grouped_convolutions_keep_their_groups():
+    model = Plain(nn.Conv2d(8, 16, 3, groups=4, padding=1))
+    model.last = nn.Conv2d(16, 4, 1)
+    pruned(model.eval())
+    assert model.between.groups == 4 and model.between.weight.shape == (8, 1, 3, 3)
+    assert model(X).shape == (1, 4, 8, 8)
+
+
+def test_only_groups_that_begin_with_the_given_types(model):
+    pruned(model, root_module_types=[nn.Linear])
+    assert widths(model) == (16, 16, 32)
+
+
+def test_a_layer_is_pruned_by_hand_by_ratio_or_by_indices(model):
+    pruner = tp.pruner.BasePruner(model, X, importance=MAGNITUDE)
+    pruner.manual_prune_width(model.layer1[0].conv1, tp.prune_conv_out_channels, 0.25)
+    pruner.manual_prune_width(model.fc, tp.prune_linear_in_channels, [0, 1])
+    assert widths(model) == (16, 12, 30)
+    assert model(X).shape == (1, 10)
+
+
+def test_the_history_of_a_pruner_prunes_a_fresh_model_alike():
+    torch.manual_seed(0)
+    model, x = Transformer().eval(), torch.randn(2, 3, 6)
+    with pytest.warns(UserWarning, match="constants"):
+        pruner = pruned(model, x, iterative_steps=1)
+    fresh = Transformer().eval()
+    again = tp.pruner.BasePruner(fresh, x, importance=MAGNITUDE)
+    with pytest.warns(UserWarning, match="constants"):
+        again.load_pruning_history(pruner.pruning_history())
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh(x), model(x))
+
+
+def test_models_that_take_more_than_one_call():
+    class Dictionary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = Res()
+
+        def forward(self, image, scale=1.0):
+            return {"logits": self.net(image) * scale}
+
+    for options in (
+        {"example_inputs": {"image": X}},
+        {"example_inputs": X, "forward_fn": lambda m, x: m(x, scale=2.0)["logits"].sum()},
+        {"example_inputs": X, "output_transform": lambda out: out["logits"].sum()},
+    ):
+        model = Dictionary()
+        tp.pruner.BasePruner(model, importance=MAGNITUDE, **options).step()
+        assert model.net.conv1.out_channels == 8 and model.net.fc.out_features == 10
+
+
+def test_an_importance_is_any_function_of_a_group(model):
+    def last_ones(group):
+        scores = []
+        for dep, idxs in group:
+            if dep.handler in [tp.prune_conv_out_channels, tp.prune_linear_out_channels]:
+                scores.append(dep.target.module.weight.data[idxs].flatten(1).sum(1) * 0)
+        return torch.stack(scores).mean(0) - torch.arange(float(len(group[0].idxs)))
+
+    first = model.conv1.weight.detach()[:8].clone()
+    pruned(model, importance=last_ones)
+    assert torch.equal(model.conv1.weight, first)
+
+
+def test_a_group_without_scores_is_left_alone(model):
+    before = shapes(model)
+    pruned(model, importance=lambda group: None)
+    assert shapes(model) == before
+
+
+@pytest.mark.parametrize("bad", [{"pruning_ratio": 1.5}, {"iterative_steps": 0}, {"round_to": -4}])
+def test_settings_that_make_no_sense_are_refused(model, bad):
+    with pytest.raises(ConfigError):
+        tp.pruner.BasePruner(model, X, importance=MAGNITUDE, **bad)
+
+
+def test_former_names_still_work(model):
+    with pytest.warns(DeprecationWarning, match="now called pruning_ratio"):
+        pruned(model, ch_sparsity=0.25)
+    assert widths(model) == (12, 12, 24)
+
+
+def record(scores, ratio, **options):
+    return Record(np.asarray(scores, dtype=float), len(scores), ratio, **options)
+
+
+@pytest.mark.parametrize(
+    ("size", "ratio", "step", "keep"),
+    [
+        (64, 0.5, 8, 32), (10, 0.9, 1, 1), (6, 0.5, 8, 6), (12, 0.5, 8, 8), (16, 0.99, 8, 8),
+        (20, 0.5, 8, 8), (24, 0.5, 8, 16), (9, 0.1, 8, 8), (64, 0.3, 1, 44), (4, 1.0, 1, 1),
+    ],
+)  # fmt: skip
+def test_rounding_goes_to_the_nearest_and_never_to_nothing(size, ratio, step, keep):
+    assert alone(record(range(size), ratio, step=step)) == keep
+
+
+def test_ties_in_score_do_not_take_everything():
+    equal = [record(np.ones(8), 0.25), record(np.ones(8), 0.25)]
+    assert sum(together(equal)) == 12
+    assert lowest(np.ones(8), 2).tolist() == [0, 1]
