@@ -36,20 +36,24 @@ from prune2deploy.spellings import FIRST_ONLY, SPELLINGS, Argument, as_recorded
 from prune2deploy.widths import Widths
 
 
-def capture(pruned: nn.Module, source: nn.Module, graph: Graph, plan: Plan) -> fx.GraphModule:
+def capture(
+    pruned: nn.Module, source: nn.Module, graph: Graph, plan: Plan, *, free_batch: bool = True
+) -> fx.GraphModule:
     """Write the recorded operators as a module around the stored tensors of ``pruned``.
 
     Args:
         pruned: A copy of ``source`` whose tensors and ``torch.nn`` attributes are pruned.
-        source: The original module, recorded again with a batch of two where the trace had one,
-            so that the batch dimension can be told from other dimensions of size one.
+        source: The original module.
         graph: Its graph.
         plan: Kept channels.
+        free_batch: Record the original again with a batch of two where the trace had one, so
+            that the batch dimension can be told from others of size one and stays free.
 
     Raises:
         PruneError: an operator cannot be written down.
     """
-    graph = with_batch(source, graph)
+    if free_batch:
+        graph = with_batch(source, graph)
     writer = _Writer(pruned, graph.recording, Widths(graph, plan))
     return writer.write(source, plan.removed)
 
@@ -111,6 +115,7 @@ class _Writer:
                 continue
             if at < len(operations):
                 self._operator(operations[at])
+                self._note_varying(operations[at])
             at += 1
         self.graph.output(self.argument(self.recording.outputs))
         self.graph.lint()
@@ -150,7 +155,6 @@ class _Writer:
         self.nodes[call.outputs[0]] = self.graph.call_module(call.name, tuple(given))
 
     def _operator(self, operation: Operation) -> None:
-        self._note_varying(operation)
         name = operation.func._schema.name
         spelling = SPELLINGS.get(name, as_recorded)
         node = spelling(self, operation)

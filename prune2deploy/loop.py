@@ -250,6 +250,8 @@ class Search:
         target = aim(limit, self._half_width())
         up = bool(self.attempts) and self.attempts[-1].verdict == "met"
         for _ in range(NUDGES):
+            if self.model.operator_budget_ms(target) <= 0:  # what no operator takes is too long
+                return self._smallest(tried)
             problem = Problem(self.graph, self.model, self.choices, target)
             try:
                 found = allocate(problem)
@@ -267,6 +269,14 @@ class Search:
             if target > limit:
                 return None
         return None
+
+    def _smallest(self, tried: list[dict[str, int]]) -> Wanted | None:
+        """The narrowest width of every choice, unless it was tried."""
+        assert self.model is not None
+        counts = {axis: int(c.options[0]) for c in self.choices for axis in c.axes}
+        if _pruned(self.graph, counts) in tried:
+            return None
+        return Wanted(counts, self.model.predict(counts), floor=True)
 
     def _half_width(self) -> float:
         """Half-width to expect of the next interval, as a fraction."""

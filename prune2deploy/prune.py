@@ -72,9 +72,22 @@ def apply(model: nn.Module, graph: Graph, plan: Plan, example_inputs: Any = None
     operations = recording.without(plan.removed)
     if runs_as_planned(pruned, operations, widths, example, recording.forward_fn):
         return pruned
-    captured = capture(pruned, source, graph, plan)
-    check_outputs(captured, recording, widths, example)
-    return captured
+    return _captured(pruned, source, graph, plan, example)
+
+
+def _captured(
+    pruned: nn.Module, source: nn.Module, graph: Graph, plan: Plan, example: Any
+) -> nn.Module:
+    """The captured form; with the batch of the example fixed where it cannot be left free."""
+    recording: Recording = graph.recording
+    widths = Widths(graph, plan)
+    module = capture(pruned, source, graph, plan)
+    try:
+        check_outputs(module, recording, widths, example)
+    except PruneError:
+        module = capture(pruned, source, graph, plan, free_batch=False)
+        check_outputs(module, recording, widths, example)
+    return module
 
 
 def kept_positions(graph: Graph, plan: Plan) -> dict[str, list[npt.NDArray[np.int64] | None]]:

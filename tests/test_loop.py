@@ -78,7 +78,7 @@ def run(net, target, **more):
     return prune2deploy.prune_to_budget(model, example, target=target, **more)
 
 
-@pytest.mark.parametrize("speedup", [1.3, 1.6, 2.0, 3.0, 5.0])
+@pytest.mark.parametrize("speedup", [1.3, 2.0, 4.0])
 def test_the_budget_is_met_and_filled_in_few_builds(net, target, tmp_path, speedup):
     result = run(net, target, speedup=speedup, run_dir=tmp_path / "r")
     manifest = read_manifest(result.run_dir)
@@ -185,7 +185,7 @@ def counted(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("step", [1, 7, 8, 15, 22, 29, 33])
+@pytest.mark.parametrize("step", [1, 8, 22, 29])
 def test_ctrl_c_anywhere_then_resume_does_nothing_twice(net, target, tmp_path, monkeypatch, step):
     calls = counted(monkeypatch)
     whole = run(net, target, speedup=2.0, run_dir=tmp_path / "whole")

@@ -159,7 +159,7 @@ def _eval(model: nn.Module, pruned: nn.Module, example: Any) -> bool:
     model.eval(), pruned.eval()
     with torch.no_grad():
         before, after = _call(model, example), _call(pruned, example)
-    _same_ranks_and_shapes(before, after, model, example)
+    _same_ranks_and_shapes(before, after, example)
     finite = all(t.isfinite().all() for t in before if t.is_floating_point())
     if finite and not all(t.isfinite().all() for t in after if t.is_floating_point()):
         raise CheckFailed("the pruned model returns values that are not finite")
@@ -174,7 +174,7 @@ def _eval(model: nn.Module, pruned: nn.Module, example: Any) -> bool:
 
 
 def _same_ranks_and_shapes(
-    before: list[Tensor], after: list[Tensor], model: nn.Module, example: Any
+    before: list[Tensor], after: list[Tensor], example: Any
 ) -> None:
     """Shapes agree, in dimensions that do not depend on the values of the input."""
     if len(before) != len(after):
@@ -234,17 +234,25 @@ def _dropped(graph: Graph, pruned: nn.Module, result: Result) -> bool:
 def _nothing(model: nn.Module, graph: Graph, example: Any) -> bool | None:
     """The captured form of the untouched model computes the same."""
     model.eval()
-    captured = capture(copy.deepcopy(model), model, graph, Plan({})).eval()
+    try:
+        _same_when_captured(model, graph, example, free_batch=True)
+    except Exception:  # what pruning itself does: a captured model whose batch is not free
+        _same_when_captured(model, graph, example, free_batch=False)
+    return True
+
+
+def _same_when_captured(model: nn.Module, graph: Graph, example: Any, *, free_batch: bool) -> None:
+    copied = copy.deepcopy(model)
+    captured = capture(copied, model, graph, Plan({}), free_batch=free_batch).eval()
     with torch.no_grad():
         torch.manual_seed(2)
         before = _call(model, example)
         torch.manual_seed(2)
         after = _call(captured, example)
-    _same_ranks_and_shapes(before, after, model, example)
+    _same_ranks_and_shapes(before, after, example)
     worst = _difference(before, after)
     if not worst <= TOLERANCE:
         raise CheckFailed(f"the captured model differs by {worst:.2e}")
-    return True
 
 
 def _difference(before: list[Tensor], after: list[Any]) -> float:

@@ -13,10 +13,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from prune2deploy.errors import ConfigError
 from prune2deploy.pruning.group import Group, Item
@@ -290,7 +290,7 @@ class GroupHessianImportance(GroupMagnitudeImportance):
 
     def zero_grad(self) -> None:
         """Forget what was accumulated."""
-        self._squares: WeakKeyDictionary[nn.Parameter, Tensor] = WeakKeyDictionary()
+        self._squares = WeakTensorKeyDictionary()  # of Tensor
         self._passes = 0
 
     @torch.no_grad()
@@ -361,7 +361,7 @@ class OBDCImportance(GroupMagnitudeImportance):
 
     def _clear_buffer(self) -> None:
         """Forget what was accumulated."""
-        self._sums: WeakKeyDictionary[nn.Parameter, list[Tensor]] = WeakKeyDictionary()
+        self._sums = WeakTensorKeyDictionary()  # of a list, one tensor per dimension
 
     @torch.no_grad()
     def step(self) -> None:

@@ -207,14 +207,14 @@ def test_an_unknown_name_is_answered_with_near_ones(net, batches):
 @pytest.mark.parametrize("name", DATA)
 def test_data_driven_criteria_say_what_they_need(net, batches, name):
     graph = trace(net, batches[0][0])
-    with pytest.raises(ConfigError, match="was given none.*l2"):
+    with pytest.raises(ConfigError, match=r"was given none.*l2"):
         score(name, net, graph)
-    with pytest.raises(ConfigError, match="holds no batch|at least one sample"):
+    with pytest.raises(ConfigError, match=r"holds no batch|at least one sample"):
         score(name, net, graph, [])
 
 
 def test_another_model_than_the_traced_one_is_refused(net, batches):
     graph = trace(net, batches[0][0])
     net.conv = nn.Conv2d(3, 7, 3)
-    with pytest.raises(ConfigError, match="conv.weight is of shape"):
+    with pytest.raises(ConfigError, match=r"conv.weight is of shape"):
         score("l2", net, graph)
