@@ -7,6 +7,7 @@ keeps. Each finished part is journaled, so a run that was stopped takes up the n
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prune2deploy import export, measure, parity, simplify
-from prune2deploy.backends.base import Backend, Engine
+from prune2deploy import export, lowering, measure, parity, simplify
+from prune2deploy.backends.base import Backend, Engine, TensorSpec
 from prune2deploy.graph.axes import Graph
+from prune2deploy.lowering import Lowered, Wish
 from prune2deploy.parity import Parity
 from prune2deploy.plan.plan import Plan
 from prune2deploy.progress import Progress, Step
@@ -53,6 +55,7 @@ class Built:
         seconds: Wall time of export, simplification and build.
         borders: Parity figures; empty for probes, which are never shipped.
         notes: What a reader of the report should know.
+        lowered: How it came to its precision; ``None`` for fp32.
     """
 
     number: int
@@ -66,6 +69,7 @@ class Built:
     seconds: float
     borders: tuple[Border, ...] = ()
     notes: tuple[str, ...] = ()
+    lowered: Lowered | None = None
 
     @property
     def key(self) -> str:
@@ -89,6 +93,7 @@ class Workshop:
         input_names: Names of the inputs in the ONNX file; empty leaves them to the exporter.
         output_names: Names of the outputs in the ONNX file; empty likewise.
         batches: Calibration data, or ``None``.
+        max_drop: Largest accuracy to lose to int8; see ``lowering``.
     """
 
     module: nn.Module
@@ -102,6 +107,7 @@ class Workshop:
     input_names: tuple[str, ...] = ()
     output_names: tuple[str, ...] = ()
     batches: Any = None
+    max_drop: float | None = None
     started: float = field(default_factory=time.monotonic)
 
     def say(self, stage: str, number: int, detail: str = "") -> None:
@@ -113,8 +119,18 @@ class Workshop:
     def engine(self, built: Built) -> Engine:
         """The engine of a finished build."""
         return Engine(
-            self.run / built.engine, self.run / built.onnx, self.backend.name, built.seconds
+            self.run / built.engine,
+            self.run / built.onnx,
+            self.backend.name,
+            built.seconds,
+            precision=built.lowered.precision if built.lowered else "fp32",
         )
+
+
+def baseline(shop: Workshop) -> Built:
+    """Build the unpruned model; in a lower precision than fp32 it is a build of its own."""
+    wanted = shop.target.precision
+    return build(shop, 0, "baseline" if wanted == "fp32" else f"baseline-{wanted}", Plan({}))
 
 
 def build(shop: Workshop, number: int, step: str, plan: Plan) -> Built:
@@ -169,13 +185,13 @@ def _assemble(shop: Workshop, name: tuple[int, str], plan: Plan, module: nn.Modu
     )
     shop.say("simplifying", number)
     report = simplify.simplify(exported, folder / "simplified.onnx")
-    onnx = _lower(shop, report.path, folder)
+    onnx, lowered = _lower(shop, report.path, name)
     shop.say("building", number)
     engine = shop.backend.build(onnx, shop.target, folder / "engine")
     borders: tuple[Border, ...] = ()
     if step != "probe":
         shop.say("checking", number)
-        borders = _check(shop, module, exported, engine)
+        borders = _check(shop, module, exported, (engine, lowered))
     return Built(
         number,
         step,
@@ -187,7 +203,8 @@ def _assemble(shop: Workshop, name: tuple[int, str], plan: Plan, module: nn.Modu
         _inside(shop.run, engine.path),
         time.monotonic() - started,
         borders,
-        (report.note,) if report.note else (),
+        tuple(note for note in (report.note, lowered.text() if lowered else "") if note),
+        lowered,
     )
 
 
@@ -195,39 +212,74 @@ def _inside(run: RunDir, path: Path) -> str:
     return path.resolve().relative_to(run.path).as_posix()
 
 
-def _lower(shop: Workshop, path: Path, folder: Path) -> Path:
-    """Bring the ONNX file to the precision of the run."""
-    out = folder / "model.onnx"
+def _lower(shop: Workshop, path: Path, name: tuple[int, str]) -> tuple[Path, Lowered | None]:
+    """Bring the ONNX file to the precision of the run.
+
+    Only the unpruned model and the one that is shipped are calibrated on all data; what the
+    unpruned one keeps in higher precision, every other one does too.
+    """
+    number, step = name
+    out = path.with_name("model.onnx")
     wanted = shop.target.precision
     if wanted == "fp32":
-        return path.rename(out)
-    from prune2deploy import precision
+        return path.rename(out), None
+    shop.say(f"converting to {wanted}", number)
+    whole = number == 0 or step == "final"
+    first = f"00-baseline-{wanted}/build"
+    before = shop.run.journal.read(first, Built).lowered if first in shop.run.journal else None
+    wish = Wish(
+        wanted,
+        shop.backend.int8_recipe(shop.target),
+        shop.batches,
+        before.kept if before else (),
+        quick=step == "probe" or (wanted == "int8" and not whole),
+        max_drop=shop.max_drop,
+        store=path.with_name("ranges.json"),
+    )
+    return out, lowering.lower(path, out, wish)
 
-    shop.say(f"converting to {wanted}", 0)
-    if wanted == "fp16":
-        precision.to_fp16(path, out)
-    else:
-        precision.to_int8(path, out, shop.batches)
-    return out
 
+def _check(
+    shop: Workshop, module: nn.Module, exported: Path, made: tuple[Engine, Lowered | None]
+) -> tuple[Border, ...]:
+    """Compare torch with the exported file, that with the lowered one, and that with the engine.
 
-def _check(shop: Workshop, module: nn.Module, exported: Path, engine: Engine) -> tuple[Border, ...]:
-    """Compare torch with the exported file, and with the engine that will be shipped."""
+    Raises:
+        ParityError: Two stages of a build that may be shipped disagree.
+    """
+    engine, lowered = made
+    wanted = shop.target.precision
     samples = _samples(shop, exported)
     reference = parity.torch_runner(module, shop.input_names, shop.output_names)
     found = [
         Border("torch and ONNX", parity.compare(reference, parity.onnx_runner(exported), samples))
     ]
+    stage = "torch"
+    if lowered is not None:
+        found.append(Border(f"fp32 ONNX and {wanted} ONNX", lowered.parity))
+        reference, stage = parity.onnx_runner(engine.onnx), f"{wanted} ONNX"
     with shop.backend.open(engine, shop.target) as session:
-        found.append(
-            Border(
-                "torch and engine",
-                parity.compare(reference, session.run, samples, precision=shop.target.precision),
-            )
-        )
-    for border in found:
-        parity.require(border.parity, border.stages)
+        run = cast(session.run, session.inputs)
+        compared = parity.compare(reference, run, samples, precision=wanted)
+    found.append(Border(f"{stage} and engine", compared))
+    if lowered is None or not lowered.quick:
+        require(found)
     return tuple(found)
+
+
+def require(borders: Sequence[Border]) -> None:
+    """Raise ParityError if two stages of a build disagree."""
+    for border in borders:
+        parity.require(border.parity, border.stages)
+
+
+def cast(run: parity.Runner, inputs: Sequence[TensorSpec]) -> parity.Runner:
+    """Have ``run`` take its inputs in any type: an fp16 engine wants fp16."""
+
+    def cast_and_run(feeds: Mapping[str, Any]) -> Mapping[str, Any]:
+        return run({s.name: feeds[s.name].astype(s.dtype, copy=False) for s in inputs})
+
+    return cast_and_run
 
 
 def _samples(shop: Workshop, exported: Path) -> Sequence[Mapping[str, Any]]:
@@ -256,7 +308,9 @@ def save_module(run: RunDir, module: nn.Module, example_inputs: tuple[Tensor, ..
     with run.place("weights.pt") as path:
         torch.save(module.state_dict(), path)
     try:
-        program = torch.export.export(module.eval(), example_inputs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # advice to the model's author
+            program = torch.export.export(module.eval(), example_inputs)
     except Exception as error:  # noqa: BLE001  (torch.export fails in many ways on users' code)
         told = str(error).strip().splitlines() or [type(error).__name__]
         return (

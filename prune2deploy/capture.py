@@ -218,6 +218,10 @@ class _Writer:
         """Sizes of a layout."""
         return [self.size(node) for node in dims]
 
+    def device(self) -> Argument:
+        """Where the first input lies, for tensors that the code makes."""
+        return self.graph.call_function(getattr, (self.value(self.recording.inputs[0]), "device"))
+
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """Append a function call; references in the arguments are replaced."""
         return self.graph.call_function(

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 from prune2deploy import __version__, config
 from prune2deploy.errors import ConfigError, Prune2DeployError
+from prune2deploy.progress import NOTICE, Progress, Step
 from prune2deploy.rundir import explain
 
 INTERRUPTED, BUG = 130, 1
@@ -102,6 +103,12 @@ def _run_arguments(to: argparse.ArgumentParser) -> None:
     to.add_argument("--data", help="calibration recipe")
     to.add_argument("--importance", default="l2", help="criterion that chooses channels")
     to.add_argument("--finetune", type=int, default=0, metavar="EPOCHS")
+    to.add_argument(
+        "--max-drop",
+        type=float,
+        metavar="FRACTION",
+        help="top-1 accuracy that int8 may cost; needs labelled data",
+    )
     to.add_argument("--max-builds", type=int, default=9, metavar="N", help="besides the baseline")
     _output_arguments(to)
 
@@ -151,11 +158,23 @@ def _answer(argv: Sequence[str], out: Any, *, as_json: bool) -> int:
         return int(leaving.code or 0)
     from prune2deploy import commands, console
 
-    with console.drawing(quiet=not sys.stderr.isatty()) as progress:
-        reply = commands.TABLE[arguments.command](arguments, progress)
+    with console.drawing(quiet=not sys.stderr.isatty()) as drawn:
+        reply = commands.TABLE[arguments.command](arguments, _telling(drawn))
     text = json.dumps(reply.document, allow_nan=False) if as_json else reply.text
     print(text, file=out, flush=True)
     return reply.exit_code
+
+
+def _telling(drawn: Progress) -> Progress:
+    """Print notices on standard error at once, on a terminal or not; the rest is drawn."""
+
+    def hear(step: Step) -> None:
+        if step.stage == NOTICE:
+            print(f"prune2deploy: note: {step.detail}", file=sys.stderr, flush=True)
+        else:
+            drawn(step)
+
+    return hear
 
 
 def _complain(error: BaseException, code: int, out: Any, *, as_json: bool) -> int:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from prune2deploy import config
 from prune2deploy.config import Budget, ModelOptions, RunOptions, SweepOptions
 from prune2deploy.errors import BuildError, ConfigError, MissingBackend
-from prune2deploy.progress import Progress
+from prune2deploy.progress import Progress, tell
 from prune2deploy.rundir import (
     IDENTITY,
     MANIFEST,
@@ -31,7 +31,7 @@ from prune2deploy.rundir import (
 )
 
 if TYPE_CHECKING:
-    from prune2deploy.backends.base import Backend, Engine
+    from prune2deploy.backends.base import Availability, Backend, Engine
     from prune2deploy.models import LoadedModel
     from prune2deploy.target import Target
 
@@ -61,6 +61,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> Reply:
         arguments.importance,
         arguments.finetune,
         arguments.max_builds,
+        max_drop=arguments.max_drop,
     )
     target, _ = usable(options.target)
     folder = _folder(
@@ -68,14 +69,15 @@ def run(arguments: argparse.Namespace, progress: Progress) -> Reply:
     )
     identity = {"command": "run", **options.identity(), "profile": target.sha256}
     with RunDir(folder, identity, resume=arguments.resume) as held:
-        from prune2deploy import api, summary
+        from prune2deploy import api, calibration, summary
         from prune2deploy.importance import NAMES
         from prune2deploy.job import Job
         from prune2deploy.report import write
 
         config.one_of("--importance", options.importance, NAMES)
         loaded = _load(options.model)
-        batches = _data(options.data, loaded)
+        batches = _data(options, loaded, target)
+        tell(progress, calibration.notices(batches))
         job = Job(
             loaded.module,
             loaded.example_inputs,
@@ -154,18 +156,22 @@ def build(arguments: argparse.Namespace, progress: Progress) -> Reply:
     out: Path = arguments.out
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    onnx = _lowered(arguments.onnx, target, out, arguments.data)
-    engine = backend.build(onnx, target, out)
+    from prune2deploy import lowering
+
+    wish = lowering.Wish(target.precision, backend.int8_recipe(target))
+    lowered = lowering.file(arguments.onnx, out, wish, (arguments.data, progress))
+    engine = backend.build(lowered.path, target, out)
     document = {
         "engine": str(engine.path.resolve()),
-        "onnx": str(onnx.resolve()),
+        "onnx": str(lowered.path.resolve()),
         "bytes": engine.path.stat().st_size,
         "seconds": engine.seconds,
         "target": target.name,
         "precision": target.precision,
         "versions": backend.versions(),
     }
-    return Reply(_built_text(engine, target), document)
+    text = "\n".join([_built_text(engine, target), *lowered.notes])
+    return Reply(text, {**document, "notes": list(lowered.notes)})
 
 
 def inspect(arguments: argparse.Namespace, progress: Progress) -> Reply:
@@ -186,7 +192,9 @@ def targets(arguments: argparse.Namespace, progress: Progress) -> Reply:
 
     rows, lines = [], []
     for profile in profiles.load_all():
-        there = registry.for_target(profile).availability(profile)
+        backend = registry.for_target(profile)
+        there = backend.availability(profile)
+        builds = there.usable or backend.can_build(profile).usable
         rows.append(
             {
                 "name": profile.name,
@@ -195,10 +203,11 @@ def targets(arguments: argparse.Namespace, progress: Progress) -> Reply:
                 "precision": profile.precision,
                 "description": profile.description,
                 "path": str(profile.path),
+                "builds": builds,
                 **dataclasses.asdict(there),
             }
         )
-        mark = "usable" if there.usable else "not usable"
+        mark = "usable" if there.usable else ("can build" if builds else "not usable")
         lines.append(f"{profile.name:<16} {mark:<11} {profile.description}")
         if not there.usable:
             lines += [f"{'':16} because {there.reason}", f"{'':16} fix: {there.fix}"]
@@ -254,18 +263,22 @@ def usable(name: str, *, to_run: bool = True) -> tuple[Target, Backend]:
 
     profile = profiles.load(name)
     backend = registry.for_target(profile)
-    there = backend.availability(profile)
-    if there.usable or not to_run:
+    there = _there(backend, profile, to_run=to_run)
+    if there.usable:
         return profile, backend
     others = [
         other.name
         for other in profiles.load_all()
-        if registry.for_target(other).availability(other).usable
+        if _there(registry.for_target(other), other, to_run=to_run).usable
     ]
     raise MissingBackend(
         f"target {profile.name} cannot be used here: {there.reason}\n  fix: {there.fix}\n"
         f"  targets that work here: {', '.join(others) or 'none'}"
     )
+
+
+def _there(backend: Backend, target: Target, *, to_run: bool) -> Availability:
+    return backend.availability(target) if to_run else backend.can_build(target)
 
 
 def _model_options(arguments: argparse.Namespace) -> ModelOptions:
@@ -292,12 +305,24 @@ def _load(options: ModelOptions) -> LoadedModel:
     )
 
 
-def _data(recipe: str | None, loaded: LoadedModel) -> Any:
-    if recipe is None:
+def _data(options: RunOptions, loaded: LoadedModel, target: Target) -> Any:
+    """Open the recipe and check that it is for everything that the run does with its data."""
+    if options.data is None:
         return None
-    from prune2deploy.calibration.batches import open_recipe
+    from prune2deploy import calibration
+    from prune2deploy.importance import CRITERIA
 
-    return open_recipe(recipe, loaded)
+    batches = calibration.open_recipe(options.data, loaded)
+    precision = options.model.precision or target.precision
+    for purpose, wanted in (
+        ("int8", precision == "int8"),
+        ("evaluate", options.max_drop is not None),
+        ("finetune", options.finetune_epochs > 0),
+        ("importance", CRITERIA[options.importance].needs_data),
+    ):
+        if wanted:
+            batches.need(purpose)
+    return batches
 
 
 def _finetune(options: RunOptions, loaded: LoadedModel, batches: Any) -> Any:
@@ -341,22 +366,6 @@ def _check_onnx(path: Path | None) -> None:
         onnx_file.check(path)
     except BuildError as error:
         raise ConfigError(str(error)) from error
-
-
-def _lowered(onnx: Path, target: Target, out: Path, recipe: str | None) -> Path:
-    """Bring an fp32 ONNX file to the target's precision, beside the engine."""
-    if target.precision == "fp32":
-        return onnx
-    from prune2deploy import precision
-
-    lowered = out / f"{onnx.stem}.{target.precision}.onnx"
-    if target.precision == "fp16":
-        precision.to_fp16(onnx, lowered)
-        return lowered
-    raise ConfigError(
-        f"--precision int8 of a bare ONNX file: found {recipe or 'no calibration data'}, expected "
-        "a file that holds quantised operators already; use run --precision int8 --data RECIPE"
-    )
 
 
 def _alone_text(path: Path, alone: Any) -> str:

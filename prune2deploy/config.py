@@ -111,6 +111,8 @@ class RunOptions:
         finetune_epochs: Epochs of the built-in fine-tuning; 0 leaves it out.
         max_builds: Engine builds allowed besides the baseline.
         probes: Of these, random plans that the latency model is fitted on.
+        max_drop: Largest top-1 accuracy to lose to int8, as a fraction of 1; ``None`` has the
+            difference of the outputs decide.
     """
 
     budget: Budget
@@ -121,11 +123,19 @@ class RunOptions:
     finetune_epochs: int = 0
     max_builds: int = 9
     probes: int = 3
+    max_drop: float | None = None
 
     def __post_init__(self) -> None:
         _at_least("--max-builds", self.max_builds, 1)
         _at_least("--finetune", self.finetune_epochs, 0)
         _at_least("probes", self.probes, 0)
+        if self.max_drop is not None and not 0 <= self.max_drop < 1:
+            raise ConfigError(
+                f"--max-drop: found {self.max_drop:g}, expected a fraction from 0 up to but not "
+                "including 1, such as 0.01 for one per cent"
+            )
+        if self.max_drop is not None and self.data is None:
+            raise ConfigError("--max-drop needs labelled data: add --data RECIPE")
         if self.finetune_epochs and self.data is None:
             raise ConfigError(
                 f"--finetune {self.finetune_epochs}: found no data to train on, expected "

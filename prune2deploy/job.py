@@ -17,6 +17,7 @@ from prune2deploy.candidate import Built
 from prune2deploy.config import Budget
 from prune2deploy.graph import Graph
 from prune2deploy.measure import Comparison, Measurement
+from prune2deploy.payoff import Payoff
 from prune2deploy.plan.latency_model import LatencyModel
 from prune2deploy.progress import Progress, silent
 from prune2deploy.rundir import RunDir
@@ -114,6 +115,7 @@ class Outcome:
         target: The target with the precision of the run.
         floor_ms: Measured latency of the smallest plan, where the budget was out of reach.
         notes: What a reader of the report should know.
+        paid: The precision against fp32 on the unpruned model; ``None`` for fp32.
     """
 
     verdict: str
@@ -128,6 +130,7 @@ class Outcome:
     target: Target
     floor_ms: float | None = None
     notes: tuple[str, ...] = ()
+    paid: Payoff | None = None
 
 
 def judge(comparison: Comparison, budget: Budget) -> tuple[float, float, str]:

@@ -18,7 +18,6 @@ recovered once, on the plan that was found, and the recovered model is built and
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,8 +25,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from prune2deploy import candidate, measure
+from prune2deploy import candidate, measure, payoff
 from prune2deploy.backends import registry
+from prune2deploy.calibration import notices, require
 from prune2deploy.candidate import Built, Workshop
 from prune2deploy.config import FILL, ModelOptions, RunOptions
 from prune2deploy.errors import ConfigError, MissingBackend
@@ -35,11 +35,12 @@ from prune2deploy.graph import trace
 from prune2deploy.importance import score
 from prune2deploy.job import Attempt, Baseline, Job, Outcome, aim, best, judge
 from prune2deploy.measure import Comparison, Measurement
+from prune2deploy.payoff import Payoff
 from prune2deploy.plan import latency_model
 from prune2deploy.plan.allocate import Allocation, SmallestMisses, allocate, channels
-from prune2deploy.plan.choices import Choice, Problem, choices, importance_curves
+from prune2deploy.plan.choices import Problem, choices, importance_curves
 from prune2deploy.plan.latency_model import LatencyModel
-from prune2deploy.plan.plan import Plan
+from prune2deploy.plan.probes import probes
 from prune2deploy.prune import apply as apply_plan
 from prune2deploy.recover.batchnorm import reestimate_batchnorm
 from prune2deploy.target import Target
@@ -59,8 +60,10 @@ def prune_to_budget(job: Job, options: RunOptions) -> Outcome:
         BackendError: A build failed.
         MeasureError: A measurement failed.
     """
-    shop = open_workshop(job, options.model, options.max_builds)
+    shop = open_workshop(job, options.model, options.max_builds, options.max_drop)
+    shop, paid = payoff.settle(shop, asked=options.model.precision is not None)
     search = Search(job, options, shop, measure_baseline(shop))
+    search.paid = paid
     search.unpruned()
     if not search.done:
         search.probe()
@@ -68,11 +71,15 @@ def prune_to_budget(job: Job, options: RunOptions) -> Outcome:
     return search.recover()
 
 
-def open_workshop(job: Job, options: ModelOptions, builds: int) -> Workshop:
+def open_workshop(
+    job: Job, options: ModelOptions, builds: int, max_drop: float | None = None
+) -> Workshop:
     """Check that the target is usable, and trace the model; ``builds`` is for progress."""
     target = candidate.with_precision(job.target, options.precision)
-    if target.precision == "int8" and job.batches is None:
-        raise ConfigError("precision int8 needs calibration data: add --data RECIPE")
+    if target.precision == "int8":
+        if job.batches is None:
+            raise ConfigError("precision int8 needs calibration data: add --data RECIPE")
+        require(job.batches, "int8")
     backend = registry.for_target(target)
     there = backend.availability(target)
     if not there.usable:
@@ -90,6 +97,7 @@ def open_workshop(job: Job, options: ModelOptions, builds: int) -> Workshop:
         job.input_names,
         job.output_names,
         job.batches,
+        max_drop,
     )
 
 
@@ -100,7 +108,7 @@ def channel_multiple(target: Target) -> int:
 
 def measure_baseline(shop: Workshop) -> Baseline:
     """Build, profile and measure the unpruned model."""
-    built = candidate.build(shop, 0, "baseline", Plan({}))
+    built = candidate.baseline(shop)
     profile = candidate.profile(shop, built)
 
     def work() -> Measurement:
@@ -110,7 +118,7 @@ def measure_baseline(shop: Workshop) -> Baseline:
             shop.engine(built), shop.target, raw_path=shop.run / "raw/baseline.npz"
         )
 
-    measured = shop.run.journal.once("00-baseline/measure", Measurement, work)
+    measured = shop.run.journal.once(f"{built.key}/measure", Measurement, work)
     return Baseline(built, profile, measured)
 
 
@@ -141,7 +149,8 @@ class Search:
         self.attempts: list[Attempt] = []
         self.model: LatencyModel | None = None
         self.floor_missed = False
-        self.notes: list[str] = []
+        self.notes = list(notices(job.batches))
+        self.paid: Payoff | None = None
 
     def unpruned(self) -> None:
         """Where the budget is in milliseconds, see first whether the model as it is meets it."""
@@ -177,11 +186,13 @@ class Search:
         self.choices = choices(
             self.graph, importance_curves(self.graph, self.scores), multiple=self.multiple
         )
-        wanted = min(self.options.probes, self.builds_left - 1)
-        dice = random.Random(self.options.model.seed)  # noqa: S311  (no secret)
-        for number in range(1, wanted + 1):
-            plan = channels(self.graph, self.scores, random_counts(self.choices, dice))
-            built = candidate.build(self.shop, number, "probe", plan)
+        wanted = max(0, min(self.options.probes, self.builds_left - 1))
+        seed = self.options.model.seed
+        drawn = probes(self.graph, wanted, multiple=self.multiple, seed=seed)
+        for number, counts in enumerate(drawn, start=1):
+            built = candidate.build(
+                self.shop, number, "probe", channels(self.graph, self.scores, counts)
+            )
             candidate.profile(self.shop, built)
             self.probes.append(built)
 
@@ -327,6 +338,7 @@ class Search:
             self.shop.target,
             found.value_ms if self.floor_missed else None,
             tuple(self.notes),
+            self.paid,
         )
 
     def _verdict(self, found: Attempt) -> str:
@@ -354,15 +366,6 @@ class Search:
         return module, self._measure(built, found.predicted_ms)
 
 
-def random_counts(among: tuple[Choice, ...], dice: random.Random) -> dict[str, int]:
-    """A random width for every choice."""
-    counts: dict[str, int] = {}
-    for choice in among:
-        width = int(dice.choice(choice.options.tolist()))
-        counts.update(dict.fromkeys(choice.axes, width))
-    return counts
-
-
 def fuller(problem: Problem, found: Allocation) -> list[Allocation]:
     """Plans near the worthiest one that use more of the budget than it does.
 
@@ -374,7 +377,7 @@ def fuller(problem: Problem, found: Allocation) -> list[Allocation]:
         wider = choice.options > found.counts[choice.axes[0]]
         if wider.any():
             width = int(choice.options[wider][0])
-            cost = problem.model.predict(found.counts | dict.fromkeys(choice.axes, width))
+            cost = problem.model.predict({**found.counts, **dict.fromkeys(choice.axes, width)})
             steps.append((cost, number, wider))
     plans = []
     for _, number, wider in sorted(steps, key=lambda s: -s[0])[:HELD]:

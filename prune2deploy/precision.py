@@ -93,12 +93,22 @@ class Int8Options:
     store: Path | None = None
 
 
+def already(path: Path) -> str:
+    """The precision that a file holds: ``int8``, ``fp16`` or ``fp32``."""
+    graph = onnx.load(str(path), load_external_data=False).graph
+    if any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in graph.node):
+        return "int8"
+    halves = [t for t in graph.initializer if t.data_type == TensorProto.FLOAT16]
+    return "fp16" if halves else "fp32"
+
+
 def to_fp16(
     path: Path,
     out: Path,
     *,
     samples: Sequence[Mapping[str, Array]] | None = None,
     tolerance: float | None = None,
+    keep: Sequence[str] = (),
 ) -> PrecisionReport:
     """Write ``path`` in half precision, inputs and outputs included, to ``out``.
 
@@ -110,12 +120,13 @@ def to_fp16(
         out: Where the result goes.
         samples: Inputs to judge by; random ones unless told.
         tolerance: Largest ``Parity.max_rel``; the one of fp16 unless told.
+        keep: Nodes that stay in fp32 in any case.
 
     Raises:
         ExportError: The model cannot be converted.
     """
     chosen = (samples or parity.random_samples(path, count=2))[:COMPARED]
-    fixed = _overflowing(path, chosen)
+    fixed = list(dict.fromkeys([*_overflowing(path, chosen), *keep]))
 
     def convert(target: Path, kept: Collection[str]) -> None:
         _write_half(path, target, [*fixed, *kept])

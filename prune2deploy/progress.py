@@ -5,7 +5,7 @@ In: nothing. Out: :class:`Step`, and the type of the callable that takes it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 
@@ -29,6 +29,14 @@ class Step:
 
 
 Progress = Callable[[Step], None]
+NOTICE = "notice"
+"""Stage of a step that says something the user must know, in ``detail``."""
+
+
+def tell(progress: Progress, notices: Iterable[str]) -> None:
+    """Say what the user must know before the work goes on."""
+    for notice in notices:
+        progress(Step(NOTICE, 0, 0, notice))
 
 
 def silent(step: Step) -> None:

@@ -37,6 +37,9 @@ class Writer(Protocol):
     def sizes(self, dims: Layout) -> list[Argument]:
         """Sizes of a layout."""
 
+    def device(self) -> Argument:
+        """Where the first input lies, for tensors that the code makes."""
+
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """Append a function call; references in the arguments are replaced."""
 
@@ -55,6 +58,8 @@ def as_recorded(writer: Writer, operation: Operation) -> fx.Node:
             args[place] = new
         else:
             kwargs[argument.name] = new
+    if kwargs.get("device") is not None:
+        kwargs["device"] = writer.device()
     return writer.call(operation.func, *args, **kwargs)
 
 
@@ -87,7 +92,10 @@ def _split(writer: Writer, operation: Operation) -> fx.Node:
 def _filled(writer: Writer, operation: Operation) -> fx.Node:
     args = list(operation.args)
     args[1 if isinstance(args[0], Ref) else 0] = writer.sizes(operation.layouts[0])
-    return writer.call(operation.func, *args, **operation.kwargs)
+    kwargs = dict(operation.kwargs)
+    if kwargs.get("device") is not None:
+        kwargs["device"] = writer.device()
+    return writer.call(operation.func, *args, **kwargs)
 
 
 def _arange(writer: Writer, operation: Operation) -> fx.Node:
@@ -96,8 +104,8 @@ def _arange(writer: Writer, operation: Operation) -> fx.Node:
     first, step = given(operation, "start") or 0, given(operation, "step") or 1
     if isinstance(size, int) or first != 0 or step != 1:
         return as_recorded(writer, operation)
-    settings = {name: given(operation, name) for name in ("dtype", "device")}
-    return writer.call(torch.ops.aten.arange.default, size, **settings)
+    settings = {"dtype": given(operation, "dtype"), "device": writer.device()}
+    return writer.call(torch.arange, size, **settings)
 
 
 def _batch_norm(writer: Writer, operation: Operation) -> fx.Node:
@@ -178,6 +186,32 @@ def _adaptive_pool(writer: Writer, operation: Operation) -> fx.Node:
     return writer.call(function, *operation.args[:2])
 
 
+def _copied(writer: Writer, operation: Operation) -> fx.Node:
+    """A change of type; the device stays that of the tensor."""
+    source = writer.argument(operation.args[0])
+    kind = given(operation, "dtype")
+    return writer.graph.call_method("to", (source,), {} if kind is None else {"dtype": kind})
+
+
+def _resized(writer: Writer, operation: Operation) -> fx.Node:
+    name = operation.func._schema.name.removeprefix("aten::")
+    kind, _, rest = name.removeprefix("_").removeprefix("upsample_").rpartition("d")
+    mode = kind[:-1].replace("_", "-")  # without the rank: bilinear2d, nearest_exact1d
+    factors_given, size = given(operation, "scale_factors"), given(operation, "output_size")
+    settings: dict[str, Any] = {"size": size} if size else {"scale_factor": list(factors_given)}
+    if given(operation, "align_corners"):
+        settings["align_corners"] = True
+    if rest == "_aa":
+        settings["antialias"] = True
+    return writer.call(F.interpolate, operation.args[0], mode=mode, **settings)
+
+
+def _sampled(writer: Writer, operation: Operation) -> fx.Node:
+    x, grid, mode, padding, corners = operation.args[:5]
+    modes, paddings = ("bilinear", "nearest", "bicubic"), ("zeros", "border", "reflection")
+    return writer.call(F.grid_sample, x, grid, modes[mode], paddings[padding], corners)
+
+
 def _identity(writer: Writer, operation: Operation) -> Argument:
     return writer.argument(operation.args[0])
 
@@ -191,6 +225,13 @@ _ATTENTIONS = (
     "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
     "_scaled_dot_product_attention_math", "_scaled_dot_product_attention_math_for_mps",
     "_scaled_dot_product_fused_attention_overrideable",
+)  # fmt: skip
+
+_RESIZING = (
+    "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d",
+    "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d",
+    "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d",
+    "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
 )  # fmt: skip
 
 SPELLINGS: dict[str, Callable[[Writer, Operation], Argument]] = {
@@ -212,6 +253,9 @@ SPELLINGS: dict[str, Callable[[Writer, Operation], Argument]] = {
         (("max_pool2d_with_indices", "max_pool3d_with_indices"), _max_pool),
         (("_adaptive_avg_pool2d", "_adaptive_avg_pool3d"), _adaptive_pool),
         (("lift_fresh",), _identity),
+        (("_to_copy",), _copied),
+        (_RESIZING, _resized),
+        (("grid_sampler_2d", "grid_sampler_3d", "grid_sampler"), _sampled),
     )
     for name in names
 }

@@ -41,8 +41,13 @@ EXIT_CODES: Mapping[str, int] = {"met": 0, "missed": 4, "unreachable": 4, "uncer
 
 
 def finish(job: Job, outcome: Outcome, seconds: float, name: str) -> RunReport:
-    """Write artefacts, report and manifest of a run; the manifest comes last."""
+    """Write artefacts, report and manifest of a run; the manifest comes last.
+
+    Raises:
+        ParityError: What would be shipped gives other outputs than the pruned module.
+    """
     run, final = job.run, outcome.final
+    candidate.require(final.built.borders)
     base = outcome.baseline.built
     _keep(run, base.onnx, "baseline.onnx")
     _keep(run, final.built.onnx, "model.onnx")
@@ -84,8 +89,12 @@ def describe(outcome: Outcome, seconds: float, name: str, notes: tuple[str, ...]
         layers=_layers(outcome),
         steps=_steps(outcome),
         environment=environment(outcome.target, seen.fingerprint),
-        notes=(*outcome.notes, *final.built.notes, *flags, *notes),
+        notes=(*_paid(outcome), *outcome.notes, *final.built.notes, *flags, *notes),
     )
+
+
+def _paid(outcome: Outcome) -> tuple[str, ...]:
+    return (outcome.paid.text(),) if outcome.paid else ()
 
 
 def verdict_text(outcome: Outcome) -> str:
@@ -122,6 +131,11 @@ def manifest(outcome: Outcome, report: RunReport) -> dict[str, Any]:
         "baseline": _entry(report.baseline),
         "final": _entry(report.final),
         "parity": [encode(line) for line in report.parity],
+        "precision": {
+            "chosen": outcome.target.precision,
+            "against_fp32": encode(outcome.paid),
+            "lowered": encode(outcome.final.built.lowered),
+        },
         "floor_ms": outcome.floor_ms,
         "fixed_share": report.limits.fixed_share,
         "model": report.model,

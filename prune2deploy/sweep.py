@@ -1,8 +1,8 @@
 """Latency against pruning ratio: every axis loses the same fraction, each model is measured.
 
 In: a :class:`~prune2deploy.job.Job`. Out: a report with one point per ratio, measured interleaved
-with the unpruned model. Widths stay on the grid of the target's channel multiple, so neighbouring ratios
-may give the same model; it is then built and measured once.
+with the unpruned model. Widths stay on the grid of the target's channel multiple, so neighbouring
+ratios may give the same model; it is then built and measured once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from prune2deploy.job import Job
 from prune2deploy.measure import Comparison
 from prune2deploy.plan.allocate import channels
 from prune2deploy.plan.choices import Floats, choices, importance_curves
-from prune2deploy.plan.plan import Plan
 from prune2deploy.report import write
 from prune2deploy.report.content import SweepPoint, SweepReport
 
@@ -52,7 +51,7 @@ def sweep(job: Job, options: SweepOptions, name: str) -> SweepReport:
     multiple = loop.channel_multiple(shop.target)
     scores = score(options.importance, job.module, shop.graph, job.batches)
     curves = importance_curves(shop.graph, scores)
-    baseline = candidate.build(shop, 0, "baseline", Plan({}))
+    baseline = candidate.baseline(shop)
     seen: dict[str, tuple[Built, Comparison]] = {}
     points = []
     for number, ratio in enumerate(options.ratios, start=1):

@@ -22,11 +22,11 @@ ORDER = [
     {"prune", "capture", "spellings", "widths"},
     {"recover"},
     {"export", "simplify", "precision", "parity", "activations", "quantize", "ranges"},
-    {"backends"},
+    {"backends", "lowering"},
     {"measure"},
     {"journal", "rundir"},
     {"report"},
-    {"loop", "job", "sweep", "candidate", "summary", "inspection"},
+    {"loop", "job", "sweep", "candidate", "summary", "inspection", "lowering", "payoff"},
     {"pruning"},
     {"api", "cli", "commands", "console", "__init__", "__main__"},
 ]

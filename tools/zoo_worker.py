@@ -85,10 +85,6 @@ def _own(model: nn.Module, example: Any, stage: str, result: Result) -> None:
     checks = result["checks"]
     checks["trace"] = False
     begun = time.perf_counter()
-    with torch.no_grad():
-        _call(model, example)
-    result["seconds_forward"] = time.perf_counter() - begun
-    begun = time.perf_counter()
     graph = trace(model, example)
     result["seconds_trace"] = time.perf_counter() - begun
     checks["trace"] = True

@@ -42,6 +42,7 @@ class Engine:
         backend: Name of the backend that built it.
         seconds: Build time.
         log: Path of the build log, or ``None``.
+        precision: What it computes in, where that is not its target's precision.
     """
 
     path: Path
@@ -49,6 +50,7 @@ class Engine:
     backend: str
     seconds: float
     log: Path | None = None
+    precision: str = ""
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,10 @@ class Backend(ABC):
     def can_build(self, target: Target) -> Availability:
         """Say whether engines for ``target`` can be built here, even if they cannot run here."""
         return self.availability(target)
+
+    def int8_recipe(self, target: Target) -> str:
+        """Name the form of int8 graph that runs best here: a key of ``quantize.RECIPES``."""
+        return "tensorrt"
 
     @abstractmethod
     def build(self, onnx: Path, target: Target, out: Path) -> Engine:

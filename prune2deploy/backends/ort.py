@@ -73,6 +73,10 @@ class OrtBackend(Backend):
             )
         return _device(provider)
 
+    def int8_recipe(self, target: Target) -> str:
+        """Unsigned activations on the CPU, whose kernels are made for them."""
+        return "cpu" if target.option("provider", CPU) == CPU else "tensorrt"
+
     def build(self, onnx: Path, target: Target, out: Path) -> Engine:
         """Check and copy the model, open it once, and assert where its operators run."""
         started = time.perf_counter()

@@ -1,6 +1,13 @@
 """Data for a model, by recipe: what BatchNorm, importance, int8 and parity are fed."""
 
-from prune2deploy.calibration.batches import Batch, Batches, from_dataset, open_recipe
+from prune2deploy.calibration.batches import (
+    Batch,
+    Batches,
+    from_dataset,
+    notices,
+    open_recipe,
+    require,
+)
 from prune2deploy.calibration.preprocessing import Preprocessing
 from prune2deploy.calibration.recipe import PURPOSES, Recipe, load_recipe
 
@@ -12,5 +19,7 @@ __all__ = [
     "Recipe",
     "from_dataset",
     "load_recipe",
+    "notices",
     "open_recipe",
+    "require",
 ]

@@ -141,6 +141,21 @@ class Batches:
                 raise ConfigError(f"{self._reader.name(number)}: holds values that are not finite")
 
 
+def require(data: object, purpose: str) -> None:
+    """Check that data serves a purpose; only what a recipe gave says what it is for.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    if isinstance(data, Batches):
+        data.need(purpose)
+
+
+def notices(data: object) -> tuple[str, ...]:
+    """What the user must be told of data; a caller's own batches say nothing."""
+    return data.notices if isinstance(data, Batches) else ()
+
+
 def open_recipe(path_or_name: str | Path, model: ForModel) -> Batches:
     """Open the data that a recipe describes, for one model.
 

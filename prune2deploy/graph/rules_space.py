@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prune2deploy.graph.layout import Layout, cat, freeze, leaf, prod, regroup
+from prune2deploy.graph.layout import Layout, cat, freeze, leaf, prod, regroup, unify
 from prune2deploy.graph.rules import KERNEL, Call, fresh, rule
 
 
@@ -36,9 +36,7 @@ def pad(call: Call) -> Layout:
     "aten::upsample_nearest3d", "aten::upsample_linear1d", "aten::upsample_bilinear2d",
     "aten::upsample_bicubic2d", "aten::upsample_trilinear3d", "aten::_upsample_nearest_exact1d",
     "aten::_upsample_nearest_exact2d", "aten::_upsample_nearest_exact3d",
-    "aten::_upsample_bilinear2d_aa", "aten::_upsample_bicubic2d_aa", "aten::grid_sampler_2d",
-    "aten::grid_sampler_3d", "aten::grid_sampler", "aten::cudnn_grid_sampler",
-    "aten::adaptive_avg_pool3d", "aten::max_unpool2d",
+    "aten::_upsample_bilinear2d_aa", "aten::_upsample_bicubic2d_aa",         "aten::adaptive_avg_pool3d", "aten::max_unpool2d",
 )  # fmt: skip
 def resample(call: Call) -> list[Layout]:
     """Batch and channels pass; positions in space are new."""
@@ -95,6 +93,16 @@ def columns(call: Call) -> Layout:
         return (*x[:-2], *fresh(shape[-3:], "columns cut across its channels"))
     freeze([pair[1]], KERNEL)
     return (*x[:-2], pair[0], *fresh(shape[-2:], "spatial position"))
+
+
+@rule("aten::grid_sampler_2d", "aten::grid_sampler_3d", "aten::grid_sampler",
+      "aten::cudnn_grid_sampler")  # fmt: skip
+def sampled(call: Call) -> Layout:
+    """Channels are read at the points of a grid: the result has the grid's dimensions."""
+    x, grid = (call.notebook.value(tensor).dims for tensor in call.tensors()[:2])
+    unify(x[0], grid[0])
+    freeze([*x[2:], grid[-1]], "positions to read at")
+    return (x[0], x[1], *grid[1:-1])
 
 
 @rule("torchvision::roi_align", "torchvision::roi_pool")

@@ -169,7 +169,12 @@ def _spec(engines: tuple[Engine, ...], target: Target, task: str) -> dict[str, A
         "target": target.to_dict(),
         "threads": target.threads,
         "engines": [
-            {"path": str(e.path.resolve()), "onnx": str(e.onnx.resolve()), "backend": e.backend}
+            {
+                "path": str(e.path.resolve()),
+                "onnx": str(e.onnx.resolve()),
+                "backend": e.backend,
+                "precision": e.precision,
+            }
             for e in engines
         ],
     }

@@ -25,7 +25,8 @@ def interleaved(
     """Open candidate and reference (twice, if the policy wants a control) and sample them."""
 
     def opener(engine: Engine) -> Session:
-        session = backend.open(engine, target)
+        own = replace(target, precision=engine.precision or target.precision)
+        session = backend.open(engine, own)
         session.prepare(random_feeds(session.inputs, seed=0))
         return session
 

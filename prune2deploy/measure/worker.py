@@ -63,7 +63,8 @@ def _end_with_parent(folders: Sequence[Path]) -> None:
 def _context(spec: Mapping[str, Any]) -> tuple[Target, Backend, list[Engine]]:
     target = Target.from_dict(spec["target"])
     engines = [
-        Engine(Path(e["path"]), Path(e["onnx"]), str(e["backend"]), 0.0) for e in spec["engines"]
+        Engine(Path(e["path"]), Path(e["onnx"]), str(e["backend"]), 0.0, None, str(e["precision"]))
+        for e in spec["engines"]
     ]
     return target, registry.for_target(target), engines
 

@@ -65,16 +65,24 @@ def to_channels(
         if len(whole) and left[np.isin(channel, whole)].any():
             gone.setdefault(name, set()).update(whole.tolist())
             left[np.isin(channel, whole)] = False
-    for place in np.flatnonzero(left):
-        owner = next(((n, c[place]) for n, c in free if c[place] >= 0), None)
-        if owner is None:
-            why = [reasons[n] for n, c in cover if c[place] >= 0 and reasons[n] is not None]
-            raise PruneError(
-                f"channel {place} has to stay: {why[0] if why else 'no axis holds it'}. Other "
-                "layers or the model's interface rely on it; leave it out"
-            )
-        gone.setdefault(owner[0], set()).add(int(owner[1]))
+    for place in np.flatnonzero(left).tolist():
+        name, number = _innermost(place, free, cover, reasons)
+        gone.setdefault(name, set()).add(number)
     return {name: np.array(sorted(channels)) for name, channels in gone.items()}
+
+
+def _innermost(
+    place: int, free: Cover, cover: Cover, reasons: Mapping[str, str | None]
+) -> tuple[str, int]:
+    """The prunable axis of the shortest runs at a position, and its channel there."""
+    for name, channel in free:
+        if channel[place] >= 0:
+            return name, int(channel[place])
+    why = [reasons[n] for n, c in cover if c[place] >= 0 and reasons[n] is not None]
+    raise PruneError(
+        f"channel {place} has to stay: {why[0] if why else 'nothing holds it'}. "
+        "Leave it out of the indices, or choose another layer"
+    )
 
 
 def to_positions(channels: Channels, channel: Channels) -> Channels:

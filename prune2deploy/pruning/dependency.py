@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,23 @@ EXPLICIT = frozenset({"model output"})
 History = list[Any]
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What ``build_dependency`` may be told besides how to run the model.
+
+    Attributes:
+        customized_pruners: Layer type or instance to the functions that prune it.
+        ignored_layers: Layers whose output channels stay.
+        ignored_params: Parameters that stay as they are.
+        verbose: Not needed.
+    """
+
+    customized_pruners: Mapping[Any, BasePruningFunc] | None = None
+    ignored_layers: Sequence[nn.Module] | None = None
+    ignored_params: Sequence[nn.Parameter] | None = None
+    verbose: bool = True
+
+
 class DependencyGraph:
     """Which layers of a model lose channels together."""
 
@@ -44,17 +62,14 @@ class DependencyGraph:
         self._open = 0
         self._kept: tuple[Graph, Builder] | None = None
 
-    def build_dependency(  # noqa: PLR0913,PLR0917  the interface offered
+    def build_dependency(
         self,
         model: nn.Module,
         example_inputs: Any,
         forward_fn: Callable[..., Any] | None = None,
         output_transform: Callable[..., Any] | None = None,
         unwrapped_parameters: Any = None,
-        customized_pruners: Mapping[Any, BasePruningFunc] | None = None,
-        ignored_layers: Sequence[nn.Module] | None = None,
-        ignored_params: Sequence[nn.Parameter] | None = None,
-        verbose: bool = True,
+        **settings: Any,
     ) -> DependencyGraph:
         """Trace a model.
 
@@ -65,10 +80,7 @@ class DependencyGraph:
             output_transform: Finds the tensors in outputs that are neither tensors nor lists,
                 tuples or mappings of them.
             unwrapped_parameters: Not needed: bare parameters are found with their dimensions.
-            customized_pruners: Layer type or instance to the functions that prune it.
-            ignored_layers: Layers whose output channels stay.
-            ignored_params: Parameters that stay as they are.
-            verbose: Not needed.
+            settings: Those of ``Settings``, by name.
 
         Returns:
             This graph.
@@ -76,9 +88,10 @@ class DependencyGraph:
         Raises:
             TraceError: the forward pass fails or has nothing to prune.
         """
-        for layer, pruner in (customized_pruners or {}).items():
+        given = Settings(**settings)
+        for layer, pruner in (given.customized_pruners or {}).items():
             self.register_customized_layer(layer, pruner)
-        self._ignored = [*(ignored_layers or ()), *(ignored_params or ())]
+        self._ignored = [*(given.ignored_layers or ()), *(given.ignored_params or ())]
         self.live = Live(model, example_inputs, forward_of(forward_fn, output_transform))
         return self
 

@@ -47,11 +47,13 @@ class _Backup:
     """Tables of every module as they were: references, nothing is copied."""
 
     tables: tuple[tuple[nn.Module, dict[str, Any], dict[str, Any], dict[str, Any]], ...]
+    forward: Any
 
     @staticmethod
     def of(model: nn.Module) -> _Backup:
         return _Backup(
-            tuple((m, dict(m._parameters), dict(m._buffers), _plain(m)) for m in model.modules())
+            tuple((m, dict(m._parameters), dict(m._buffers), _plain(m)) for m in model.modules()),
+            model.__dict__.get("forward"),
         )
 
     def restore(self) -> None:
@@ -59,6 +61,10 @@ class _Backup:
             module._parameters = parameters
             module._buffers = buffers
             module.__dict__.update(attributes)
+        model = self.tables[0][0]
+        model.__dict__.pop("forward", None)
+        if self.forward is not None:
+            model.__dict__["forward"] = self.forward
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:
@@ -85,6 +91,7 @@ class Live:
 
     def trace(self) -> None:
         """Trace the model as it is now."""
+        self._wide = False
         self.graph = trace(self.model, self.example, forward_fn=self.forward_fn)
         self.alive = {axis.name: np.arange(axis.size) for axis in self.graph.axes}
 
@@ -220,7 +227,7 @@ class Live:
             raise PruneError(
                 "its code holds widths as constants and forward_fn calls it indirectly"
             )
-        if not is_rewritten(self.model):
+        if not self._wide:
             now = _Backup.of(self.model)
             backup.restore()
             wide = with_batch(self.model, before)
@@ -230,6 +237,8 @@ class Live:
                 name: np.flatnonzero(np.isin(self._alive_before[name], channels))
                 for name, channels in self.alive.items()
             }
+            self._wide = True
+        if not is_rewritten(self.model):
             warnings.warn(
                 f"the code of {type(self.model).__name__} holds widths as constants: its forward "
                 "was replaced by the operators that were recorded, in the pruned widths. "

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from prune2deploy.pruning.group import Group
-from prune2deploy.pruning.importance import BATCHNORMS, TARGETS, GroupMagnitudeImportance
+from prune2deploy.pruning.magnitude import BATCHNORMS, TARGETS, GroupMagnitudeImportance
 from prune2deploy.pruning.pruner import BasePruner, ImportanceFn
 
 

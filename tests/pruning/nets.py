@@ -81,6 +81,22 @@ class Transformer(nn.Module):
         return self.head(x[:, 0])
 
 
+class Tied(nn.Module):
+    """The embedding is the classifier too."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(11, 8)
+        self.mix = nn.Linear(8, 16)
+        self.back = nn.Linear(16, 8)
+        self.out = nn.Linear(8, 11, bias=False)
+        self.out.weight = self.table.weight
+
+    def forward(self, x):
+        x = self.table(x)
+        return self.out(x + self.back(F.relu(self.mix(x))))
+
+
 def shapes(model):
     return {name: tuple(t.shape) for name, t in model.state_dict().items()}
 

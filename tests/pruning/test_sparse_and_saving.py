@@ -9,7 +9,7 @@ from torch import nn
 import prune2deploy.pruning as tp
 from prune2deploy.errors import ConfigError
 
-from .nets import Plain, Res, Transformer
+from .nets import Plain, Res, Tied, Transformer
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([1, 2, 3, 4])
@@ -116,16 +116,6 @@ def test_a_pruned_model_is_loaded_into_a_fresh_one_without_unpickling_code(model
 
 
 def test_names_that_share_a_tensor_share_it_after_loading():
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.table = nn.Embedding(7, 8)
-            self.out = nn.Linear(8, 7, bias=False)
-            self.out.weight = self.table.weight
-
-        def forward(self, x):
-            return self.out(self.table(x))
-
     tokens = torch.arange(3)[None]
     model = Tied()
     tp.pruner.BasePruner(
