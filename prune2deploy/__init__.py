@@ -6,8 +6,6 @@ The public names are loaded on first use, so that importing the package needs no
 from __future__ import annotations
 
 import importlib
-import sys
-import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -66,21 +64,6 @@ _HOME = {
     "prune_to_budget": "prune2deploy.api",
     "trace": "prune2deploy.api",
 }
-
-
-class _Package(types.ModuleType):
-    """This package, where ``prune`` is the function even after the module of that name is loaded.
-
-    Importing ``prune2deploy.prune`` would else replace the public function by the module, which
-    stays reachable as ``from prune2deploy.prune import apply``.
-    """
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in __all__ and isinstance(value, types.ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

@@ -28,7 +28,7 @@ from prune2deploy.plan.allocate import channels
 from prune2deploy.plan.choices import importance_curves
 from prune2deploy.plan.plan import Plan
 from prune2deploy.progress import Progress, silent
-from prune2deploy.prune import apply as apply_plan
+from prune2deploy.slicing import apply as apply_plan
 from prune2deploy.report.content import RunReport
 from prune2deploy.rundir import RunDir, free_name
 from prune2deploy.sweep import uniform_counts

@@ -23,7 +23,7 @@ from prune2deploy.lowering import Lowered, Wish
 from prune2deploy.parity import Parity
 from prune2deploy.plan.plan import Plan
 from prune2deploy.progress import Progress, Step
-from prune2deploy.prune import apply as apply_plan
+from prune2deploy.slicing import apply as apply_plan
 from prune2deploy.rundir import WORK, RunDir
 from prune2deploy.target import Target
 from prune2deploy.timing import OperatorTiming

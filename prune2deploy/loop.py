@@ -41,7 +41,7 @@ from prune2deploy.plan.allocate import Allocation, SmallestMisses, allocate, cha
 from prune2deploy.plan.choices import Problem, choices, importance_curves
 from prune2deploy.plan.latency_model import LatencyModel
 from prune2deploy.plan.probes import probes
-from prune2deploy.prune import apply as apply_plan
+from prune2deploy.slicing import apply as apply_plan
 from prune2deploy.recover.batchnorm import reestimate_batchnorm
 from prune2deploy.target import Target
 

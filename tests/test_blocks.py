@@ -10,7 +10,7 @@ from prune2deploy.capture import capture
 from prune2deploy.errors import PlanError
 from prune2deploy.graph import trace
 from prune2deploy.plan.plan import Plan
-from prune2deploy.prune import apply
+from prune2deploy.slicing import apply
 
 
 class Block(nn.Module):

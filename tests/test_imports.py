@@ -19,7 +19,7 @@ ORDER = [
     {"graph"},
     {"importance"},
     {"plan"},
-    {"prune", "capture", "spellings", "widths"},
+    {"slicing", "capture", "spellings", "widths"},
     {"recover"},
     {"export", "simplify", "precision", "parity", "activations", "quantize", "ranges"},
     {"backends", "lowering"},

@@ -36,7 +36,7 @@ from prune2deploy.measure import fingerprint, native_channel_multiple
 from prune2deploy.plan.latency_model import Build, fit
 from prune2deploy.plan.plan import Plan
 from prune2deploy.plan.probes import probes
-from prune2deploy.prune import apply
+from prune2deploy.slicing import apply
 from prune2deploy.timing import OperatorTiming
 
 PROBES, HELD, RUNS, ROUNDS = 6, 8, 30, 40

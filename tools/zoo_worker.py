@@ -27,7 +27,7 @@ from prune2deploy.errors import Prune2DeployError
 from prune2deploy.graph import Graph, trace
 from prune2deploy.graph.record import tensors_in
 from prune2deploy.plan.plan import Plan
-from prune2deploy.prune import apply
+from prune2deploy.slicing import apply
 
 TOLERANCE = 1e-3
 Result = dict[str, Any]

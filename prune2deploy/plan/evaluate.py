@@ -198,7 +198,7 @@ class Evaluator:
         rest = now / local.power[:, self.chosen[choice]]
         change = local.scatter @ (rest[:, None] * local.power - now[:, None])
         base = self._work[local.rows]
-        return np.asarray(base[:, :, None] + change.reshape(*base.shape, -1))
+        return np.asarray(base[:, :, None] + change.reshape(*base.shape, change.shape[-1]))
 
     def _local(self, choice: int) -> _Local:
         count = len(self.problem.choices)
@@ -269,8 +269,8 @@ def _collect(
         np.array(variables, dtype=np.int64).reshape(-1, degree),
         np.array([row for _, _, row in found], dtype=np.int64),
         np.array([row[0] for row in kept]).reshape(-1, 4),
-        np.array([_fill(row[4], builds, 0.0) for row in kept]).reshape(-1, builds, 3),
-        np.array([_fill(row[5], builds, np.nan) for row in kept]).reshape(-1, builds),
+        np.array([_fill(row[4], builds, 0.0) for row in kept]).reshape(len(kept), builds, 3),
+        np.array([_fill(row[5], builds, np.nan) for row in kept]).reshape(len(kept), builds),
         np.array([row[3] for row in kept], dtype=np.int64),
     )
     return limits, terms, constant

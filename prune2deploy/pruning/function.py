@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from prune2deploy.errors import PruneError
-from prune2deploy.prune import sliced
+from prune2deploy.slicing import sliced
 from prune2deploy.pruning.layers import (
     BasePruningFunc,
     ConvPruner,

@@ -24,7 +24,7 @@ from prune2deploy.graph.layout import Node
 from prune2deploy.graph.record import Forward
 from prune2deploy.graph.trace import trace, unwrap
 from prune2deploy.plan.plan import Plan
-from prune2deploy.prune import (
+from prune2deploy.slicing import (
     Kept,
     check_outputs,
     kept_positions,

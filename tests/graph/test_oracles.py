@@ -13,7 +13,7 @@ from torch import nn
 from prune2deploy.capture import capture
 from prune2deploy.graph import trace
 from prune2deploy.plan.plan import Plan
-from prune2deploy.prune import apply
+from prune2deploy.slicing import apply
 
 from .random_nets import network
 

@@ -11,7 +11,7 @@ from prune2deploy.graph import trace
 from prune2deploy.plan.latency_model import Build, fit
 from prune2deploy.plan.plan import Plan
 from prune2deploy.plan.probes import probes
-from prune2deploy.prune import apply
+from prune2deploy.slicing import apply
 
 pytestmark = pytest.mark.ort
 

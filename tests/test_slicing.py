@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from prune2deploy.errors import PlanError, PruneError, TraceError
 from prune2deploy.graph import trace
 from prune2deploy.plan.plan import Plan
-from prune2deploy.prune import apply, kept_positions, slice_tensors
+from prune2deploy.slicing import apply, kept_positions, slice_tensors
 
 
 def halves(graph):
