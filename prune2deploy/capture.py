@@ -132,18 +132,16 @@ class _Writer:
             given = tuple(example) if isinstance(example, list | tuple) else (example,)
             named = dict(zip(_parameter_names(source, len(given)), given, strict=True))
         for name, entry in named.items():
-            node = self.graph.placeholder(name)
-            if isinstance(entry, torch.Tensor):
-                dims = self.recording.values[self.recording.inputs[len(self.nodes)]].dims
-                if dims and dims[0].size > 1:
-                    number = self.recording.inputs[len(self.nodes)]
-                    self.varying.setdefault(id(find(dims[0])), (number, 0))
-            self._enter(entry, node)
+            self._enter(entry, self.graph.placeholder(name))
 
     def _enter(self, entry: Any, node: fx.Node) -> None:
         """Find the tensors of one argument, in the order in which they were recorded."""
         if isinstance(entry, torch.Tensor):
-            self.nodes[self.recording.inputs[len(self.nodes)]] = node
+            number = self.recording.inputs[len(self.nodes)]
+            self.nodes[number] = node
+            dims = self.recording.values[number].dims
+            if dims and dims[0].size > 1:
+                self.varying.setdefault(id(find(dims[0])), (number, 0))
         elif isinstance(entry, Mapping | list | tuple):
             keys = entry if isinstance(entry, Mapping) else range(len(entry))
             for key in keys:
@@ -230,9 +228,12 @@ class _Writer:
 
 
 def _keep_unused(module: fx.GraphModule, pruned: nn.Module, names: Iterable[str]) -> None:
-    """Register stored tensors that no operator reads, so that no key of the state is lost."""
-    kept = dict(_stored(module))
-    wanted = set(names)
+    """Give the state the keys that it had: unused tensors too, constants of the code not."""
+    wanted, kept = set(names), dict(_stored(module))
+    for name, _ in list(module.named_buffers(remove_duplicate=False)):
+        path, _, leaf = name.rpartition(".")
+        if name not in wanted or leaf in pruned.get_submodule(path)._non_persistent_buffers_set:
+            module.get_submodule(path)._non_persistent_buffers_set.add(leaf)
     for name, tensor in _stored(pruned):
         if name in kept or name not in wanted:
             continue

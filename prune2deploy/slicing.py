@@ -172,9 +172,11 @@ def update_attributes(module: nn.Module, recording: Recording, widths: Widths) -
             _follow_convolution(part, widths.of(symbols.get(name, {}).get("groups", ())))
         elif isinstance(part, nn.GroupNorm) and name in symbols:
             part.num_groups = widths.of(symbols[name].get("group", ())) or part.num_groups
-        elif isinstance(part, nn.LayerNorm | nn.RMSNorm) and name in symbols:
-            shape = symbols[name].get("normalized_shape")
-            if shape:
+        elif isinstance(part, nn.LayerNorm | nn.RMSNorm):
+            shape = symbols.get(name, {}).get("normalized_shape")
+            if part.weight is not None:
+                part.normalized_shape = tuple(part.weight.shape)
+            elif shape:
                 part.normalized_shape = tuple(widths.of((node,)) or 1 for node in shape)
 
 

@@ -86,7 +86,9 @@ def _expand(writer: Writer, operation: Operation) -> fx.Node:
 def _split(writer: Writer, operation: Operation) -> fx.Node:
     dim = given(operation, "dim")
     sizes = [writer.size(dims[dim]) for dims in operation.layouts]
-    return writer.call(torch.ops.aten.split_with_sizes.default, operation.args[0], sizes, dim)
+    unsafe = "unsafe" in operation.func._schema.name  # parts that may be written to in place
+    kind = torch.ops.aten.unsafe_split_with_sizes if unsafe else torch.ops.aten.split_with_sizes
+    return writer.call(kind.default, operation.args[0], sizes, dim)
 
 
 def _filled(writer: Writer, operation: Operation) -> fx.Node:
@@ -164,8 +166,13 @@ def _every_head(writer: Writer, operation: Operation, place: int) -> Argument:
 
 
 def _softmax(writer: Writer, operation: Operation) -> fx.Node:
-    log = "log" in operation.func._schema.name
-    return writer.call(torch.log_softmax if log else torch.softmax, *operation.args[:2])
+    name = operation.func._schema.name
+    x, dim = operation.args[:2]
+    result = writer.call(torch.log_softmax if "log" in name else torch.softmax, x, dim)
+    if "safe" in name:  # rows that are masked as a whole become zero
+        masked = writer.call(torch.all, writer.call(torch.eq, x, float("-inf")), dim, True)
+        return writer.call(torch.masked_fill, result, masked, 0.0)
+    return result
 
 
 def _max_pool(writer: Writer, operation: Operation) -> fx.Node:
@@ -240,7 +247,7 @@ SPELLINGS: dict[str, Callable[[Writer, Operation], Argument]] = {
         (("view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy"), _view),
         (("expand",), _expand),
         (("arange",), _arange),
-        (("split", "split_with_sizes", "unsafe_split"), _split),
+        (("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes"), _split),
         (
             ("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty"),
             _filled,
@@ -249,7 +256,7 @@ SPELLINGS: dict[str, Callable[[Writer, Operation], Argument]] = {
         (("native_layer_norm",), _layer_norm),
         (("native_group_norm",), _group_norm),
         (_ATTENTIONS, _attention),
-        (("_softmax", "_log_softmax"), _softmax),
+        (("_softmax", "_log_softmax", "_safe_softmax"), _softmax),
         (("max_pool2d_with_indices", "max_pool3d_with_indices"), _max_pool),
         (("_adaptive_avg_pool2d", "_adaptive_avg_pool3d"), _adaptive_pool),
         (("lift_fresh",), _identity),

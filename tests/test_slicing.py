@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from prune2deploy.errors import PlanError, PruneError, TraceError
+from prune2deploy.errors import PlanError, TraceError
 from prune2deploy.graph import trace
 from prune2deploy.plan.plan import Plan
 from prune2deploy.slicing import apply, kept_positions, slice_tensors
@@ -211,16 +211,19 @@ def test_a_model_that_returns_no_tensor_is_refused():
         trace(Silent(), torch.randn(1, 4))
 
 
-def test_nested_inputs_of_a_model_that_needs_capturing_are_refused_clearly():
+def test_nested_inputs_reach_a_captured_module():
     class Nested(nn.Module):
         def __init__(self):
             super().__init__()
             self.body = Embedded()
 
         def forward(self, batch):
-            return self.body(batch["x"])
+            return self.body(batch["x"]) + batch["more"][0]
 
-    model, batch = Nested().eval(), {"x": torch.randn(1, 4, 5)}
+    model = Nested().eval()
+    batch = {"x": torch.randn(1, 4, 5), "more": [torch.randn(1, 2)]}
     graph = trace(model, (batch,))
-    with pytest.raises(PruneError, match="'batch' is a dict"):
-        apply(model, graph, halves(graph))
+    pruned = apply(model, graph, halves(graph))
+    assert isinstance(pruned, torch.fx.GraphModule)
+    wide = {"x": torch.randn(3, 4, 5), "more": [torch.randn(3, 2)]}
+    assert pruned(wide).shape == (3, 2)

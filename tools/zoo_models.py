@@ -148,7 +148,7 @@ def _ultralytics_names() -> list[str]:
 def _ultralytics(name: str) -> Built:
     from prune2deploy.models import load
 
-    side = 64 if "-cls" in name else 160
+    side = 64 if "-cls" in name else 192
     loaded = load(name, input_size=(side, side))
     return loaded.module, loaded.example_inputs
 

@@ -10,7 +10,7 @@ from prune2deploy.capture import capture
 from prune2deploy.graph import trace
 from prune2deploy.graph.record import run, tensors_in
 from prune2deploy.plan.plan import Plan
-from prune2deploy.prune import apply
+from prune2deploy.slicing import apply
 
 from .structures import STRUCTURES, Recurrent, Through, Words
 

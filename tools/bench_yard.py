@@ -1,0 +1,186 @@
+"""What the budget benchmark measures with: builds beside one dense model, and two ways to search.
+
+In: a module, its inputs, a target. Out: measured latency ratios, of which each set of widths is
+measured once, because widths decide latency and weights do not. ``bisect`` is what a user of a
+library without a latency model does; ``correct`` is the cycle of this package's loop (fit,
+allocate, build, measure) for choices that the caller makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from prune2deploy import export, measure, simplify
+from prune2deploy.backends import registry
+from prune2deploy.backends.base import Engine
+from prune2deploy.graph import Graph, trace
+from prune2deploy.job import aim
+from prune2deploy.loop import fuller
+from prune2deploy.measure import Comparison
+from prune2deploy.plan.allocate import Allocation, SmallestMisses, allocate
+from prune2deploy.plan.choices import Choice, Problem
+from prune2deploy.plan.latency_model import Build, LatencyModel, fit
+from prune2deploy.plan.plan import Plan
+from prune2deploy.plan.probes import probes
+from prune2deploy.prune import apply
+from prune2deploy.target import Target
+
+FILL = 0.98  # of the wanted latency: what is measured between this and 1 is at equal latency
+WIDEST = 0.95  # highest pruning ratio that the bisection tries
+NUDGES, NUDGE = 12, 0.005
+Widths = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One build that was measured.
+
+    Attributes:
+        setting: Pruning ratio, for a bisection; counts per axis, for a plan.
+        share: Measured latency over the dense model's.
+        low: Lower end of its 95 % interval.
+        high: Upper end.
+        predicted: What a latency model had predicted, as such a share.
+    """
+
+    setting: float | Mapping[str, int]
+    share: float
+    low: float
+    high: float
+    predicted: float | None = None
+
+
+class Yard:
+    """Builds models for one target, and measures each beside the dense model.
+
+    Attributes:
+        graph: The dense model's graph.
+        builds: What the latency model is fitted on: baseline, probes, and what was measured.
+        measured: Sets of widths that were measured.
+    """
+
+    def __init__(
+        self, module: nn.Module, inputs: tuple[Tensor, ...], target: Target, folder: Path
+    ) -> None:
+        self.module, self.inputs, self.target, self.folder = module, inputs, target, folder
+        self.backend = registry.for_target(target)
+        self.multiple = target.channel_multiple or measure.native_channel_multiple()
+        self.graph = trace(module, inputs)
+        self.measured: dict[Widths, Comparison] = {}
+        self._engines: dict[Widths, Engine] = {}
+        self.base = self.engine(module)
+        self.base_ms = measure.single(self.base, target).latency.p50_ms
+        self.builds: list[Build] = []
+
+    def engine(self, module: nn.Module) -> Engine:
+        """Export, simplify and build; once per set of widths."""
+        key = widths(module)
+        if key not in self._engines:
+            folder = self.folder / str(len(self._engines))
+            exported = export.to_onnx(module.eval(), self.inputs, folder / "exported.onnx")
+            report = simplify.simplify(exported, folder / "model.onnx")
+            self._engines[key] = self.backend.build(report.path, self.target, folder / "engine")
+        return self._engines[key]
+
+    def compare(self, module: nn.Module) -> Comparison:
+        """Measure beside the dense model; once per set of widths."""
+        key = widths(module)
+        if key not in self.measured:
+            self.measured[key] = measure.compare(self.engine(module), self.base, self.target)
+        return self.measured[key]
+
+    def pruned(self, counts: Mapping[str, int]) -> nn.Module:
+        """The dense model with the first channels of every axis, for its latency alone."""
+        kept = {a: tuple(range(c)) for a, c in counts.items() if c < self.graph[a].size}
+        return apply(self.module, self.graph, Plan(kept), self.inputs) if kept else self.module
+
+    def learn(self, counts: Mapping[str, int], *, whole: bool) -> None:
+        """Profile a build for the latency model, with its measured latency where asked."""
+        module = self.pruned(counts)
+        profile = measure.profile(self.engine(module), self.target)
+        ms = self.base_ms * (self.compare(module).ratio if counts else 1.0) if whole else None
+        self.builds.append(Build(counts, profile, ms))
+
+    def probe(self, number: int) -> None:
+        """Profile the dense model and ``number`` random aligned plans."""
+        self.learn({}, whole=True)
+        for plan in probes(self.graph, number, multiple=self.multiple, seed=0):
+            self.learn(plan, whole=False)
+
+    def fit(self) -> LatencyModel:
+        """The latency model of everything learnt so far."""
+        return fit(self.graph, self.builds, multiple=self.multiple)
+
+
+def widths(module: nn.Module) -> Widths:
+    """The shapes of all parameters, which decide the latency."""
+    return tuple(tuple(p.shape) for p in module.parameters())
+
+
+def bisect(
+    make: Callable[[float], nn.Module], yard: Yard, limit: float, most: int = 8
+) -> list[Trial]:
+    """Halve the pruning ratio until a build lies in the window; at most ``most`` builds."""
+    low, high = 0.0, WIDEST
+    trials: list[Trial] = []
+    while len(trials) < most:
+        ratio = (low + high) / 2
+        seen = yard.compare(make(ratio))
+        trials.append(Trial(ratio, seen.ratio, *seen.ratio_ci95))
+        if FILL * limit <= seen.ratio <= limit:
+            break
+        low, high = (low, ratio) if seen.ratio < limit else (ratio, high)
+    return trials
+
+
+def correct(yard: Yard, among: tuple[Choice, ...], limit: float, most: int = 6) -> list[Trial]:
+    """Fit, allocate, build and measure until a build lies in the window."""
+    trials: list[Trial] = []
+    while len(trials) < most:
+        up = bool(trials) and trials[-1].share <= limit
+        found = _untried(yard, among, limit, trials, up=up)
+        if found is None:
+            break
+        if all(build.counts != found.counts for build in yard.builds):
+            yard.learn(found.counts, whole=True)
+        seen = yard.compare(yard.pruned(found.counts))
+        predicted = found.predicted_ms / yard.base_ms
+        trials.append(Trial(found.counts, seen.ratio, *seen.ratio_ci95, predicted))
+        if FILL * limit <= seen.ratio <= limit:
+            break
+    return trials
+
+
+def _untried(
+    yard: Yard, among: tuple[Choice, ...], limit: float, trials: Sequence[Trial], *, up: bool
+) -> Allocation | None:
+    model, limit_ms = yard.fit(), limit * yard.base_ms
+    target = aim(limit_ms, NUDGE)
+    for _ in range(NUDGES):
+        problem = Problem(yard.graph, model, among, target)
+        try:
+            found = allocate(problem)
+        except SmallestMisses:
+            return None
+        if up and found.predicted_ms < FILL * limit_ms:
+            near = [p for p in fuller(problem, found) if p.predicted_ms >= FILL * limit_ms]
+            found = max([*near], key=lambda p: p.objective) if near else found
+        if all(trial.setting != found.counts for trial in trials):
+            return found
+        target *= 1 + NUDGE if up else 1 - NUDGE
+    return None
+
+
+def delivered(trials: Sequence[Trial], limit: float) -> Trial | None:
+    """The slowest build that keeps the limit."""
+    met = [trial for trial in trials if trial.share <= limit]
+    return max(met, key=lambda trial: trial.share) if met else None
+
+
+def kept_counts(graph: Graph, counts: Mapping[str, int]) -> dict[str, int]:
+    """Only the axes that lose channels."""
+    return {name: count for name, count in counts.items() if count < graph[name].size}
