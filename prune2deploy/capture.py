@@ -153,6 +153,8 @@ class _Writer:
         self.nodes[call.outputs[0]] = self.graph.call_module(call.name, tuple(given))
 
     def _operator(self, operation: Operation) -> None:
+        if not operation.outputs:  # a question about values, answered when it was recorded
+            return
         name = operation.func._schema.name
         spelling = SPELLINGS.get(name, as_recorded)
         node = spelling(self, operation)

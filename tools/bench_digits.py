@@ -26,8 +26,8 @@ from prune2deploy.importance import score
 from prune2deploy.plan import sensitivity
 from prune2deploy.plan.allocate import channels
 from prune2deploy.plan.choices import choices, importance_curves
-from prune2deploy.prune import apply
 from prune2deploy.recover import FinetuneOptions, evaluate, finetune, reestimate_batchnorm
+from prune2deploy.slicing import apply
 
 SIDE, WIDTHS, BLOCKS = 16, (64, 128), (2, 2)
 TRAIN, FEW = 800, 512
@@ -107,12 +107,12 @@ def digits(seed: int) -> tuple[TensorDataset, TensorDataset]:
     pictures = torch.tensor(raw.images, dtype=torch.float32)[order, None] / 16
     labels = torch.tensor(np.asarray(raw.target), dtype=torch.int64)[order]
     draw = torch.rand(len(pictures), 4, generator=dice) * 2 - 1
-    angle, scale = 0.5 * draw[:, 0], 1 + 0.2 * draw[:, 1]
+    angle, scale = 0.35 * draw[:, 0], 1 + 0.15 * draw[:, 1]
     turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
-    matrix = torch.cat([turn * scale[:, None, None], 0.25 * draw[:, 2:, None]], 2)
+    matrix = torch.cat([turn * scale[:, None, None], 0.15 * draw[:, 2:, None]], 2)
     grid = F.affine_grid(matrix, [len(pictures), 1, SIDE, SIDE], align_corners=False)
     seen = F.grid_sample(pictures, grid, mode="bilinear", align_corners=False)
-    seen = seen + 0.35 * torch.randn(seen.shape, generator=dice)
+    seen = seen + 0.25 * torch.randn(seen.shape, generator=dice)
     return (
         TensorDataset(seen[:TRAIN], labels[:TRAIN]),
         TensorDataset(seen[TRAIN:], labels[TRAIN:]),

@@ -26,7 +26,7 @@ from prune2deploy.plan.choices import Choice, Problem
 from prune2deploy.plan.latency_model import Build, LatencyModel, fit
 from prune2deploy.plan.plan import Plan
 from prune2deploy.plan.probes import probes
-from prune2deploy.prune import apply
+from prune2deploy.slicing import apply
 from prune2deploy.target import Target
 
 FILL = 0.98  # of the wanted latency: what is measured between this and 1 is at equal latency

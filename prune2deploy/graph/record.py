@@ -8,7 +8,7 @@ everything that runs in Python can be recorded, whatever its control flow.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -304,13 +304,26 @@ def quiet(model: nn.Module) -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(False)
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _answered() if _meta(model) else nullcontext():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for module, attributes in saved:
             module.__dict__.clear()
             module.__dict__.update(attributes)
+
+
+class _answered(TorchDispatchMode):  # noqa: N801  read as a context
+    """Answers yes (or one) where code asks a tensor on ``meta``, which has no values, for one."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return True if args[0].dtype == torch.bool else 1
+        return func(*args, **(kwargs or {}))
+
+
+def _meta(model: nn.Module) -> bool:
+    return any(tensor.is_meta for _, tensor in _stored(model))
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 from torch import nn
 
 from prune2deploy.errors import PruneError
-from prune2deploy.slicing import sliced
 from prune2deploy.pruning.layers import (
     BasePruningFunc,
     ConvPruner,
@@ -22,6 +21,7 @@ from prune2deploy.pruning.layers import (
     cut,
     kept,
 )
+from prune2deploy.slicing import sliced
 
 
 class _PerChannel(BasePruningFunc):

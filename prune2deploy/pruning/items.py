@@ -218,8 +218,16 @@ class _Lookup:
         else:
             for place in to_positions(gone, channel).tolist():
                 self._places.setdefault(int(channel[place]), []).append(order[place])
+        self._single: Channels | None = None
+        if all(len(places) == 1 for places in self._places.values()):
+            self._single = np.zeros(int(gone.max(initial=-1)) + 1, dtype=np.int64)
+            for owner, places in self._places.items():
+                self._single[owner] = places[0]
 
     def __call__(self, channels: Channels) -> Channels:
+        """The root's listing for each channel; repeated ones go through theirs in turn."""
+        if self._single is not None:
+            return self._single[channels]
         seen: dict[int, int] = {}
         found = []
         for channel in channels.tolist():

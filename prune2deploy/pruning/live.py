@@ -24,6 +24,8 @@ from prune2deploy.graph.layout import Node
 from prune2deploy.graph.record import Forward
 from prune2deploy.graph.trace import trace, unwrap
 from prune2deploy.plan.plan import Plan
+from prune2deploy.pruning.decode import merged
+from prune2deploy.pruning.rewrite import is_rewritten, rewrite, with_batch
 from prune2deploy.slicing import (
     Kept,
     check_outputs,
@@ -32,8 +34,6 @@ from prune2deploy.slicing import (
     slice_tensors,
     update_attributes,
 )
-from prune2deploy.pruning.decode import merged
-from prune2deploy.pruning.rewrite import is_rewritten, rewrite, with_batch
 from prune2deploy.widths import Widths
 
 Channels = npt.NDArray[np.int64]

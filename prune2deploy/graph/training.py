@@ -1,0 +1,88 @@
+"""Branches that run only in training: auxiliary heads and the like.
+
+The recorded pass runs in evaluation mode. Where it leaves parameters unused, the model is run once
+more in training mode, and what that pass couples is added to the same terms, so that a pruned
+model still trains. The model's buffers and PyTorch's random state are put back. A model that
+cannot run this way (it wants labels, say) is left as the first pass showed it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from prune2deploy.graph import layout as algebra
+from prune2deploy.graph.record import Recorder, Recording, Ref, as_inputs, quiet, run, tensors_in
+
+
+def couple_training_branches(model: nn.Module, recorder: Recorder) -> None:
+    """Run ``model`` in training mode if evaluation left parameters unused; couple what it shows."""
+    recording = recorder.recording
+    if not _unused(recording):
+        return
+    example = twice(recording.example)
+    mark = recording.mark()
+    with quiet(model), _buffers_kept(model), torch.random.fork_rng():
+        model.train()
+        recorder.enter_inputs(as_inputs(example))
+        try:
+            with recorder:
+                result = run(model, example, recording.forward_fn)
+        except Exception:  # noqa: BLE001  the user's training code may ask for anything
+            result = None
+    for tensor in tensors_in(result):
+        algebra.freeze(recorder.value(tensor).dims, "model output in training")
+    recording.rewind(mark)
+
+
+def _unused(recording: Recording) -> bool:
+    """Whether some parameter takes part in no recorded operator."""
+    used: set[int] = set()
+    for operation in recording.operations:
+        used.update(_numbers((operation.args, operation.kwargs)))
+    return any(recording.stored[name] not in used for name in recording.parameters)
+
+
+def _numbers(tree: Any) -> Iterator[int]:
+    if isinstance(tree, Ref):
+        yield tree.number
+    elif isinstance(tree, Mapping):
+        for item in tree.values():
+            yield from _numbers(item)
+    elif isinstance(tree, list | tuple):
+        for item in tree:
+            yield from _numbers(item)
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    saved = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, copy in saved:
+            buffer.copy_(copy)
+
+
+def twice(example: Any) -> Any:
+    """The example inputs with a batch of two where it was one; unchanged where it was not."""
+    tensors = list(tensors_in(example))
+    if any(t.dim() == 0 or t.shape[0] != 1 for t in tensors):
+        return example
+    return map_tensors(example, lambda t: torch.cat([t, t]))
+
+
+def map_tensors(tree: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Nested arguments with every tensor changed."""
+    if isinstance(tree, torch.Tensor):
+        return change(tree)
+    if isinstance(tree, Mapping):
+        return {key: map_tensors(item, change) for key, item in tree.items()}
+    if isinstance(tree, list | tuple):
+        items = [map_tensors(item, change) for item in tree]
+        return items if isinstance(tree, list) else tuple(items)
+    return tree
