@@ -68,6 +68,7 @@ class Extras(TypedDict, total=False):
         batches: Calibration data: an iterable with a length of (inputs tuple, labels or None).
         percentile: That ``budget_ms`` is for: 50, 95 or 99.
         max_builds: Engine builds allowed besides the baseline (9).
+        cache: Use timings of earlier runs on the device, and keep those of this one (True).
         seed: Of random plans (0).
         run_dir: Where to write; ``runs/...`` in the working folder unless given.
         resume: Go on with the run that ``run_dir`` holds.
@@ -79,6 +80,7 @@ class Extras(TypedDict, total=False):
     batches: Any
     percentile: int
     max_builds: int
+    cache: bool
     seed: int
     run_dir: Path | str
     resume: bool
@@ -176,6 +178,7 @@ def prune_to_budget(
         ModelOptions(name, precision=extras.get("precision"), seed=extras.get("seed", 0)),
         importance=config.one_of("importance", extras.get("importance", "l2"), NAMES),
         max_builds=extras.get("max_builds", 9),
+        cache=extras.get("cache", True),
     )
     profile = targets.load(target)
     label = f"{name}-{profile.name}-{options.budget.label}"

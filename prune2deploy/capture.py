@@ -20,16 +20,10 @@ from torch import fx, nn
 from prune2deploy.errors import TraceError
 from prune2deploy.graph.axes import Graph
 from prune2deploy.graph.build import build
+from prune2deploy.graph.calling import tensors_in, twice
 from prune2deploy.graph.layout import CAT, LEAF, Layout, Node, find, leaves
-from prune2deploy.graph.record import (
-    ModuleCall,
-    Operation,
-    Recording,
-    Ref,
-    Struct,
-    record,
-    tensors_in,
-)
+from prune2deploy.graph.record import record
+from prune2deploy.graph.recording import ModuleCall, Operation, Recording, Ref, Struct
 from prune2deploy.graph.rules import VARYING
 from prune2deploy.plan.plan import Plan
 from prune2deploy.spellings import FIRST_ONLY, SPELLINGS, Argument, as_recorded
@@ -61,26 +55,15 @@ def capture(
 def with_batch(source: nn.Module, graph: Graph) -> Graph:
     """Trace again with a doubled batch, unless that changes what is recorded."""
     recording: Recording = graph.recording
-    tensors = list(tensors_in(recording.example))
-    if any(t.dim() == 0 or t.shape[0] != 1 for t in tensors):
+    doubled = twice(recording.example)
+    if doubled is recording.example:
         return graph
-    doubled = _map_tensors(recording.example, lambda t: torch.cat([t, t]))
     try:
         wider = build(record(source, doubled, recording.forward_fn))
     except TraceError:
         return graph
     same = [(a.name, a.size) for a in wider.axes] == [(a.name, a.size) for a in graph.axes]
     return wider if same else graph
-
-
-def _map_tensors(tree: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    if isinstance(tree, torch.Tensor):
-        return change(tree)
-    if isinstance(tree, Mapping):
-        return {key: _map_tensors(item, change) for key, item in tree.items()}
-    if isinstance(tree, list | tuple):
-        return tuple(_map_tensors(item, change) for item in tree)
-    return tree
 
 
 class _Writer:

@@ -110,6 +110,7 @@ def _run_arguments(to: argparse.ArgumentParser) -> None:
         help="top-1 accuracy that int8 may cost; needs labelled data",
     )
     to.add_argument("--max-builds", type=int, default=9, metavar="N", help="besides the baseline")
+    to.add_argument("--no-cache", action="store_true", help="forget timings of earlier runs")
     _output_arguments(to)
 
 

@@ -62,6 +62,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> Reply:
         arguments.finetune,
         arguments.max_builds,
         max_drop=arguments.max_drop,
+        cache=not arguments.no_cache,
     )
     target, _ = usable(options.target)
     folder = _folder(

@@ -113,6 +113,7 @@ class RunOptions:
         probes: Of these, random plans that the latency model is fitted on.
         max_drop: Largest top-1 accuracy to lose to int8, as a fraction of 1; ``None`` has the
             difference of the outputs decide.
+        cache: Whether timings of earlier runs on the device are used, and those of this one kept.
     """
 
     budget: Budget
@@ -124,6 +125,7 @@ class RunOptions:
     max_builds: int = 9
     probes: int = 3
     max_drop: float | None = None
+    cache: bool = True
 
     def __post_init__(self) -> None:
         _at_least("--max-builds", self.max_builds, 1)
@@ -146,6 +148,7 @@ class RunOptions:
         """Plain values that must agree for one run to go on from another."""
         found = json.loads(json.dumps(asdict(self), default=str))
         del found["max_builds"]  # more builds than before is a reason to go on, not an obstacle
+        del found["cache"]  # what was recalled is in the journal
         return dict(found)
 
 

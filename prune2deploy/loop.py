@@ -17,15 +17,12 @@ recovered once, on the plan that was found, and the recovered model is built and
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
 
-from prune2deploy import candidate, measure, payoff
+from prune2deploy import candidate, measure, payoff, planning, recall
 from prune2deploy.backends import registry
 from prune2deploy.calibration import notices, require
 from prune2deploy.candidate import Built, Workshop
@@ -37,17 +34,15 @@ from prune2deploy.job import Attempt, Baseline, Job, Outcome, aim, best, judge
 from prune2deploy.measure import Comparison, Measurement
 from prune2deploy.payoff import Payoff
 from prune2deploy.plan import latency_model
-from prune2deploy.plan.allocate import Allocation, SmallestMisses, allocate, channels
+from prune2deploy.plan.allocate import channels
 from prune2deploy.plan.choices import Problem, choices, importance_curves
+from prune2deploy.plan.costs import Point
 from prune2deploy.plan.latency_model import LatencyModel
 from prune2deploy.plan.probes import probes
+from prune2deploy.planning import Question, Wanted
 from prune2deploy.slicing import apply as apply_plan
 from prune2deploy.recover.batchnorm import reestimate_batchnorm
 from prune2deploy.target import Target
-
-NUDGES = 12  # times that the aim is moved to find a plan that was not tried before
-NUDGE = 0.005
-HELD = 6  # axes held wider in turn to fill a budget
 
 
 def prune_to_budget(job: Job, options: RunOptions) -> Outcome:
@@ -123,18 +118,16 @@ def measure_baseline(shop: Workshop) -> Baseline:
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """Counts to try next, as the journal keeps them.
+class Recalled:
+    """What earlier runs left for this one, as the journal keeps it.
 
     Attributes:
-        counts: Kept channels per axis.
-        predicted_ms: Predicted latency in baseline milliseconds.
-        floor: Whether it is the smallest plan there is.
+        builds: Builds of this model; ``measured_ms`` is a multiple of the unpruned model's.
+        points: Timings of operators that this model shares with others.
     """
 
-    counts: Mapping[str, int]
-    predicted_ms: float
-    floor: bool = False
+    builds: tuple[latency_model.Build, ...] = ()
+    points: tuple[Point, ...] = ()
 
 
 class Search:
@@ -151,6 +144,9 @@ class Search:
         self.floor_missed = False
         self.notes = list(notices(job.batches))
         self.paid: Payoff | None = None
+        here = recall.context(shop.target, shop.backend)
+        self.timings = recall.Timings(recall.folder() if options.cache else None, here)
+        self.recalled = Recalled()
 
     def unpruned(self) -> None:
         """Where the budget is in milliseconds, see first whether the model as it is meets it."""
@@ -186,7 +182,9 @@ class Search:
         self.choices = choices(
             self.graph, importance_curves(self.graph, self.scores), multiple=self.multiple
         )
-        wanted = max(0, min(self.options.probes, self.builds_left - 1))
+        self._recall()
+        known = len({tuple(sorted(b.counts.items())) for b in self.recalled.builds})
+        wanted = max(0, min(self.options.probes - known, self.builds_left - 1))
         seed = self.options.model.seed
         drawn = probes(self.graph, wanted, multiple=self.multiple, seed=seed)
         for number, counts in enumerate(drawn, start=1):
@@ -195,6 +193,22 @@ class Search:
             )
             candidate.profile(self.shop, built)
             self.probes.append(built)
+        self._keep()
+
+    def _recall(self) -> None:
+        """Take over what earlier runs of this model measured on this device, if anything."""
+        journal = self.shop.run.journal
+        self.recalled = journal.once(
+            "recalled", Recalled, lambda: Recalled(self.timings.builds(self.graph))
+        )
+        if self.recalled.builds:
+            self.notes.append(
+                f"{len(self.recalled.builds)} builds of earlier runs on this device were recalled"
+            )
+
+    def _keep(self) -> None:
+        """Add what this run has built to what later ones may recall."""
+        self.timings.keep(self.graph, self._builds(), self.baseline.p50_ms, self.multiple)
 
     def correct(self) -> None:
         """Allocate, build, measure and learn until the budget is met and filled."""
@@ -209,7 +223,9 @@ class Search:
             attempt = self._measure(built, wanted.predicted_ms)
             self.attempts.append(attempt)
             self.floor_missed = wanted.floor and attempt.verdict != "met"
+            self._keep()
         self._learn()
+        self.notes += self.timings.notes
 
     def _learn(self) -> None:
         """Fit the latency model on everything that was profiled and measured.
@@ -217,17 +233,26 @@ class Search:
         One profile alone cannot tell which axis an operator's width belongs to; the whole
         model's latency by its multiply-accumulates has to do until there is a second.
         """
+        base, recalled = self.baseline, self.recalled.builds
+        builds = self._builds()
+        if len(builds) + len(recalled) == 1:
+            builds = [replace(builds[0], profile=())]
+        for build in recalled:
+            share = build.measured_ms
+            builds.append(replace(build, measured_ms=share and share * base.p50_ms))
+        self.model = latency_model.fit(self.graph, builds, multiple=self.multiple)
+
+    def _builds(self) -> list[latency_model.Build]:
+        """Everything that this run has profiled, the unpruned model first."""
         base = self.baseline
-        enough = bool(self.probes or self.attempts)
-        builds = [latency_model.Build({}, base.profile if enough else (), base.p50_ms)]
+        builds = [latency_model.Build({}, base.profile, base.p50_ms)]
         builds += [
             latency_model.Build(b.plan.counts, candidate.profile(self.shop, b)) for b in self.probes
         ]
-        builds += [
+        return builds + [
             latency_model.Build(a.built.plan.counts, a.profile, a.comparison.ratio * base.p50_ms)
             for a in self.attempts
         ]
-        self.model = latency_model.fit(self.graph, builds, multiple=self.multiple)
 
     def _limit(self) -> float:
         """The budget for the median in baseline milliseconds, as of the last session."""
@@ -257,37 +282,11 @@ class Search:
     def _allocate(self) -> Wanted | None:
         """The best plan that was not tried; ``None`` when there is no other worth a build."""
         assert self.model is not None
-        limit, tried = self._limit(), [a.built.plan.counts for a in self.attempts]
-        target = aim(limit, self._half_width())
+        limit = self._limit()
+        problem = Problem(self.graph, self.model, self.choices, limit)
+        tried = [a.built.plan.counts for a in self.attempts]
         up = bool(self.attempts) and self.attempts[-1].verdict == "met"
-        for _ in range(NUDGES):
-            if self.model.operator_budget_ms(target) <= 0:  # what no operator takes is too long
-                return self._smallest(tried)
-            problem = Problem(self.graph, self.model, self.choices, target)
-            try:
-                found = allocate(problem)
-            except SmallestMisses as floor:
-                smallest = Wanted(floor.counts, floor.floor_ms, floor=True)
-                return None if _pruned(self.graph, floor.counts) in tried else smallest
-            if up and found.predicted_ms < FILL * limit:
-                near = fuller(problem, found)
-                enough = [plan for plan in near if plan.predicted_ms >= FILL * limit]
-                if enough:
-                    found = max(enough, key=lambda plan: plan.objective)
-            if _pruned(self.graph, found.counts) not in tried:
-                return Wanted(found.counts, found.predicted_ms)
-            target *= 1 + NUDGE if up else 1 - NUDGE
-            if target > limit:
-                return None
-        return None
-
-    def _smallest(self, tried: list[dict[str, int]]) -> Wanted | None:
-        """The narrowest width of every choice, unless it was tried."""
-        assert self.model is not None
-        counts = {axis: int(c.options[0]) for c in self.choices for axis in c.axes}
-        if _pruned(self.graph, counts) in tried:
-            return None
-        return Wanted(counts, self.model.predict(counts), floor=True)
+        return planning.propose(Question(problem, aim(limit, self._half_width()), tried, up))
 
     def _half_width(self) -> float:
         """Half-width to expect of the next interval, as a fraction."""
@@ -364,31 +363,3 @@ class Search:
             self.shop.run.journal.write(key, None)
         built = candidate.build_module(self.shop, number, found.built.plan, module.eval())
         return module, self._measure(built, found.predicted_ms)
-
-
-def fuller(problem: Problem, found: Allocation) -> list[Allocation]:
-    """Plans near the worthiest one that use more of the budget than it does.
-
-    Wide steps of one costly axis can leave a gap below the budget that no worthier plan fills.
-    Each of the costliest axes is therefore held one step wider in turn, and the others give way.
-    """
-    steps = []
-    for number, choice in enumerate(problem.choices):
-        wider = choice.options > found.counts[choice.axes[0]]
-        if wider.any():
-            width = int(choice.options[wider][0])
-            cost = problem.model.predict({**found.counts, **dict.fromkeys(choice.axes, width)})
-            steps.append((cost, number, wider))
-    plans = []
-    for _, number, wider in sorted(steps, key=lambda s: -s[0])[:HELD]:
-        held = list(problem.choices)
-        choice = held[number]
-        held[number] = replace(choice, options=choice.options[wider], worth=choice.worth[wider])
-        with contextlib.suppress(SmallestMisses):
-            plans.append(allocate(replace(problem, choices=tuple(held))))
-    return [plan for plan in plans if plan.predicted_ms > found.predicted_ms]
-
-
-def _pruned(graph: Any, counts: Mapping[str, int]) -> dict[str, int]:
-    """Only the axes that lose channels, as plans name them."""
-    return {name: count for name, count in counts.items() if count < graph[name].size}

@@ -23,16 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from prune2deploy.capture import capture
 from prune2deploy.errors import PruneError
 from prune2deploy.graph.axes import Graph
+from prune2deploy.graph.calling import Forward, quiet, run, tensors_in
 from prune2deploy.graph.layout import find
-from prune2deploy.graph.record import (
-    Forward,
-    Operation,
-    Recording,
-    Ref,
-    quiet,
-    run,
-    tensors_in,
-)
+from prune2deploy.graph.recording import Operation, Recording, Ref
 from prune2deploy.graph.rules import VARYING
 from prune2deploy.graph.trace import unwrap
 from prune2deploy.plan.plan import Plan

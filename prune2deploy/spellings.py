@@ -14,7 +14,7 @@ from torch import fx
 from torch.nn import functional as F
 
 from prune2deploy.graph.layout import Layout, Node, factors, find, prod
-from prune2deploy.graph.record import Operation, Recording, Ref
+from prune2deploy.graph.recording import Operation, Recording, Ref
 
 Argument = Any
 

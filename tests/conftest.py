@@ -6,6 +6,12 @@ import pytest
 from prune2deploy import target
 
 
+@pytest.fixture(autouse=True)
+def no_cache_of_the_users(monkeypatch):
+    """Tests that want a cache of timings name a folder of their own."""
+    monkeypatch.setenv("PRUNE2DEPLOY_CACHE", "off")
+
+
 @pytest.fixture
 def make_target(tmp_path):
     """Write a profile and load it."""

@@ -26,7 +26,7 @@ ORDER = [
     {"measure"},
     {"journal", "rundir"},
     {"report"},
-    {"loop", "job", "sweep", "candidate", "summary", "inspection", "lowering", "payoff"},
+    {"loop", "job", "sweep", "candidate", "summary", "inspection", "lowering", "payoff", "recall"},
     {"pruning"},
     {"api", "cli", "commands", "console", "__init__", "__main__"},
 ]

@@ -227,3 +227,47 @@ def test_nested_inputs_reach_a_captured_module():
     assert isinstance(pruned, torch.fx.GraphModule)
     wide = {"x": torch.randn(3, 4, 5), "more": [torch.randn(3, 2)]}
     assert pruned(wide).shape == (3, 2)
+
+
+class Auxiliary(nn.Module):
+    """A second head that runs in training only."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.head, self.extra = nn.Linear(8, 2), nn.Linear(8, 2)
+
+    def forward(self, x):
+        x = self.norm(self.stem(x)).mean((2, 3))
+        return (self.head(x), self.extra(x)) if self.training else self.head(x)
+
+
+def test_branches_that_run_in_training_only_are_pruned_along():
+    model, x = Auxiliary().eval(), torch.randn(1, 3, 6, 6)
+    buffers, state = copy.deepcopy(list(model.buffers())), torch.get_rng_state()
+    graph = trace(model, x)
+    assert all(torch.equal(a, b) for a, b in zip(buffers, model.buffers(), strict=True))
+    assert torch.equal(state, torch.get_rng_state())
+    assert [layer.name for layer in graph.layers] == ["stem", "head"]
+    pruned = apply(model, graph, halves(graph)).train()
+    assert pruned.extra.in_features == 4
+    main, extra = pruned(torch.randn(2, 3, 6, 6))
+    (main.sum() + extra.sum()).backward()
+    assert pruned.extra.weight.grad is not None
+
+
+def test_parameters_that_nothing_uses_stay_and_do_no_harm():
+    class Idle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.idle = nn.Linear(4, 6), nn.Linear(6, 2), nn.Linear(3, 3)
+
+        def forward(self, x, labels=None):
+            assert not self.training or labels is not None, "training needs labels"
+            return self.b(self.a(x).relu())
+
+    model, x = Idle(), torch.randn(1, 4)
+    graph = trace(model, x)
+    pruned = apply(model, graph, Plan({"a": (0, 1)}))
+    assert pruned.eval()(x).shape == (1, 2)
+    assert pruned.idle.weight.shape == (3, 3)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from prune2deploy.capture import capture
 from prune2deploy.errors import Prune2DeployError
 from prune2deploy.graph import Graph, trace
-from prune2deploy.graph.record import tensors_in
+from prune2deploy.graph.calling import tensors_in
 from prune2deploy.plan.plan import Plan
 from prune2deploy.slicing import apply
 
@@ -169,9 +169,7 @@ def _eval(model: nn.Module, pruned: nn.Module, example: Any) -> bool:
     return True
 
 
-def _same_ranks_and_shapes(
-    before: list[Tensor], after: list[Tensor], example: Any
-) -> None:
+def _same_ranks_and_shapes(before: list[Tensor], after: list[Tensor], example: Any) -> None:
     """Shapes agree, in dimensions that do not depend on the values of the input."""
     if len(before) != len(after):
         raise CheckFailed(f"{len(after)} outputs, expected {len(before)}")

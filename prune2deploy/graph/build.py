@@ -13,7 +13,7 @@ import numpy.typing as npt
 from prune2deploy.errors import TraceError
 from prune2deploy.graph.axes import Axis, Block, Graph, Layer, Member, Polynomial
 from prune2deploy.graph.layout import CAT, LEAF, Layout, Node, find, freeze, tie_root
-from prune2deploy.graph.record import Recording
+from prune2deploy.graph.recording import Recording
 from prune2deploy.graph.rules import KERNEL
 
 Positions = list[tuple[Node, npt.NDArray[np.int64]]]

@@ -7,9 +7,8 @@ everything that runs in Python can be recorded, whatever its control flow.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -19,119 +18,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from prune2deploy.errors import TraceError
 from prune2deploy.graph import layout as algebra
 from prune2deploy.graph import rules_layers, rules_pick, rules_shape, rules_space  # noqa: F401  fill the table
+from prune2deploy.graph.calling import (
+    Forward,
+    Inputs,
+    as_inputs,
+    items_of,
+    quiet,
+    run,
+    stored_tensors,
+    tensors_in,
+)
 from prune2deploy.graph.layout import Layout, leaf
+from prune2deploy.graph.recording import Contraction, ModuleCall, Operation, Recording, Ref, Struct
 from prune2deploy.graph.rules import Call, Value, apply_rule
-
-Inputs = tuple[Any, ...] | dict[str, Any]
-Forward = Callable[[nn.Module, Any], Any]
-
-
-@dataclass(frozen=True)
-class Ref:
-    """Stands for a recorded value where an operator's arguments held a tensor."""
-
-    number: int
-
-
-class Struct(dict[str, Any]):
-    """Stands for a result of a class of its own that is made from keywords."""
-
-    def __init__(self, items: Any, *, kind: type) -> None:
-        super().__init__(items)
-        self.kind = kind
-
-
-@dataclass(frozen=True, eq=False)
-class Operation:
-    """One recorded operator call.
-
-    Attributes:
-        func: The ATen overload.
-        args: Its arguments, tensors replaced by ``Ref``.
-        kwargs: Likewise.
-        outputs: Value numbers of the tensors that it returned, in order.
-        layouts: The layout of each at this point.
-        scope: Module path that was running.
-        symbols: Number arguments that are widths: one term, or one per entry of a list.
-    """
-
-    func: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    outputs: tuple[int, ...]
-    layouts: tuple[Layout, ...]
-    scope: str
-    symbols: Mapping[str, Layout]
-
-
-@dataclass(frozen=True, eq=False)
-class ModuleCall:
-    """One call of a module: its operators are ``first`` to ``last`` (exclusive)."""
-
-    name: str
-    module: nn.Module
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    first: int
-    last: int
-    plain: bool
-
-
-@dataclass(eq=False)
-class Recording:
-    """Everything that one forward pass showed.
-
-    Attributes:
-        values: Recorded tensors by number.
-        operations: Operator calls in order.
-        calls: Module calls in the order in which they ended.
-        inputs: Value numbers of the example inputs (tensors only, in tree order).
-        outputs: The model's result with tensors replaced by ``Ref``.
-        stored: Value number of every parameter and buffer name (tied names share one).
-        unknown: Operators without a rule and how often each was met.
-        ties: Pairs of dimensions that must keep equally many channels.
-        contractions: Per contracting operator: name, kind, weight, and its layouts.
-        axis_names: Identity of a leaf to the name of its axis, once the graph is built.
-        example: The example inputs and the function that called the model, to run it again.
-        roles: Per stored tensor and dimension: ``out`` where a contraction makes channels there,
-            ``in`` where it consumes them.
-    """
-
-    values: list[Value] = field(default_factory=list)
-    operations: list[Operation] = field(default_factory=list)
-    calls: list[ModuleCall] = field(default_factory=list)
-    inputs: tuple[int, ...] = ()
-    outputs: Any = None
-    stored: dict[str, int] = field(default_factory=dict)
-    parameters: frozenset[str] = frozenset()
-    unknown: dict[str, int] = field(default_factory=dict)
-    ties: list[tuple[algebra.Node, algebra.Node]] = field(default_factory=list)
-    contractions: list[Contraction] = field(default_factory=list)
-    roles: dict[tuple[str, int], str] = field(default_factory=dict)
-    axis_names: dict[int, str] = field(default_factory=dict)
-    example: Any = None
-    forward_fn: Forward | None = None
-
-    def spans(self, removed: Sequence[str]) -> dict[int, ModuleCall]:
-        """The call of each named block by its first operator."""
-        return {call.first: call for call in self.calls if call.name in removed}
-
-    def without(self, removed: Sequence[str]) -> list[Operation]:
-        """The operators that remain when the named blocks are taken out."""
-        gone = {i for call in self.spans(removed).values() for i in range(call.first, call.last)}
-        return [op for place, op in enumerate(self.operations) if place not in gone]
-
-
-@dataclass(frozen=True, eq=False)
-class Contraction:
-    """A convolution, linear layer or matrix product: ``macs`` multiplies the layouts given."""
-
-    name: str
-    kind: str
-    weight: str | None
-    in_width: Layout
-    out_width: Layout
-    macs: Layout
+from prune2deploy.graph.training import couple_training_branches
 
 
 class Recorder(TorchDispatchMode):
@@ -157,7 +57,7 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _store(self, model: nn.Module) -> None:
-        for name, tensor in _stored(model):
+        for name, tensor in stored_tensors(model):
             number = self._numbers.get(id(tensor))
             if number is None:
                 dims = tuple(leaf(n) for n in tensor.shape)
@@ -207,7 +107,7 @@ class Recorder(TorchDispatchMode):
             items = {key: self.refer(item) for key, item in tree.items()}
             return items if type(tree) is dict else Struct(items, kind=type(tree))
         if is_dataclass(tree) and not isinstance(tree, type):
-            return Struct(((k, self.refer(v)) for k, v in _fields(tree)), kind=type(tree))
+            return Struct(((k, self.refer(v)) for k, v in items_of(tree)), kind=type(tree))
         return tree
 
     def _add(self, tensor: torch.Tensor, value: Value) -> int:
@@ -268,89 +168,6 @@ class Recorder(TorchDispatchMode):
         self.recording.calls.append(ModuleCall(name, module, given, made, first, last, plain))
 
 
-def _stored(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
-
-
-def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
-    """Every tensor of nested lists, tuples, dicts and dataclass-like mappings, in order."""
-    if isinstance(tree, torch.Tensor):
-        yield tree
-    elif isinstance(tree, Mapping):
-        for item in tree.values():
-            yield from tensors_in(item)
-    elif isinstance(tree, list | tuple):
-        for item in tree:
-            yield from tensors_in(item)
-    elif is_dataclass(tree) and not isinstance(tree, type):
-        for _, item in _fields(tree):
-            yield from tensors_in(item)
-
-
-def _fields(tree: Any) -> list[tuple[str, Any]]:
-    return [(entry.name, getattr(tree, entry.name)) for entry in fields(tree)]
-
-
-@contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients or fused attention fast path; all restored on leaving.
-
-    Attributes that the forward pass sets (caches of anchors, masks, positions) are set back too:
-    the model is left as it was, and each later pass sees what the first one saw.
-    """
-    saved = [(module, _attributes(module)) for module in model.modules()]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    model.eval()
-    try:
-        with torch.no_grad(), _answered() if _meta(model) else nullcontext():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for module, attributes in saved:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-
-
-class _answered(TorchDispatchMode):  # noqa: N801  read as a context
-    """Answers yes (or one) where code asks a tensor on ``meta``, which has no values, for one."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            return True if args[0].dtype == torch.bool else 1
-        return func(*args, **(kwargs or {}))
-
-
-def _meta(model: nn.Module) -> bool:
-    return any(tensor.is_meta for _, tensor in _stored(model))
-
-
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    """A module's attributes, its tables of tensors and children copied."""
-    tables = ("_parameters", "_buffers", "_modules")
-    return {
-        name: value.copy() if name in tables else value for name, value in module.__dict__.items()
-    }
-
-
-def run(model: nn.Module, example: Any, forward_fn: Forward | None = None) -> Any:
-    """Call with ``forward_fn``, with keywords when the inputs are a dict, else positionally."""
-    if forward_fn is not None:
-        return forward_fn(model, example)
-    inputs = as_inputs(example)
-    return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
-
-
-def as_inputs(example: Any) -> Inputs:
-    """One tensor, a tuple or list of arguments, or a dict of keywords, as call arguments."""
-    if isinstance(example, Mapping):
-        return dict(example)
-    if isinstance(example, list | tuple):
-        return tuple(example)
-    return (example,)
-
-
 def record(model: nn.Module, example: Any, forward_fn: Forward | None = None) -> Recording:
     """Run ``model`` once on ``example`` and record what it does.
 
@@ -384,5 +201,6 @@ def record(model: nn.Module, example: Any, forward_fn: Forward | None = None) ->
             f"{type(model).__name__} returned {type(result).__name__}, which holds no tensor; "
             "expected a tensor, or a tuple, list or dict of tensors"
         )
+    couple_training_branches(model, recorder)
     recorder.leave_outputs(result)
     return recorder.recording

@@ -8,7 +8,8 @@ from torch import nn
 
 from prune2deploy.graph.axes import Graph
 from prune2deploy.graph.build import build
-from prune2deploy.graph.record import Forward, record
+from prune2deploy.graph.calling import Forward
+from prune2deploy.graph.record import record
 
 
 def trace(model: nn.Module, example_inputs: Any, *, forward_fn: Forward | None = None) -> Graph:

@@ -8,15 +8,33 @@ cannot run this way (it wants labels, say) is left as the first pass showed it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from prune2deploy.graph import layout as algebra
-from prune2deploy.graph.record import Recorder, Recording, Ref, as_inputs, quiet, run, tensors_in
+from prune2deploy.graph.calling import as_inputs, quiet, run, tensors_in, twice
+from prune2deploy.graph.recording import Recording, Ref
+from prune2deploy.graph.rules import Value
+
+
+class Recorder(Protocol):
+    """What this needs of the recorder: a context in which operators are recorded."""
+
+    recording: Recording
+
+    def enter_inputs(self, inputs: Any) -> None:
+        """Give every input tensor frozen dimensions."""
+
+    def value(self, tensor: torch.Tensor) -> Value:
+        """The recorded value of a tensor."""
+
+    def __enter__(self) -> Any: ...
+
+    def __exit__(self, *error: Any) -> Any: ...
 
 
 def couple_training_branches(model: nn.Module, recorder: Recorder) -> None:
@@ -25,7 +43,7 @@ def couple_training_branches(model: nn.Module, recorder: Recorder) -> None:
     if not _unused(recording):
         return
     example = twice(recording.example)
-    mark = recording.mark()
+    mark, inputs = recording.mark(), recording.inputs
     with quiet(model), _buffers_kept(model), torch.random.fork_rng():
         model.train()
         recorder.enter_inputs(as_inputs(example))
@@ -36,7 +54,7 @@ def couple_training_branches(model: nn.Module, recorder: Recorder) -> None:
             result = None
     for tensor in tensors_in(result):
         algebra.freeze(recorder.value(tensor).dims, "model output in training")
-    recording.rewind(mark)
+    recording.rewind(mark, inputs)
 
 
 def _unused(recording: Recording) -> bool:
@@ -66,23 +84,3 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for buffer, copy in saved:
             buffer.copy_(copy)
-
-
-def twice(example: Any) -> Any:
-    """The example inputs with a batch of two where it was one; unchanged where it was not."""
-    tensors = list(tensors_in(example))
-    if any(t.dim() == 0 or t.shape[0] != 1 for t in tensors):
-        return example
-    return map_tensors(example, lambda t: torch.cat([t, t]))
-
-
-def map_tensors(tree: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Nested arguments with every tensor changed."""
-    if isinstance(tree, torch.Tensor):
-        return change(tree)
-    if isinstance(tree, Mapping):
-        return {key: map_tensors(item, change) for key, item in tree.items()}
-    if isinstance(tree, list | tuple):
-        items = [map_tensors(item, change) for item in tree]
-        return items if isinstance(tree, list) else tuple(items)
-    return tree

@@ -17,8 +17,9 @@ from torch.nn import functional as F
 
 from prune2deploy.errors import ConfigError
 from prune2deploy.graph.build import positions
+from prune2deploy.graph.calling import quiet, tensors_in
 from prune2deploy.graph.layout import Layout
-from prune2deploy.graph.record import Recording, quiet, tensors_in
+from prune2deploy.graph.recording import Recording
 from prune2deploy.graph.trace import unwrap
 from prune2deploy.importance.members import (
     Scores,

@@ -37,6 +37,10 @@ CREATE TABLE IF NOT EXISTS steps (
 _BUSY_SECONDS = 30.0
 
 
+class CacheDamaged(ConfigError):
+    """The file is there but is no cache of this schema; it may be set aside and made again."""
+
+
 @dataclass(frozen=True)
 class Context:
     """What timings must have in common to be comparable.
@@ -79,7 +83,8 @@ class LatencyCache:
         """Open or create the file.
 
         Raises:
-            ConfigError: The file is not a cache of this schema, or cannot be written.
+            CacheDamaged: The file is not a cache of this schema.
+            ConfigError: It cannot be written.
         """
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,6 +135,20 @@ class LatencyCache:
         )
         return tuple(Build(json.loads(c), _profile(p), ms) for c, p, ms in rows)
 
+    def check(self) -> None:
+        """Read everything.
+
+        Raises:
+            ValueError: A row does not hold what was kept; so do KeyError and TypeError.
+            CacheDamaged: Raised by ``open`` where the file itself is damaged.
+        """
+        if (found := self._connection.execute("PRAGMA quick_check").fetchone()) != ("ok",):
+            raise ValueError(f"damaged database: {found}")
+        for counts, profile in self._connection.execute("SELECT counts, profile FROM builds"):
+            Build(json.loads(counts), _profile(profile))
+        for (staircase,) in self._connection.execute("SELECT staircase FROM steps"):
+            json.loads(staircase)
+
     def add_staircase(self, family: str, staircase: Mapping[int, float]) -> None:
         """Keep a probed staircase: width to nanoseconds, of one kernel family."""
         text = json.dumps({str(width): ns for width, ns in staircase.items()})
@@ -147,7 +166,7 @@ class LatencyCache:
 def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     version = connection.execute("PRAGMA user_version").fetchone()[0]
     if version not in (0, SCHEMA):
-        raise ConfigError(
+        raise CacheDamaged(
             f"{path}: a latency cache of schema {version} found, {SCHEMA} expected; "
             "delete the file, it is made again"
         )
@@ -156,7 +175,8 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
 
 
 def _unusable(path: Path, error: Exception) -> ConfigError:
-    return ConfigError(
+    busy = isinstance(error, (OSError, sqlite3.OperationalError))
+    return (ConfigError if busy else CacheDamaged)(
         f"{path}: not usable as a latency cache ({error}); expected an SQLite file that may be "
         "written, or none; delete the file or name another place"
     )

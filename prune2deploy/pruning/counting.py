@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from prune2deploy.graph.record import record, tensors_in
+from prune2deploy.graph.calling import tensors_in
+from prune2deploy.graph.record import record
 from prune2deploy.graph.trace import unwrap
 from prune2deploy.pruning import print_tool
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from prune2deploy.errors import PruneError
-from prune2deploy.graph.record import run, tensors_in
+from prune2deploy.graph.calling import run, tensors_in
 from prune2deploy.pruning.layers import BasePruningFunc
 from prune2deploy.pruning.table import PruningFn
 

@@ -20,8 +20,8 @@ from torch import nn
 from prune2deploy.errors import PruneError, TraceError
 from prune2deploy.graph.axes import Axis, Graph, Member
 from prune2deploy.graph.build import positions
+from prune2deploy.graph.calling import Forward
 from prune2deploy.graph.layout import Node
-from prune2deploy.graph.record import Forward
 from prune2deploy.graph.trace import trace, unwrap
 from prune2deploy.plan.plan import Plan
 from prune2deploy.pruning.decode import merged

@@ -8,7 +8,7 @@ from torch import nn
 
 from prune2deploy.capture import capture
 from prune2deploy.graph import trace
-from prune2deploy.graph.record import run, tensors_in
+from prune2deploy.graph.calling import run, tensors_in
 from prune2deploy.plan.plan import Plan
 from prune2deploy.slicing import apply
 
@@ -33,7 +33,10 @@ def test_half_of_every_axis_goes_and_the_model_runs(name):
     pruned = apply(model, graph, plan)
     before, after = (list(tensors_in(run(m, example))) for m in (model, pruned))
     assert [t.shape for t in after] == [t.shape for t in before]
-    stored = {**dict(pruned.named_parameters(remove_duplicate=False)), **dict(pruned.named_buffers())}
+    stored = {
+        **dict(pruned.named_parameters(remove_duplicate=False)),
+        **dict(pruned.named_buffers()),
+    }
     assert {n: tuple(t.shape) for n, t in stored.items()} == graph.shapes(plan.counts)
     for layer in shrunk:
         old, new = model.get_parameter(f"{layer}.weight"), pruned.get_parameter(f"{layer}.weight")
@@ -46,7 +49,9 @@ def test_half_of_every_axis_goes_and_the_model_runs(name):
 def test_the_captured_form_of_the_untouched_model_computes_the_same(name):
     model, example, _ = built(name)
     captured = capture(copy.deepcopy(model), model, trace(model, example), Plan({})).eval()
-    for a, b in zip(tensors_in(run(model, example)), tensors_in(run(captured, example)), strict=True):
+    for a, b in zip(
+        tensors_in(run(model, example)), tensors_in(run(captured, example)), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert captured.state_dict().keys() == model.state_dict().keys()
 

@@ -1,0 +1,120 @@
+"""How a model is called: its inputs, a quiet mode that leaves it as it was, nested results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Inputs = tuple[Any, ...] | dict[str, Any]
+Forward = Callable[[nn.Module, Any], Any]
+
+
+def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
+    """Every tensor of nested lists, tuples, dicts and dataclass-like mappings, in order."""
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for item in tree.values():
+            yield from tensors_in(item)
+    elif isinstance(tree, list | tuple):
+        for item in tree:
+            yield from tensors_in(item)
+    elif is_dataclass(tree) and not isinstance(tree, type):
+        for _, item in items_of(tree):
+            yield from tensors_in(item)
+
+
+def items_of(record: Any) -> list[tuple[str, Any]]:
+    """The fields of a dataclass instance by name."""
+    return [(entry.name, getattr(record, entry.name)) for entry in fields(record)]
+
+
+def stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and buffers under all their names, shared ones repeatedly."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+@contextmanager
+def quiet(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients or fused attention fast path; all restored on leaving.
+
+    Attributes that the forward pass sets (caches of anchors, masks, positions) are set back too:
+    the model is left as it was, and each later pass sees what the first one saw.
+    """
+    saved = [(module, _attributes(module)) for module in model.modules()]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    model.eval()
+    try:
+        with torch.no_grad(), _answered() if _meta(model) else nullcontext():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for module, attributes in saved:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+
+
+class _answered(TorchDispatchMode):  # noqa: N801  read as a context
+    """Answers yes (or one) where code asks a tensor on ``meta``, which has no values, for one."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return True if args[0].dtype == torch.bool else 1
+        return func(*args, **(kwargs or {}))
+
+
+def _meta(model: nn.Module) -> bool:
+    return any(tensor.is_meta for _, tensor in stored_tensors(model))
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """A module's attributes, its tables of tensors and children copied."""
+    tables = ("_parameters", "_buffers", "_modules")
+    return {
+        name: value.copy() if name in tables else value for name, value in module.__dict__.items()
+    }
+
+
+def run(model: nn.Module, example: Any, forward_fn: Forward | None = None) -> Any:
+    """Call with ``forward_fn``, with keywords when the inputs are a dict, else positionally."""
+    if forward_fn is not None:
+        return forward_fn(model, example)
+    inputs = as_inputs(example)
+    return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+
+
+def as_inputs(example: Any) -> Inputs:
+    """One tensor, a tuple or list of arguments, or a dict of keywords, as call arguments."""
+    if isinstance(example, Mapping):
+        return dict(example)
+    if isinstance(example, list | tuple):
+        return tuple(example)
+    return (example,)
+
+
+def twice(example: Any) -> Any:
+    """The example inputs with a batch of two where it was one; unchanged where it was not."""
+    tensors = list(tensors_in(example))
+    if any(t.dim() == 0 or t.shape[0] != 1 for t in tensors):
+        return example
+    return map_tensors(example, lambda t: torch.cat([t, t]))
+
+
+def map_tensors(tree: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Nested arguments with every tensor changed."""
+    if isinstance(tree, torch.Tensor):
+        return change(tree)
+    if isinstance(tree, Mapping):
+        return {key: map_tensors(item, change) for key, item in tree.items()}
+    if isinstance(tree, list | tuple):
+        items = [map_tensors(item, change) for item in tree]
+        return items if isinstance(tree, list) else tuple(items)
+    return tree

@@ -1,0 +1,138 @@
+"""What one forward pass showed, as values: operators, module calls, results.
+
+Filled by ``record``, read by ``build`` (for axes), ``slicing`` (to check a pruned copy against)
+and ``capture`` (to write the operators down as a module).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from prune2deploy.graph import layout as algebra
+from prune2deploy.graph.calling import Forward
+from prune2deploy.graph.layout import Layout
+from prune2deploy.graph.rules import Value
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Stands for a recorded value where an operator's arguments held a tensor."""
+
+    number: int
+
+
+class Struct(dict[str, Any]):
+    """Stands for a result of a class of its own that is made from keywords."""
+
+    def __init__(self, items: Any, *, kind: type) -> None:
+        super().__init__(items)
+        self.kind = kind
+
+
+@dataclass(frozen=True, eq=False)
+class Operation:
+    """One recorded operator call.
+
+    Attributes:
+        func: The ATen overload.
+        args: Its arguments, tensors replaced by ``Ref``.
+        kwargs: Likewise.
+        outputs: Value numbers of the tensors that it returned, in order.
+        layouts: The layout of each at this point.
+        scope: Module path that was running.
+        symbols: Number arguments that are widths: one term, or one per entry of a list.
+    """
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: tuple[int, ...]
+    layouts: tuple[Layout, ...]
+    scope: str
+    symbols: Mapping[str, Layout]
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleCall:
+    """One call of a module: its operators are ``first`` to ``last`` (exclusive)."""
+
+    name: str
+    module: nn.Module
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    first: int
+    last: int
+    plain: bool
+
+
+@dataclass(eq=False)
+class Recording:
+    """Everything that one forward pass showed.
+
+    Attributes:
+        values: Recorded tensors by number.
+        operations: Operator calls in order.
+        calls: Module calls in the order in which they ended.
+        inputs: Value numbers of the example inputs (tensors only, in tree order).
+        outputs: The model's result with tensors replaced by ``Ref``.
+        stored: Value number of every parameter and buffer name (tied names share one).
+        unknown: Operators without a rule and how often each was met.
+        ties: Pairs of dimensions that must keep equally many channels.
+        contractions: Per contracting operator: name, kind, weight, and its layouts.
+        axis_names: Identity of a leaf to the name of its axis, once the graph is built.
+        example: The example inputs and the function that called the model, to run it again.
+        roles: Per stored tensor and dimension: ``out`` where a contraction makes channels there,
+            ``in`` where it consumes them.
+    """
+
+    values: list[Value] = field(default_factory=list)
+    operations: list[Operation] = field(default_factory=list)
+    calls: list[ModuleCall] = field(default_factory=list)
+    inputs: tuple[int, ...] = ()
+    outputs: Any = None
+    stored: dict[str, int] = field(default_factory=dict)
+    parameters: frozenset[str] = frozenset()
+    unknown: dict[str, int] = field(default_factory=dict)
+    ties: list[tuple[algebra.Node, algebra.Node]] = field(default_factory=list)
+    contractions: list[Contraction] = field(default_factory=list)
+    roles: dict[tuple[str, int], str] = field(default_factory=dict)
+    axis_names: dict[int, str] = field(default_factory=dict)
+    example: Any = None
+    forward_fn: Forward | None = None
+
+    def mark(self) -> tuple[int, ...]:
+        """Where the lists of the program end now, for ``rewind``."""
+        return (len(self.operations), len(self.calls), len(self.contractions))
+
+    def rewind(self, mark: tuple[int, ...], inputs: tuple[int, ...]) -> None:
+        """Forget operators, calls and contractions recorded since; what they coupled stays."""
+        for entries, end in zip(
+            (self.operations, self.calls, self.contractions), mark, strict=True
+        ):
+            del entries[end:]  # type: ignore[attr-defined]  # three lists of different items
+        self.inputs = inputs
+
+    def spans(self, removed: Sequence[str]) -> dict[int, ModuleCall]:
+        """The call of each named block by its first operator."""
+        return {call.first: call for call in self.calls if call.name in removed}
+
+    def without(self, removed: Sequence[str]) -> list[Operation]:
+        """The operators that remain when the named blocks are taken out."""
+        gone = {i for call in self.spans(removed).values() for i in range(call.first, call.last)}
+        return [op for place, op in enumerate(self.operations) if place not in gone]
+
+
+@dataclass(frozen=True, eq=False)
+class Contraction:
+    """A convolution, linear layer or matrix product: ``macs`` multiplies the layouts given."""
+
+    name: str
+    kind: str
+    weight: str | None
+    in_width: Layout
+    out_width: Layout
+    macs: Layout
