@@ -5,13 +5,11 @@ In: a module and example inputs. Out: new values; the module that was given is n
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
-import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
@@ -28,10 +26,11 @@ from prune2deploy.plan.allocate import channels
 from prune2deploy.plan.choices import importance_curves
 from prune2deploy.plan.plan import Plan
 from prune2deploy.progress import Progress, silent
-from prune2deploy.slicing import apply as apply_plan
 from prune2deploy.report.content import RunReport
 from prune2deploy.rundir import RunDir, free_name
+from prune2deploy.slicing import apply as apply_plan
 from prune2deploy.sweep import uniform_counts
+from prune2deploy.worth import weights_digest
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,13 +213,3 @@ def carry_out(job: Job, options: RunOptions, name: str) -> Result:
         report,
         job.run.path,
     )
-
-
-def weights_digest(model: nn.Module) -> str:
-    """SHA-256 over names, shapes and values of a model's state, in order."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        if not value.is_meta:
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()

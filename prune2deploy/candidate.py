@@ -23,8 +23,8 @@ from prune2deploy.lowering import Lowered, Wish
 from prune2deploy.parity import Parity
 from prune2deploy.plan.plan import Plan
 from prune2deploy.progress import Progress, Step
-from prune2deploy.slicing import apply as apply_plan
 from prune2deploy.rundir import WORK, RunDir
+from prune2deploy.slicing import apply as apply_plan
 from prune2deploy.target import Target
 from prune2deploy.timing import OperatorTiming
 
@@ -192,12 +192,13 @@ def _assemble(shop: Workshop, name: tuple[int, str], plan: Plan, module: nn.Modu
     if step != "probe":
         shop.say("checking", number)
         borders = _check(shop, module, exported, (engine, lowered))
+    left = shop.graph.without(plan.removed)
     return Built(
         number,
         step,
         plan,
-        shop.graph.params(plan.counts),
-        shop.graph.macs(plan.counts),
+        left.params(plan.counts),
+        left.macs(plan.counts),
         onnx.stat().st_size,
         _inside(shop.run, onnx),
         _inside(shop.run, engine.path),

@@ -177,14 +177,14 @@ class _Writer:
             items = [self.argument(item) for item in tree]
             return items if isinstance(tree, list) else tuple(items)
         if isinstance(tree, Mapping):
-            items = {key: self.argument(item) for key, item in tree.items()}
+            named = {key: self.argument(item) for key, item in tree.items()}
             if isinstance(tree, Struct):
-                return self.graph.call_function(tree.kind, (), items)
-            return items
+                return self.graph.call_function(tree.kind, (), named)
+            return named
         return tree
 
     def size(self, node: Node) -> Argument:
-        """A width: a number, or computed from the batch and other sizes that are known at run time."""
+        """A width: a number, or computed from sizes that are known at run time only."""
         node = find(node)
         if not any(id(below) in self.varying for below in leaves(node)):
             return self.widths(node)

@@ -53,17 +53,7 @@ class Reply:
 
 def run(arguments: argparse.Namespace, progress: Progress) -> Reply:
     """Prune until the budget is met."""
-    options = RunOptions(
-        Budget(arguments.latency_ms, arguments.speedup, arguments.percentile),
-        arguments.target,
-        _model_options(arguments),
-        arguments.data,
-        arguments.importance,
-        arguments.finetune,
-        arguments.max_builds,
-        max_drop=arguments.max_drop,
-        cache=not arguments.no_cache,
-    )
+    options = _run_options(arguments)
     target, _ = usable(options.target)
     folder = _folder(
         arguments, f"{_short(options.model.model)}-{target.name}-{options.budget.label}"
@@ -291,6 +281,20 @@ def _model_options(arguments: argparse.Namespace) -> ModelOptions:
         arguments.batch,
         arguments.precision,
         arguments.seed,
+    )
+
+
+def _run_options(arguments: argparse.Namespace) -> RunOptions:
+    return RunOptions(
+        Budget(arguments.latency_ms, arguments.speedup, arguments.percentile),
+        arguments.target,
+        _model_options(arguments),
+        arguments.data,
+        arguments.importance,
+        arguments.finetune,
+        arguments.max_builds,
+        max_drop=arguments.max_drop,
+        cache=not arguments.no_cache,
     )
 
 

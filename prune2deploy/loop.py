@@ -17,32 +17,31 @@ recovered once, on the plan that was found, and the recovered model is built and
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from prune2deploy import candidate, measure, payoff, planning, recall
-from prune2deploy.backends import registry
-from prune2deploy.calibration import notices, require
+from prune2deploy import candidate, depth, measure, payoff, planning, recall, worth
+from prune2deploy.calibration import notices
 from prune2deploy.candidate import Built, Workshop
-from prune2deploy.config import FILL, ModelOptions, RunOptions
-from prune2deploy.errors import ConfigError, MissingBackend
-from prune2deploy.graph import trace
+from prune2deploy.config import FILL, RunOptions
 from prune2deploy.importance import score
 from prune2deploy.job import Attempt, Baseline, Job, Outcome, aim, best, judge
-from prune2deploy.measure import Comparison, Measurement
+from prune2deploy.measure import Comparison
+from prune2deploy.opening import channel_multiple, measure_baseline, open_workshop
 from prune2deploy.payoff import Payoff
 from prune2deploy.plan import latency_model
 from prune2deploy.plan.allocate import channels
-from prune2deploy.plan.choices import Problem, choices, importance_curves
+from prune2deploy.plan.choices import Problem, choices
 from prune2deploy.plan.costs import Point
 from prune2deploy.plan.latency_model import LatencyModel
+from prune2deploy.plan.plan import Plan
 from prune2deploy.plan.probes import probes
 from prune2deploy.planning import Question, Wanted
-from prune2deploy.slicing import apply as apply_plan
 from prune2deploy.recover.batchnorm import reestimate_batchnorm
-from prune2deploy.target import Target
+from prune2deploy.slicing import apply as apply_plan
 
 
 def prune_to_budget(job: Job, options: RunOptions) -> Outcome:
@@ -64,57 +63,6 @@ def prune_to_budget(job: Job, options: RunOptions) -> Outcome:
         search.probe()
         search.correct()
     return search.recover()
-
-
-def open_workshop(
-    job: Job, options: ModelOptions, builds: int, max_drop: float | None = None
-) -> Workshop:
-    """Check that the target is usable, and trace the model; ``builds`` is for progress."""
-    target = candidate.with_precision(job.target, options.precision)
-    if target.precision == "int8":
-        if job.batches is None:
-            raise ConfigError("precision int8 needs calibration data: add --data RECIPE")
-        require(job.batches, "int8")
-    backend = registry.for_target(target)
-    there = backend.availability(target)
-    if not there.usable:
-        raise MissingBackend(f"target {target.name}: {there.reason}; {there.fix}")
-    graph = trace(job.module, job.example_inputs)
-    return Workshop(
-        job.module,
-        job.example_inputs,
-        graph,
-        target,
-        backend,
-        job.run,
-        job.progress,
-        builds,
-        job.input_names,
-        job.output_names,
-        job.batches,
-        max_drop,
-    )
-
-
-def channel_multiple(target: Target) -> int:
-    """The width step of the target: its profile's, else this machine's."""
-    return target.channel_multiple or measure.native_channel_multiple()
-
-
-def measure_baseline(shop: Workshop) -> Baseline:
-    """Build, profile and measure the unpruned model."""
-    built = candidate.baseline(shop)
-    profile = candidate.profile(shop, built)
-
-    def work() -> Measurement:
-        shop.say("measuring", 0)
-        (shop.run / "raw").mkdir(exist_ok=True)
-        return measure.single(
-            shop.engine(built), shop.target, raw_path=shop.run / "raw/baseline.npz"
-        )
-
-    measured = shop.run.journal.once(f"{built.key}/measure", Measurement, work)
-    return Baseline(built, profile, measured)
 
 
 @dataclass(frozen=True)
@@ -147,6 +95,9 @@ class Search:
         here = recall.context(shop.target, shop.backend)
         self.timings = recall.Timings(recall.folder() if options.cache else None, here)
         self.recalled = Recalled()
+        self.removed: tuple[str, ...] = ()
+        self.anchors: tuple[tuple[float, float], ...] = ()
+        self.known: tuple[Point, ...] = ()
 
     def unpruned(self) -> None:
         """Where the budget is in milliseconds, see first whether the model as it is meets it."""
@@ -179,21 +130,62 @@ class Search:
     def probe(self) -> None:
         """Build and profile random aligned plans: the latency model is learnt from them."""
         self.scores = score(self.options.importance, self.job.module, self.graph, self.job.batches)
-        self.choices = choices(
-            self.graph, importance_curves(self.graph, self.scores), multiple=self.multiple
-        )
+        self.worth = worth.find(self.shop, self.scores, self.multiple, self.timings.losses)
+        self.notes.append(self.worth.note)
+        self.choices = choices(self.graph, self.worth.curves, multiple=self.multiple)
         self._recall()
         known = len({tuple(sorted(b.counts.items())) for b in self.recalled.builds})
         wanted = max(0, min(self.options.probes - known, self.builds_left - 1))
         seed = self.options.model.seed
         drawn = probes(self.graph, wanted, multiple=self.multiple, seed=seed)
         for number, counts in enumerate(drawn, start=1):
-            built = candidate.build(
-                self.shop, number, "probe", channels(self.graph, self.scores, counts)
-            )
-            candidate.profile(self.shop, built)
-            self.probes.append(built)
+            self._probe(number, counts)
         self._keep()
+
+    @property
+    def _next(self) -> int:
+        """Number of the next build."""
+        return len(self.probes) + len(self.attempts) + 1
+
+    def _plan(self, counts: Mapping[str, int]) -> Plan:
+        """The plan that keeps the best channels, without the blocks that were taken out."""
+        return replace(channels(self.graph, self.scores, counts), removed=self.removed)
+
+    def _probe(self, number: int, counts: Mapping[str, int]) -> None:
+        built = candidate.build(self.shop, number, "probe", self._plan(counts))
+        candidate.profile(self.shop, built)
+        self.probes.append(built)
+
+    def _shorten(self) -> bool:
+        """Take out blocks, since the narrowest widths miss the budget; False if none are left.
+
+        The first time as many as leave room to choose widths in, the second time all.
+        """
+        left = depth.removable(self.graph)
+        if not left or not self.builds_left or not self.baseline.profile:
+            return False
+        self._learn()
+        assert self.model is not None
+        self._keep()
+        saves = depth.saved(self.graph, self.model, self.attempts[-1].built.plan.counts)
+        if not self.removed:
+            value = worth.of_blocks(self.shop, self.scores, self.worth)
+            floor = self.attempts[-1].comparison.ratio * self.baseline.p50_ms
+            saves = dict.fromkeys(depth.choose(saves, value, floor, self._limit()), 0.0)
+        if not saves:
+            return False
+        self.anchors, self.known = self.model.anchors, self._points()
+        self.removed = (*self.removed, *saves)
+        self.graph = self.shop.graph.without(self.removed)
+        self.choices = choices(self.graph, self.worth.curves, multiple=self.multiple)
+        self.floor_missed = False
+        drawn = probes(self.graph, 1, multiple=self.multiple, seed=self.options.model.seed)
+        for counts in ({}, *drawn)[: max(1, self.builds_left - 1)]:
+            self._probe(self._next, counts)
+        return True
+
+    def _points(self) -> tuple[Point, ...]:
+        return latency_model.points_of(self.graph, self._builds(), multiple=self.multiple)
 
     def _recall(self) -> None:
         """Take over what earlier runs of this model measured on this device, if anything."""
@@ -208,18 +200,20 @@ class Search:
 
     def _keep(self) -> None:
         """Add what this run has built to what later ones may recall."""
-        self.timings.keep(self.graph, self._builds(), self.baseline.p50_ms, self.multiple)
+        if not self.removed:
+            self.timings.keep(self.graph, self._builds(), self.baseline.p50_ms, self.multiple)
 
     def correct(self) -> None:
         """Allocate, build, measure and learn until the budget is met and filled."""
-        while not self.done and not self.floor_missed and self.builds_left > 0:
-            number = len(self.probes) + len(self.attempts) + 1
+        while not self.done and self.builds_left > 0:
+            if self.floor_missed and not self._shorten():
+                break
+            number = self._next
             self._learn()
             wanted = self._wanted(number)
             if wanted is None:
                 break
-            plan = channels(self.graph, self.scores, wanted.counts)
-            built = candidate.build(self.shop, number, "correction", plan)
+            built = candidate.build(self.shop, number, "correction", self._plan(wanted.counts))
             attempt = self._measure(built, wanted.predicted_ms)
             self.attempts.append(attempt)
             self.floor_missed = wanted.floor and attempt.verdict != "met"
@@ -235,23 +229,27 @@ class Search:
         """
         base, recalled = self.baseline, self.recalled.builds
         builds = self._builds()
-        if len(builds) + len(recalled) == 1:
+        if len(builds) + len(recalled) == 1 and not self.removed:
             builds = [replace(builds[0], profile=())]
-        for build in recalled:
+        for build in () if self.removed else recalled:
             share = build.measured_ms
             builds.append(replace(build, measured_ms=share and share * base.p50_ms))
-        self.model = latency_model.fit(self.graph, builds, multiple=self.multiple)
+        model = latency_model.fit(self.graph, builds, multiple=self.multiple, known=self.known)
+        self.model = replace(model, anchors=(*self.anchors, *model.anchors))
 
     def _builds(self) -> list[latency_model.Build]:
         """Everything that this run has profiled, the unpruned model first."""
         base = self.baseline
-        builds = [latency_model.Build({}, base.profile, base.p50_ms)]
+        builds = [] if self.removed else [latency_model.Build({}, base.profile, base.p50_ms)]
         builds += [
-            latency_model.Build(b.plan.counts, candidate.profile(self.shop, b)) for b in self.probes
+            latency_model.Build(b.plan.counts, candidate.profile(self.shop, b))
+            for b in self.probes
+            if b.plan.removed == self.removed
         ]
         return builds + [
             latency_model.Build(a.built.plan.counts, a.profile, a.comparison.ratio * base.p50_ms)
             for a in self.attempts
+            if a.built.plan.removed == self.removed
         ]
 
     def _limit(self) -> float:
@@ -284,7 +282,7 @@ class Search:
         assert self.model is not None
         limit = self._limit()
         problem = Problem(self.graph, self.model, self.choices, limit)
-        tried = [a.built.plan.counts for a in self.attempts]
+        tried = [a.built.plan.counts for a in self.attempts if a.built.plan.removed == self.removed]
         up = bool(self.attempts) and self.attempts[-1].verdict == "met"
         return planning.propose(Question(problem, aim(limit, self._half_width()), tried, up))
 
@@ -319,7 +317,8 @@ class Search:
     def recover(self) -> Outcome:
         """Get accuracy back on the best plan, and measure what is shipped."""
         found = best(self.attempts)
-        module = apply_plan(self.job.module, self.graph, found.built.plan, self.shop.example_inputs)
+        shop, plan = self.shop, found.built.plan
+        module = apply_plan(shop.module, shop.graph, plan, shop.example_inputs)
         if self._recovers and found.verdict == "met" and found.built.number:
             module, attempt = self._recovered(module, found)
             self.attempts.append(attempt)
@@ -332,16 +331,21 @@ class Search:
             tuple(self.attempts),
             tuple(self.probes),
             self.model,
-            self.graph,
+            shop.graph,
             self.multiple,
-            self.shop.target,
-            found.value_ms if self.floor_missed else None,
+            shop.target,
+            found.value_ms if self._out_of_reach else None,
             tuple(self.notes),
             self.paid,
         )
 
+    @property
+    def _out_of_reach(self) -> bool:
+        """Whether the smallest plan there is has missed, with no block left to take out."""
+        return self.floor_missed and not depth.removable(self.graph)
+
     def _verdict(self, found: Attempt) -> str:
-        if found.verdict == "missed" and self.floor_missed:
+        if found.verdict == "missed" and self._out_of_reach:
             return "unreachable"
         return found.verdict
 

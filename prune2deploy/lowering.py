@@ -151,11 +151,13 @@ def _evaluate(batches: Data) -> Callable[[Path], float]:
 def _described(path: Path, report: PrecisionReport, wish: Wish, samples: int) -> Lowered:
     plain = None if wish.quick or wish.batches is None else top1(path, wish.batches)
     own = None if plain is None or wish.batches is None else top1(report.path, wish.batches)
+    limit = parity.TOLERANCE[wish.precision] if wish.quick else report.parity.tolerance
+    passed = report.parity.error <= limit if wish.quick else report.passed
     return Lowered(
         report.precision,
         report.kept,
-        replace(report.parity, passed=report.passed),
-        report.passed,
+        replace(report.parity, tolerance=limit, passed=passed),
+        passed,
         wish.quick,
         samples,
         plain[0] if plain else None,

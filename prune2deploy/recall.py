@@ -28,13 +28,14 @@ from prune2deploy.backends.base import Backend
 from prune2deploy.errors import ConfigError
 from prune2deploy.graph.axes import Graph
 from prune2deploy.plan.costs import Point
-from prune2deploy.plan.latency_cache import CacheDamaged, Context, LatencyCache, model_key
+from prune2deploy.plan.latency_cache import Context, DamagedCacheError, LatencyCache, model_key
 from prune2deploy.plan.latency_model import Build, points_of
 from prune2deploy.target import Target
 
 PLACE = "PRUNE2DEPLOY_CACHE"
 OFF = "off"
 FILE = "latency.sqlite"
+LOSSES = "sensitivity"
 RECALLED = 12  # builds of a model that a run starts from; later ones are nearer to what is wanted
 
 T = TypeVar("T")
@@ -75,24 +76,28 @@ class Timings:
         here: What timings of this run have in common.
 
     Attributes:
+        losses: Folder for measured losses (see ``worth``), or ``None``.
         notes: What a reader of the report should know of the cache.
     """
 
     def __init__(self, place: Path | None, here: Context) -> None:
         self._path = None if place is None else place / FILE
+        self.losses = None if place is None else place / LOSSES
         self._here = here
         self.notes: list[str] = []
 
     def builds(self, graph: Graph) -> tuple[Build, ...]:
         """The latest builds of this model; ``measured_ms`` is a multiple of the unpruned one's."""
         key = model_key(graph)
-        found = self._use(lambda cache: cache.builds(key), ())
+        none: tuple[Build, ...] = ()
+        found = self._use(lambda cache: cache.builds(key), none)
         return tuple(build for build in found if build.counts)[-RECALLED:]
 
     def points(self, signatures: Iterable[str]) -> tuple[Point, ...]:
         """Timings of operators with these signatures, from any model."""
         wanted = tuple(signatures)
-        return self._use(lambda cache: cache.points(wanted), ())
+        none: tuple[Point, ...] = ()
+        return self._use(lambda cache: cache.points(wanted), none)
 
     def keep(self, graph: Graph, builds: Sequence[Build], whole_ms: float, multiple: int) -> None:
         """Keep builds of a run.
@@ -129,7 +134,7 @@ class Timings:
         try:
             with LatencyCache.open(self._path, self._here) as cache:
                 return work(cache)
-        except (CacheDamaged, ValueError, KeyError, TypeError) as error:
+        except (DamagedCacheError, ValueError, KeyError, TypeError) as error:
             self.notes.append(_handled(self._path, self._here, error))
         except ConfigError as error:
             self._path = None
@@ -140,7 +145,7 @@ class Timings:
 def _handled(path: Path, here: Context, error: Exception) -> str:
     try:
         return set_aside(path, here)
-    except OSError:
+    except (OSError, ConfigError):
         return f"{path}: damaged ({error}) and cannot be renamed; delete it"
 
 
@@ -151,7 +156,7 @@ def set_aside(path: Path, here: Context) -> str:
         try:
             with LatencyCache.open(path, here) as cache:
                 cache.check()
-        except (CacheDamaged, ValueError, KeyError, TypeError):
+        except (DamagedCacheError, ValueError, KeyError, TypeError):
             aside = _free(path)
             path.replace(aside)
             path.with_name(f"{path.name}-journal").unlink(missing_ok=True)

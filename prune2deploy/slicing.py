@@ -167,7 +167,7 @@ def update_attributes(module: nn.Module, recording: Recording, widths: Widths) -
             part.num_groups = widths.of(symbols[name].get("group", ())) or part.num_groups
         elif isinstance(part, nn.LayerNorm | nn.RMSNorm):
             shape = symbols.get(name, {}).get("normalized_shape")
-            if part.weight is not None:
+            if part.elementwise_affine:
                 part.normalized_shape = tuple(part.weight.shape)
             elif shape:
                 part.normalized_shape = tuple(widths.of((node,)) or 1 for node in shape)
@@ -224,7 +224,7 @@ def runs_as_planned(
     example: Any,
     forward_fn: Forward | None = None,
 ) -> bool:
-    """Whether the module runs these operators, and each returns the shapes that the plan implies."""
+    """Whether the module runs these operators, each with the shapes that the plan implies."""
     shapes = _Shapes()
     try:
         with quiet(module), shapes:

@@ -85,6 +85,7 @@ def describe(outcome: Outcome, seconds: float, name: str, notes: tuple[str, ...]
         final=_row(seen.candidate, final.built),
         limits=_limits(outcome),
         parity=tuple(_parity(final.built)),
+        removed=final.built.plan.removed,
         axes=_axes(outcome),
         layers=_layers(outcome),
         steps=_steps(outcome),
@@ -131,11 +132,8 @@ def manifest(outcome: Outcome, report: RunReport) -> dict[str, Any]:
         "baseline": _entry(report.baseline),
         "final": _entry(report.final),
         "parity": [encode(line) for line in report.parity],
-        "precision": {
-            "chosen": outcome.target.precision,
-            "against_fp32": encode(outcome.paid),
-            "lowered": encode(outcome.final.built.lowered),
-        },
+        "precision": _precision(outcome),
+        "removed": list(report.removed),
         "floor_ms": outcome.floor_ms,
         "fixed_share": report.limits.fixed_share,
         "model": report.model,
@@ -149,6 +147,14 @@ def manifest(outcome: Outcome, report: RunReport) -> dict[str, Any]:
             "flags": list(seen.flags),
         },
         "notes": list(report.notes),
+    }
+
+
+def _precision(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "chosen": outcome.target.precision,
+        "against_fp32": encode(outcome.paid),
+        "lowered": encode(outcome.final.built.lowered),
     }
 
 
@@ -201,12 +207,14 @@ def _limits(outcome: Outcome) -> Limits:
 
 
 def _axes(outcome: Outcome) -> tuple[AxisLine, ...]:
-    counts = outcome.final.built.plan.counts
+    plan = outcome.final.built.plan
+    counts = plan.counts
+    left = {axis.name for axis in outcome.graph.without(plan.removed).axes}
     steps = grid(outcome.graph, outcome.multiple)
     return tuple(
         AxisLine(
             axis.name,
-            counts.get(axis.name, axis.size),
+            counts.get(axis.name, axis.size) if axis.name in left else 0,
             axis.size,
             axis.frozen,
             axis.name in counts and counts[axis.name] % steps[axis.name] != 0,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from prune2deploy import candidate, loop, measure, summary
+from prune2deploy import candidate, measure, opening, summary
 from prune2deploy.candidate import Built, Workshop
 from prune2deploy.config import SweepOptions
 from prune2deploy.graph import Graph
@@ -47,8 +47,8 @@ def sweep(job: Job, options: SweepOptions, name: str) -> SweepReport:
         MeasureError: A measurement failed.
     """
     job.run.journal.open_session()
-    shop = loop.open_workshop(job, options.model, len(options.ratios))
-    multiple = loop.channel_multiple(shop.target)
+    shop = opening.open_workshop(job, options.model, len(options.ratios))
+    multiple = opening.channel_multiple(shop.target)
     scores = score(options.importance, job.module, shop.graph, job.batches)
     curves = importance_curves(shop.graph, scores)
     baseline = candidate.baseline(shop)

@@ -11,6 +11,7 @@ import copy
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,13 +29,14 @@ from prune2deploy.plan.allocate import channels
 from prune2deploy.plan.choices import choices, importance_curves
 from prune2deploy.recover import FinetuneOptions, evaluate, finetune, reestimate_batchnorm
 from prune2deploy.slicing import apply
+from prune2deploy.worth import TIE
 
 SIDE, WIDTHS, BLOCKS = 16, (64, 128), (2, 2)
 TRAIN, FEW = 800, 512
 EXAMPLE = (torch.zeros(1, 1, SIDE, SIDE),)
 PEERS = ("tp uniform", "tp uniform round_to", "tp global", "tp global round_to")
 OURS = ("ours", "ours, scores only")
-METHODS = (*OURS, *PEERS)
+METHODS = (OURS[0], *PEERS, OURS[1])
 
 
 class Block(nn.Module):
@@ -119,14 +121,20 @@ def digits(seed: int) -> tuple[TensorDataset, TensorDataset]:
     )
 
 
-def train(seed: int, epochs: int) -> Case:
-    """Train the dense network with the product's own training."""
+def train(seed: int, epochs: int, folder: Path) -> Case:
+    """Train the dense network with the product's own training, unless ``folder`` has it."""
     learn, hold = digits(seed)
     data = from_dataset(learn, EXAMPLE, batch=32, seed=seed)
     test = from_dataset(hold, EXAMPLE, batch=128)
     torch.manual_seed(seed)
     options = FinetuneOptions(epochs=epochs, lr=0.05, weight_decay=5e-4, seed=seed, device="cpu")
-    module = finetune(DigitNet(), None, data, options).module
+    kept = folder / f"dense-{seed}-{epochs}.pt"
+    if kept.exists():
+        module: nn.Module = DigitNet().eval()
+        module.load_state_dict(torch.load(kept, weights_only=True))
+    else:
+        module = finetune(DigitNet(), None, data, options).module
+        torch.save(module.state_dict(), kept)
     few = data.first(FEW).rebatched(64)
     return Case(module, data, test, few, seed, evaluate(module, test).top1)
 
@@ -152,8 +160,11 @@ class Pruner:
             curves = importance_curves(yard.graph, self.scores)
             self.choices = choices(yard.graph, curves, multiple=yard.multiple)
             if method == "ours":
-                rises = sensitivity.measure(self.choices, self._loss)
-                curves = sensitivity.curves(yard.graph, rises)
+                rises = sensitivity.curves(
+                    yard.graph, sensitivity.measure(self.choices, self._loss)
+                )
+                tie = TIE * len(curves) * float(np.mean([-c.min() for c in rises.values()]))
+                curves = {axis: rises[axis] + tie * curves[axis] for axis in rises}
                 self.choices = choices(yard.graph, curves, multiple=yard.multiple)
         else:
             self.gradients = gradients(case)

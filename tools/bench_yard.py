@@ -8,31 +8,29 @@ allocate, build, measure) for choices that the caller makes.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from prune2deploy import export, measure, simplify
 from prune2deploy.backends import registry
 from prune2deploy.backends.base import Engine
-from prune2deploy.graph import Graph, trace
+from prune2deploy.graph import trace
 from prune2deploy.job import aim
-from prune2deploy.loop import fuller
-from prune2deploy.measure import Comparison
-from prune2deploy.plan.allocate import Allocation, SmallestMisses, allocate
 from prune2deploy.plan.choices import Choice, Problem
 from prune2deploy.plan.latency_model import Build, LatencyModel, fit
 from prune2deploy.plan.plan import Plan
 from prune2deploy.plan.probes import probes
+from prune2deploy.planning import NUDGE, Question, propose, pruned
 from prune2deploy.slicing import apply
 from prune2deploy.target import Target
 
 FILL = 0.98  # of the wanted latency: what is measured between this and 1 is at equal latency
 WIDEST = 0.95  # highest pruning ratio that the bisection tries
-NUDGES, NUDGE = 12, 0.005
-Widths = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -54,6 +52,14 @@ class Trial:
     predicted: float | None = None
 
 
+class Seen(NamedTuple):
+    """A latency measured beside the dense model: the ratio and its 95 % interval."""
+
+    ratio: float
+    low: float
+    high: float
+
+
 class Yard:
     """Builds models for one target, and measures each beside the dense model.
 
@@ -70,10 +76,14 @@ class Yard:
         self.backend = registry.for_target(target)
         self.multiple = target.channel_multiple or measure.native_channel_multiple()
         self.graph = trace(module, inputs)
-        self.measured: dict[Widths, Comparison] = {}
-        self._engines: dict[Widths, Engine] = {}
+        self.notes = folder / "measured.json"
+        known = json.loads(self.notes.read_text()) if self.notes.exists() else {}
+        self.measured: dict[str, Seen] = {k: Seen(*v) for k, v in known.items() if k != "dense"}
+        self._engines: dict[str, Engine] = {}
         self.base = self.engine(module)
-        self.base_ms = measure.single(self.base, target).latency.p50_ms
+        self.base_ms: float = (
+            known["dense"] if known else measure.single(self.base, target).latency.p50_ms
+        )
         self.builds: list[Build] = []
 
     def engine(self, module: nn.Module) -> Engine:
@@ -86,11 +96,13 @@ class Yard:
             self._engines[key] = self.backend.build(report.path, self.target, folder / "engine")
         return self._engines[key]
 
-    def compare(self, module: nn.Module) -> Comparison:
-        """Measure beside the dense model; once per set of widths."""
+    def compare(self, module: nn.Module) -> Seen:
+        """Measure beside the dense model; once per set of widths, kept in ``measured.json``."""
         key = widths(module)
         if key not in self.measured:
-            self.measured[key] = measure.compare(self.engine(module), self.base, self.target)
+            found = measure.compare(self.engine(module), self.base, self.target)
+            self.measured[key] = Seen(found.ratio, *found.ratio_ci95)
+            self.notes.write_text(json.dumps({"dense": self.base_ms, **self.measured}))
         return self.measured[key]
 
     def pruned(self, counts: Mapping[str, int]) -> nn.Module:
@@ -116,9 +128,9 @@ class Yard:
         return fit(self.graph, self.builds, multiple=self.multiple)
 
 
-def widths(module: nn.Module) -> Widths:
+def widths(module: nn.Module) -> str:
     """The shapes of all parameters, which decide the latency."""
-    return tuple(tuple(p.shape) for p in module.parameters())
+    return " ".join("x".join(map(str, p.shape)) for p in module.parameters())
 
 
 def bisect(
@@ -130,7 +142,7 @@ def bisect(
     while len(trials) < most:
         ratio = (low + high) / 2
         seen = yard.compare(make(ratio))
-        trials.append(Trial(ratio, seen.ratio, *seen.ratio_ci95))
+        trials.append(Trial(ratio, *seen))
         if FILL * limit <= seen.ratio <= limit:
             break
         low, high = (low, ratio) if seen.ratio < limit else (ratio, high)
@@ -140,47 +152,24 @@ def bisect(
 def correct(yard: Yard, among: tuple[Choice, ...], limit: float, most: int = 6) -> list[Trial]:
     """Fit, allocate, build and measure until a build lies in the window."""
     trials: list[Trial] = []
+    limit_ms = limit * yard.base_ms
     while len(trials) < most:
+        problem = Problem(yard.graph, yard.fit(), among, limit_ms)
         up = bool(trials) and trials[-1].share <= limit
-        found = _untried(yard, among, limit, trials, up=up)
+        tried = [pruned(yard.graph, t.setting) for t in trials if isinstance(t.setting, Mapping)]
+        found = propose(Question(problem, aim(limit_ms, NUDGE), tried, up))
         if found is None:
             break
         if all(build.counts != found.counts for build in yard.builds):
             yard.learn(found.counts, whole=True)
         seen = yard.compare(yard.pruned(found.counts))
-        predicted = found.predicted_ms / yard.base_ms
-        trials.append(Trial(found.counts, seen.ratio, *seen.ratio_ci95, predicted))
+        trials.append(Trial(found.counts, *seen, found.predicted_ms / yard.base_ms))
         if FILL * limit <= seen.ratio <= limit:
             break
     return trials
-
-
-def _untried(
-    yard: Yard, among: tuple[Choice, ...], limit: float, trials: Sequence[Trial], *, up: bool
-) -> Allocation | None:
-    model, limit_ms = yard.fit(), limit * yard.base_ms
-    target = aim(limit_ms, NUDGE)
-    for _ in range(NUDGES):
-        problem = Problem(yard.graph, model, among, target)
-        try:
-            found = allocate(problem)
-        except SmallestMisses:
-            return None
-        if up and found.predicted_ms < FILL * limit_ms:
-            near = [p for p in fuller(problem, found) if p.predicted_ms >= FILL * limit_ms]
-            found = max([*near], key=lambda p: p.objective) if near else found
-        if all(trial.setting != found.counts for trial in trials):
-            return found
-        target *= 1 + NUDGE if up else 1 - NUDGE
-    return None
 
 
 def delivered(trials: Sequence[Trial], limit: float) -> Trial | None:
     """The slowest build that keeps the limit."""
     met = [trial for trial in trials if trial.share <= limit]
     return max(met, key=lambda trial: trial.share) if met else None
-
-
-def kept_counts(graph: Graph, counts: Mapping[str, int]) -> dict[str, int]:
-    """Only the axes that lose channels."""
-    return {name: count for name, count in counts.items() if count < graph[name].size}

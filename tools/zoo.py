@@ -49,7 +49,10 @@ def main() -> None:
     wanted = [n for pattern in options.only for n in names(pattern)]
     wanted = list(dict.fromkeys(wanted))
     begun = time.time()
-    results = []
+    earlier = [r for path in options.read for r in json.loads(path.read_text())]
+    known = {r["name"]: r for r in earlier}
+    wanted = [name for name in wanted if name not in known]
+    results = list(known.values())
     for number, result in enumerate(run(wanted, options), 1):
         results.append(result)
         print(f"[{number}/{len(wanted)}] {line(result)}", flush=True)
@@ -65,6 +68,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", action="append", help="shell pattern of names, may be repeated")
     parser.add_argument("--stage", choices=STAGES, default="export")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--read", type=Path, action="append", default=[],
+                        help="results of earlier runs; those models are not run again")  # fmt: skip
     parser.add_argument("--page", type=Path, help="write the Markdown page there")
     parser.add_argument("--peer", action="store_true", help="Torch-Pruning on the same models")
     parser.add_argument("--peer-seconds", type=int, default=60)
@@ -94,7 +99,9 @@ def _child(batch: list[str], options: argparse.Namespace) -> Iterator[Result]:
     """Run one batch; returns the names that have a result."""
     task = {"names": batch, "stage": options.stage, "gigabytes": options.gigabytes,
             "peer": options.peer, "peer_seconds": options.peer_seconds}  # fmt: skip
-    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), PYTHONWARNINGS="ignore")
+    environment = dict(
+        os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), PYTHONWARNINGS="ignore"
+    )
     child = subprocess.Popen(
         [sys.executable, str(WORKER), json.dumps(task)], env=environment, bufsize=0,
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
@@ -139,7 +146,8 @@ def line(result: Result) -> str:
     checks = " ".join(f"{k}:{MARKS[v]}" for k, v in result["checks"].items())
     facts = ""
     if "share" in result:
-        facts = f"share {result['share']:.3f} ops {result['operators']} trace {result['seconds_trace']:.2f} s"
+        facts = f"share {result['share']:.3f} ops {result['operators']} "
+        facts += f"trace {result['seconds_trace']:.2f} s"
         facts += " captured" if result.get("captured") else ""
     unknown = f" unknown {result['unknown']}" if result.get("unknown") else ""
     error = f" | {result['error'][:300]}" if result.get("error") else ""
@@ -153,7 +161,9 @@ def summary(results: list[Result], stage: str) -> str:
     lines = [f"{len(good)} of {len(results)} models pass everything ({_percent(good, results)})"]
     lines.append(f"crashes: {sum(r.get('error', '').startswith('crash') for r in results)}")
     if shares:
-        lines.append(f"median share of parameters in prunable axes: {statistics.median(shares):.3f}")
+        lines.append(
+            f"median share of parameters in prunable axes: {statistics.median(shares):.3f}"
+        )
     if any("peer" in r for r in results):
         peers = [r for r in results if r.get("peer", {}).get("ok")]
         lines.append(f"Torch-Pruning, no help: {len(peers)} of {len(results)}")
@@ -168,13 +178,15 @@ def page(results: list[Result], options: argparse.Namespace, seconds: float) -> 
     """The Markdown page: how it was run, the counts, the failures, one table per library."""
     out = ["# The zoo", "", _how(options, seconds), "", "## Result", ""]
     out += [f"- {entry}" for entry in summary(results, options.stage).splitlines()]
-    out += ["", "| library | models | all checks pass | captured | median share | median trace, s |",
+    out += ["", "| library | models | all pass | captured | median share | median trace, s |",
             "|---|---|---|---|---|---|"]  # fmt: skip
     libraries = list(dict.fromkeys(r["name"].split("/")[0] for r in results))
     for library in libraries:
         own = [r for r in results if r["name"].startswith(library + "/")]
         traced = [r for r in own if "share" in r]
-        median = {k: statistics.median([r[k] for r in traced] or [0]) for k in ("share", "seconds_trace")}
+        median = {
+            k: statistics.median([r[k] for r in traced] or [0]) for k in ("share", "seconds_trace")
+        }
         good = sum(passed(r, options.stage) for r in own)
         captured = sum(bool(r.get("captured")) for r in own)
         out.append(f"| {library} | {len(own)} | {good} | {captured} | {median['share']:.3f} | "
@@ -185,28 +197,42 @@ def page(results: list[Result], options: argparse.Namespace, seconds: float) -> 
     out += ["", "## Checks that do not apply", "", *_not_applicable(results)]
     out += ["", "## Why axes are frozen, over all models", "", *_reasons(results)]
     for library in libraries:
-        out += ["", f"## {library}", "", *_table([r for r in results if r["name"].startswith(library + "/")])]
+        out += [
+            "",
+            f"## {library}",
+            "",
+            *_table([r for r in results if r["name"].startswith(library + "/")]),
+        ]
     return "\n".join(out) + "\n"
 
 
+HOW = """\
+Written by `tools/zoo.py`. Every model has random weights and goes through the same calls:
+`trace(model, example)`, half of every prunable axis removed (the first channels stay),
+`apply(model, graph, plan)`. No model gets an option, a patched forward or a list of layers to
+leave alone.
+
+`eval`, `train`: the pruned model runs in evaluation mode, and in training mode on a batch of two
+with gradients; output shapes are those of the original. `params`: as many parameters as the
+graph's formulas say, fewer than before. `nothing`: the captured form of the untouched model
+computes what the model computes (1e-3 relative). `onnx`, `parity`: TorchScript export, and ONNX
+Runtime within 1e-3 of the largest output. A dash marks a check that the *original* model does not
+pass either. `share`: parameters that a prunable axis cuts, over all parameters of rank two and
+more. `captured`: the model's own code holds widths as constants, so that the pruned model is a
+captured graph.
+"""
+
+
 def _how(options: argparse.Namespace, seconds: float) -> str:
-    packages = ("torch", "torchvision", "timm", "ultralytics", "transformers", "diffusers",
-                "onnxruntime", "torch-pruning")  # fmt: skip
+    packages = (
+        "torch", "torchvision", "timm", "ultralytics", "transformers", "diffusers", "onnxruntime",
+        "torch-pruning",
+    )  # fmt: skip
     found = ", ".join(f"{name} {version(name)}" for name in packages)
     return (
-        "Written by `tools/zoo.py`. Every model has random weights and goes through the same calls: "
-        "`trace(model, example)`, half of every prunable axis removed (the first channels stay), "
-        "`apply(model, graph, plan)`. No model gets an option, a patched forward or a list of layers to "
-        "leave alone.\n\n"
-        "`eval`, `train`: the pruned model runs in evaluation mode, and in training mode on a batch of "
-        "two with finite gradients; output shapes are those of the original. `params`: as many parameters as the "
-        "graph's formulas say, fewer than before. `nothing`: the captured form of "
-        "the untouched model computes what the model computes (1e-3 relative). `onnx`, `parity`: TorchScript export, and ONNX Runtime within "
-        "1e-3 of the largest output. A dash marks a check that the *original* model does not pass either. "
-        "`share`: parameters that a prunable axis cuts over all parameters of rank two and more. `captured`: the model's own code holds widths "
-        "as constants, so that the pruned model is a captured graph.\n\n"
-        f"Input sizes are small (see `tools/zoo_models.py`). {platform.machine()}, one thread, "
-        f"{seconds / 60:.0f} min, {options.seconds} s and {options.gigabytes:g} GB a model. {found}."
+        f"{HOW}\nInput sizes are small (see `tools/zoo_models.py`). {platform.machine()}, one "
+        f"thread, {seconds / 60:.0f} min, limits of {options.seconds} s and "
+        f"{options.gigabytes:g} GB a model. {found}."
     )
 
 
@@ -228,22 +254,36 @@ def _reasons(results: list[Result]) -> list[str]:
             models[reason] += 1
             axes[reason] += count
     return ["| reason | axes | models |", "|---|---|---|"] + [
-        f"| {_cell(reason)} | {axes[reason]} | {models[reason]} |" for reason, _ in models.most_common()
+        f"| {_cell(reason)} | {axes[reason]} | {models[reason]} |"
+        for reason, _ in models.most_common()
     ]
 
 
 def _table(results: list[Result]) -> list[str]:
     peer = any("peer" in r for r in results)
-    head = ["model", *CHECKS["export"], "captured", "axes", "share", "params", "trace, s", "frozen because"]
+    head = [
+        "model",
+        *CHECKS["export"],
+        "captured",
+        "axes",
+        "share",
+        "params",
+        "trace, s",
+        "frozen because",
+    ]
     head += ["Torch-Pruning"] if peer else []
     rows = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for r in results:
-        cells = [r["name"].partition("/")[2], *(MARKS[r["checks"].get(c, False)] for c in CHECKS["export"])]
+        cells = [
+            r["name"].partition("/")[2],
+            *(MARKS[r["checks"].get(c, False)] for c in CHECKS["export"]),
+        ]
         if "share" in r:
-            frozen = "; ".join(f"{n}× {reason}" for reason, n in r["frozen"].items())
+            frozen = "; ".join(f"{n} x {reason}" for reason, n in r["frozen"].items())
             dropped = f"{r['params_before'] / 1e6:.2f} → {r.get('params_after', 0) / 1e6:.2f} M"
             cells += ["yes" if r.get("captured") else "", f"{r['prunable']} of {r['axes']}",
-                      f"{r['share']:.3f}", dropped, f"{r['seconds_trace']:.2f}", _cell(frozen)]  # fmt: skip
+                      f"{r['share']:.3f}", dropped, f"{r['seconds_trace']:.2f}",
+                      _cell(frozen)]  # fmt: skip
         else:
             cells += [""] * 6
         if peer:

@@ -17,7 +17,7 @@ from torch import nn
 
 Built = tuple[nn.Module, Any]
 
-TIMM = (
+TIMM = (  # noqa: SIM905  a list of names is read more easily like this
     "beit_base_patch16_224 halonet_h1 mobileone_s1 cait_xxs24_224 coat_tiny convit_tiny "
     "convmixer_768_32 convnext_atto cpubone_nano crossvit_tiny_240 csatv2 cs3darknet_focus_s "
     "cspnext_tiny davit_tiny deepseek_vit_412m deit_tiny_patch16_224 densenet121 dla46x_c "
@@ -39,7 +39,7 @@ TIMM = (
 ).split()
 """The model with the fewest parameters of every module of timm that registers one."""
 
-YOLO = (
+YOLO = (  # noqa: SIM905
     "yolov3-tiny yolov3 yolov3-spp yolov5n yolov5n-p6 yolov6n yolov8n yolov8n-seg yolov8n-pose "
     "yolov8n-obb yolov8n-cls yolov8n-ghost yolov8n-p2 yolov8n-p6 yolov9t yolov9s yolov9m yolov9c "
     "yolov9e yolov9c-seg yolov10n yolov10s yolov10m yolov10b yolov10l yolov10x yolo11n "
@@ -84,6 +84,8 @@ def _torchvision_names() -> list[str]:
 
 
 TORCHVISION_OPTIONS: tuple[tuple[str, dict[str, Any], tuple[int, ...]], ...] = (
+    ("alexnet", {}, (3, 224, 224)),
+    ("vgg*", {}, (3, 224, 224)),
     ("vit_h_14", {"image_size": 56}, (3, 56, 56)),
     ("vit_*", {"image_size": 64}, (3, 64, 64)),
     ("maxvit_t", {}, (3, 224, 224)),
@@ -134,7 +136,8 @@ def _timm(name: str) -> Built:
     size = tuple(config["input_size"])
     if not config.get("fixed_input_size", False):
         least = config.get("min_input_size") or (3, 96, 96)
-        size = (size[0], max(least[1], 96), max(least[2], 96))
+        side = 224 if name.startswith("vgg") else 96  # its pooling to 7x7 exports from there on
+        size = (size[0], max(least[1], side), max(least[2], side))
     return module, (torch.randn(1, *size),)
 
 
@@ -156,46 +159,127 @@ def _ultralytics(name: str) -> Built:
 # ---- Hugging Face transformers, small random configurations
 
 TEXT = {
-    "vocab_size": 120, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "intermediate_size": 96, "max_position_embeddings": 64, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": 120,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
 IMAGE = {
-    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96,
-    "image_size": 32, "patch_size": 8,
-}  # fmt: skip
-DECODER = {**TEXT, "num_key_value_heads": 4, "use_cache": False, "bos_token_id": 1, "eos_token_id": 2}
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "image_size": 32,
+    "patch_size": 8,
+}
+DECODER = {
+    **TEXT,
+    "num_key_value_heads": 4,
+    "use_cache": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 GROUPED = {**DECODER, "num_key_value_heads": 2}
-GPT2 = {"vocab_size": 120, "n_positions": 64, "n_embd": 64, "n_layer": 2, "n_head": 4, "use_cache": False,
-        "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
-OPT = {"vocab_size": 120, "hidden_size": 64, "num_hidden_layers": 2, "ffn_dim": 96, "use_cache": False,
-       "num_attention_heads": 4, "max_position_embeddings": 64, "word_embed_proj_dim": 64}  # fmt: skip
+GPT2 = {
+    "vocab_size": 120,
+    "n_positions": 64,
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "use_cache": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+OPT = {
+    "vocab_size": 120,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "ffn_dim": 96,
+    "use_cache": False,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "word_embed_proj_dim": 64,
+}
 BLOOM = {"vocab_size": 120, "hidden_size": 64, "n_layer": 2, "n_head": 4, "use_cache": False}
-T5 = {"vocab_size": 120, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4,
-      "use_cache": False, "decoder_start_token_id": 0}  # fmt: skip
-SWIN = {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4],
-        "window_size": 4}  # fmt: skip
+T5 = {
+    "vocab_size": 120,
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 96,
+    "num_layers": 2,
+    "num_heads": 4,
+    "use_cache": False,
+    "decoder_start_token_id": 0,
+}
+SWIN = {
+    "image_size": 32,
+    "patch_size": 2,
+    "embed_dim": 16,
+    "depths": [2, 2],
+    "num_heads": [2, 4],
+    "window_size": 4,
+}
 SEGFORMER = {"hidden_sizes": [16, 32, 64, 96], "depths": [1, 1, 1, 1], "decoder_hidden_size": 64}
-SAM = {"hidden_size": 64, "output_channels": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
-       "image_size": 64, "patch_size": 8, "window_size": 4, "global_attn_indexes": [1], "mlp_dim": 96,
-       "num_pos_feats": 16}  # fmt: skip
-WHISPER = {"vocab_size": 120, "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "num_mel_bins": 16,
-           "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 96,
-           "decoder_ffn_dim": 96, "max_source_positions": 50, "max_target_positions": 32,
-           "use_cache": False, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-           "decoder_start_token_id": 1}  # fmt: skip
-DETR = {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 96,
-        "decoder_ffn_dim": 96, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
-        "num_queries": 10}  # fmt: skip
+SAM = {
+    "hidden_size": 64,
+    "output_channels": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 64,
+    "patch_size": 8,
+    "window_size": 4,
+    "global_attn_indexes": [1],
+    "mlp_dim": 96,
+    "num_pos_feats": 16,
+}
+WHISPER = {
+    "vocab_size": 120,
+    "d_model": 64,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "num_mel_bins": 16,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 96,
+    "decoder_ffn_dim": 96,
+    "max_source_positions": 50,
+    "max_target_positions": 32,
+    "use_cache": False,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+}
+DETR = {
+    "d_model": 64,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_ffn_dim": 96,
+    "decoder_ffn_dim": 96,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "num_queries": 10,
+}
 
 TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "bert": ("BertConfig", "BertForSequenceClassification", TEXT, "text"),
     "distilbert": (
-        "DistilBertConfig", "DistilBertForSequenceClassification",
-        {"vocab_size": 120, "dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 96}, "text",
+        "DistilBertConfig",
+        "DistilBertForSequenceClassification",
+        {"vocab_size": 120, "dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 96},
+        "text",
     ),
     "roberta": ("RobertaConfig", "RobertaForMaskedLM", TEXT, "text"),
     "electra": ("ElectraConfig", "ElectraForSequenceClassification", TEXT, "text"),
-    "albert": ("AlbertConfig", "AlbertForSequenceClassification", {**TEXT, "embedding_size": 32}, "text"),
+    "albert": (
+        "AlbertConfig",
+        "AlbertForSequenceClassification",
+        {**TEXT, "embedding_size": 32},
+        "text",
+    ),
     "vit": ("ViTConfig", "ViTForImageClassification", IMAGE, "image"),
     "deit": ("DeiTConfig", "DeiTForImageClassification", IMAGE, "image"),
     "dinov2": ("Dinov2Config", "Dinov2ForImageClassification", {**IMAGE, "patch_size": 8}, "image"),
@@ -213,22 +297,49 @@ TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "bloom": ("BloomConfig", "BloomForCausalLM", BLOOM, "text"),
     "t5": ("T5Config", "T5ForConditionalGeneration", T5, "text2text"),
     "sam-vision": ("SamVisionConfig", "SamVisionModel", SAM, "image"),
-    "clip": ("CLIPConfig", "CLIPModel", {
-        "text_config": {**TEXT, "eos_token_id": 2, "bos_token_id": 1}, "vision_config": IMAGE, "projection_dim": 32,
-    }, "pair"),
+    "clip": (
+        "CLIPConfig",
+        "CLIPModel",
+        {
+            "text_config": {**TEXT, "eos_token_id": 2, "bos_token_id": 1},
+            "vision_config": IMAGE,
+            "projection_dim": 32,
+        },
+        "pair",
+    ),
     "segformer": ("SegformerConfig", "SegformerForSemanticSegmentation", SEGFORMER, "image64"),
     "detr": ("DetrConfig", "DetrForObjectDetection", DETR, "image64"),
     "whisper": ("WhisperConfig", "WhisperForConditionalGeneration", WHISPER, "speech"),
-    "convnext": ("ConvNextConfig", "ConvNextForImageClassification", {
-        "hidden_sizes": [16, 32, 64, 96], "depths": [1, 1, 2, 1],
-    }, "image64"),
-    "resnet": ("ResNetConfig", "ResNetForImageClassification", {
-        "embedding_size": 16, "hidden_sizes": [16, 32, 64, 96], "depths": [1, 1, 1, 1],
-    }, "image64"),
-    "mobilevit": ("MobileViTConfig", "MobileViTForImageClassification", {
-        "image_size": 64, "hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 16, 16, 24, 32, 64],
-    }, "image64"),
-}  # fmt: skip
+    "convnext": (
+        "ConvNextConfig",
+        "ConvNextForImageClassification",
+        {
+            "hidden_sizes": [16, 32, 64, 96],
+            "depths": [1, 1, 2, 1],
+        },
+        "image64",
+    ),
+    "resnet": (
+        "ResNetConfig",
+        "ResNetForImageClassification",
+        {
+            "embedding_size": 16,
+            "hidden_sizes": [16, 32, 64, 96],
+            "depths": [1, 1, 1, 1],
+        },
+        "image64",
+    ),
+    "mobilevit": (
+        "MobileViTConfig",
+        "MobileViTForImageClassification",
+        {
+            "image_size": 64,
+            "hidden_sizes": [16, 24, 32],
+            "neck_hidden_sizes": [8, 8, 16, 16, 24, 32, 64],
+        },
+        "image64",
+    ),
+}
 """Name → configuration class, model class, configuration, kind of input."""
 
 
@@ -242,10 +353,8 @@ TRANSFORMERS_INPUTS: dict[str, Callable[[], dict[str, torch.Tensor]]] = {
     "image64": lambda: {"pixel_values": torch.randn(1, 3, 64, 64)},
     "text2text": lambda: {"input_ids": _tokens(), "decoder_input_ids": _tokens(8)},
     "pair": lambda: {"input_ids": _tokens(), "pixel_values": torch.randn(1, 3, 32, 32)},
-    "speech": lambda: {
-        "input_features": torch.randn(1, 16, 100), "decoder_input_ids": _tokens(8)
-    },
-}  # fmt: skip
+    "speech": lambda: {"input_features": torch.randn(1, 16, 100), "decoder_input_ids": _tokens(8)},
+}
 
 
 def _transformers_names() -> list[str]:
@@ -280,26 +389,56 @@ def _detr_config(transformers: Any, options: dict[str, Any]) -> Any:
 # ---- diffusers
 
 DIFFUSERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "unet2d": ("UNet2DModel", {
-        "sample_size": 16, "block_out_channels": (32, 64), "norm_num_groups": 8, "layers_per_block": 1,
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "attention_head_dim": 8,
-        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    }),
-    "unet2d-condition": ("UNet2DConditionModel", {
-        "sample_size": 16, "block_out_channels": (32, 64), "norm_num_groups": 8, "layers_per_block": 1,
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "cross_attention_dim": 24,
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "attention_head_dim": 4,
-    }),
-    "autoencoder-kl": ("AutoencoderKL", {
-        "block_out_channels": (16, 32), "norm_num_groups": 8, "layers_per_block": 1,
-        "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
-    }),
-    "dit": ("DiTTransformer2DModel", {
-        "num_attention_heads": 4, "attention_head_dim": 16, "in_channels": 4, "out_channels": 8,
-        "num_layers": 2, "sample_size": 8, "patch_size": 2, "num_embeds_ada_norm": 10,
-        "norm_num_groups": 4,
-    }),
-}  # fmt: skip
+    "unet2d": (
+        "UNet2DModel",
+        {
+            "sample_size": 16,
+            "block_out_channels": (32, 64),
+            "norm_num_groups": 8,
+            "layers_per_block": 1,
+            "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+            "attention_head_dim": 8,
+            "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        },
+    ),
+    "unet2d-condition": (
+        "UNet2DConditionModel",
+        {
+            "sample_size": 16,
+            "block_out_channels": (32, 64),
+            "norm_num_groups": 8,
+            "layers_per_block": 1,
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "cross_attention_dim": 24,
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            "attention_head_dim": 4,
+        },
+    ),
+    "autoencoder-kl": (
+        "AutoencoderKL",
+        {
+            "block_out_channels": (16, 32),
+            "norm_num_groups": 8,
+            "layers_per_block": 1,
+            "down_block_types": ("DownEncoderBlock2D",) * 2,
+            "up_block_types": ("UpDecoderBlock2D",) * 2,
+        },
+    ),
+    "dit": (
+        "DiTTransformer2DModel",
+        {
+            "num_attention_heads": 4,
+            "attention_head_dim": 16,
+            "in_channels": 4,
+            "out_channels": 8,
+            "num_layers": 2,
+            "sample_size": 8,
+            "patch_size": 2,
+            "num_embeds_ada_norm": 10,
+            "norm_num_groups": 4,
+        },
+    ),
+}
 
 
 def _diffusers_names() -> list[str]:

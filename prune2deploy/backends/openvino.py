@@ -7,6 +7,7 @@ quietly compute in bfloat16. Operator times come from its performance counters.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,7 +46,7 @@ class OpenVinoBackend(Backend):
     def availability(self, target: Target) -> Availability:
         """Look whether OpenVINO is installed and sees the device."""
         try:
-            import openvino
+            openvino = _library()
         except (ImportError, OSError) as error:
             return Availability(False, f"openvino does not import: {error}", FIX)
         devices = openvino.Core().available_devices
@@ -93,13 +94,11 @@ class OpenVinoBackend(Backend):
 
     def versions(self) -> dict[str, str]:
         """Version and build of OpenVINO."""
-        import openvino
-
-        return {"openvino": openvino.__version__}
+        return {"openvino": str(_library().__version__)}
 
     def _compile(self, path: Path, target: Target, *, counters: bool) -> Any:
         try:
-            import openvino
+            openvino = _library()
         except ImportError as error:
             raise MissingBackend(f"openvino does not import ({error}); {FIX}") from error
         device = target.device.upper()
@@ -118,6 +117,27 @@ class OpenVinoBackend(Backend):
             return openvino.Core().compile_model(str(path), device, settings)
         except RuntimeError as error:
             raise BuildError(f"{path}: OpenVINO cannot compile it: {error}") from error
+
+
+def _library() -> Any:
+    """Import OpenVINO without its usage reporting.
+
+    Importing it forks a process that calls home. Forked beside other threads that process can hang
+    and outlive us, and measuring is no time for traffic. Without the package that does it OpenVINO
+    uses a stub of its own.
+    """
+    if "openvino" in sys.modules:
+        return sys.modules["openvino"]
+    reporter = "openvino_telemetry"
+    unused = reporter not in sys.modules
+    if unused:
+        sys.modules[reporter] = None  # type: ignore[assignment]  # None there means: not installed
+    try:
+        import openvino
+    finally:
+        if unused:
+            del sys.modules[reporter]
+    return openvino
 
 
 def _original_layers(compiled: Any) -> dict[str, list[str]]:

@@ -188,9 +188,12 @@ class Graph:
             )
             for axis in self.axes
         )
+        axes = tuple(axis for axis in cut if axis.members)
+        left = {axis.name for axis in axes}
         return replace(
             self,
-            axes=tuple(axis for axis in cut if axis.members),
+            axes=axes,
+            widths=tuple(width for width in self.widths if width.axes <= left),
             layers=tuple(x for x in self.layers if not f"{x.name}.".startswith(prefixes)),
             tensors={n: d for n, d in self.tensors.items() if not n.startswith(prefixes)},
             parameters=frozenset(n for n in self.parameters if not n.startswith(prefixes)),

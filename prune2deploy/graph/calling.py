@@ -53,7 +53,7 @@ def quiet(model: nn.Module) -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(False)
     model.eval()
     try:
-        with torch.no_grad(), _answered() if _meta(model) else nullcontext():
+        with torch.no_grad(), _Answered() if _meta(model) else nullcontext():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -62,8 +62,11 @@ def quiet(model: nn.Module) -> Iterator[None]:
             module.__dict__.update(attributes)
 
 
-class _answered(TorchDispatchMode):  # noqa: N801  read as a context
+class _Answered(TorchDispatchMode):
     """Answers yes (or one) where code asks a tensor on ``meta``, which has no values, for one."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:

@@ -104,8 +104,8 @@ class Recorder(TorchDispatchMode):
             items = [self.refer(item) for item in tree]
             return items if isinstance(tree, list) else tuple(items)
         if isinstance(tree, Mapping):
-            items = {key: self.refer(item) for key, item in tree.items()}
-            return items if type(tree) is dict else Struct(items, kind=type(tree))
+            named = {key: self.refer(item) for key, item in tree.items()}
+            return named if type(tree) is dict else Struct(named, kind=type(tree))
         if is_dataclass(tree) and not isinstance(tree, type):
             return Struct(((k, self.refer(v)) for k, v in items_of(tree)), kind=type(tree))
         return tree

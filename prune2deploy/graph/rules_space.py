@@ -36,7 +36,8 @@ def pad(call: Call) -> Layout:
     "aten::upsample_nearest3d", "aten::upsample_linear1d", "aten::upsample_bilinear2d",
     "aten::upsample_bicubic2d", "aten::upsample_trilinear3d", "aten::_upsample_nearest_exact1d",
     "aten::_upsample_nearest_exact2d", "aten::_upsample_nearest_exact3d",
-    "aten::_upsample_bilinear2d_aa", "aten::_upsample_bicubic2d_aa",         "aten::adaptive_avg_pool3d", "aten::max_unpool2d",
+    "aten::_upsample_bilinear2d_aa", "aten::_upsample_bicubic2d_aa",
+    "aten::adaptive_avg_pool3d", "aten::max_unpool2d",
 )  # fmt: skip
 def resample(call: Call) -> list[Layout]:
     """Batch and channels pass; positions in space are new."""

@@ -7,6 +7,7 @@ process does, however that ends, because it notices that its standard input clos
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -130,9 +131,13 @@ def _error(message: Mapping[str, Any]) -> Prune2DeployError:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill the child if it still runs, and take its exit status."""
-    if process.poll() is None:
-        process.kill()
+    """Kill the child and what it started (it leads a group), and take its exit status.
+
+    A grandchild that lives on would hold the child's standard output open, on which the reader
+    waits for ever.
+    """
+    with contextlib.suppress(ProcessLookupError):  # the whole group has ended already
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     for stream in (process.stdin, process.stdout):
         if stream is not None:

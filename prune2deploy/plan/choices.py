@@ -3,6 +3,17 @@
 In: a graph and, per axis, a curve of worth over kept channels (retained importance, or minus the
 measured loss). Out: one choice per free axis or tie of axes, on the grid of widths that the
 device runs well at. The full width is always allowed; frozen axes offer no choice.
+
+Without data, what a width is worth has to come from scores alone, and their plain sum misleads: an
+axis whose scores are small beside the others' (or whose every channel costs much time) would be
+cut to the bone while the rest stays whole, although a network is no better than its narrowest
+layer. The objective is therefore one with diminishing returns. The share of a layer's weight that
+survives is the share of its inputs times that of its outputs; what is maximised is the product of
+those shares over all layers, i.e. the sum over axes of the logarithm of the retained share, each
+axis counted as often as layers read or write it. Every axis gets dearer as it gets narrower, so
+none is starved for another's sake. The logarithm is bent at the low end (``log(1 + 99 share)``)
+so that it is zero, not minus infinity, where nothing is kept; above a tenth both differ by a
+constant only.
 """
 
 from __future__ import annotations
@@ -15,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prune2deploy.errors import PlanError
-from prune2deploy.graph.axes import Graph, Polynomial
+from prune2deploy.graph.axes import Axis, Graph, Polynomial
 from prune2deploy.plan.latency_model import LatencyModel
 
 Floats = npt.NDArray[np.float64]
@@ -103,28 +114,44 @@ def allowed(size: int, step: int, least: int, limit: int) -> Ints:
     return np.append(inner, np.int64(size))
 
 
+_BEND = 99.0  # log(1 + _BEND * share): straight below a share of 1 / _BEND, logarithmic above
+
+
 def importance_curves(graph: Graph, scores: Mapping[str, npt.ArrayLike]) -> dict[str, Floats]:
-    """Retained importance of every prunable axis by number of kept channels.
+    """Worth of every prunable axis by number of kept channels, from scores alone.
 
     Args:
         graph: The traced model.
-        scores: Axis name to one score per channel, higher is kept; comparable between axes as
-            the criterion that made them says.
+        scores: Axis name to one score per channel, higher is kept; only their proportions within
+            an axis count.
 
     Returns:
-        Axis name to float array (size + 1,): entry k is the sum of the k best scores, with all
-        scores of the model adding up to 1.
+        Axis name to float array (size + 1,), rising from 0: entry k is the bent logarithm of the
+        share of the axis' scores that its k best channels hold, weighted by the number of layers
+        that read or write the axis; the last entries of all axes add up to 1.
 
     Raises:
         PlanError: Scores are missing, of the wrong length, or not finite.
     """
     checked = {axis.name: _scores(axis.name, axis.size, scores) for axis in graph.prunable}
-    total = sum(float(one.sum()) for one in checked.values())
-    total = total if total > 0 else 1.0
+    layers = {axis.name: _layers(axis) for axis in graph.prunable}
+    whole = sum(layers.values()) * math.log1p(_BEND)
     return {
-        name: np.concatenate([[0.0], np.cumsum(np.sort(one)[::-1])]) / total
-        for name, one in checked.items()
+        name: layers[name] * np.log1p(_BEND * _shares(one)) / whole for name, one in checked.items()
     }
+
+
+def _layers(axis: Axis) -> int:
+    """How many layers read or write an axis."""
+    return max(1, len({(m.tensor, m.dim) for m in axis.members if m.role != "param"}))
+
+
+def _shares(scores: Floats) -> Floats:
+    """Share of the k best scores among all, for k = 0..size; equal shares where all are zero."""
+    if not scores.any():
+        scores = np.ones_like(scores)
+    found = np.concatenate([[0.0], np.cumsum(np.sort(scores)[::-1])])
+    return np.asarray(found / found[-1], dtype=np.float64)
 
 
 def _scores(name: str, size: int, scores: Mapping[str, npt.ArrayLike]) -> Floats:

@@ -37,7 +37,7 @@ CREATE TABLE IF NOT EXISTS steps (
 _BUSY_SECONDS = 30.0
 
 
-class CacheDamaged(ConfigError):
+class DamagedCacheError(ConfigError):
     """The file is there but is no cache of this schema; it may be set aside and made again."""
 
 
@@ -83,7 +83,7 @@ class LatencyCache:
         """Open or create the file.
 
         Raises:
-            CacheDamaged: The file is not a cache of this schema.
+            DamagedCacheError: The file is not a cache of this schema.
             ConfigError: It cannot be written.
         """
         try:
@@ -132,7 +132,7 @@ class LatencyCache:
             "SELECT counts, profile, measured_ms FROM builds WHERE context = ? AND model = ? "
             "ORDER BY rowid",
             (self._key, model),
-        )
+        ).fetchall()  # an open cursor would hold its lock while an error is dealt with
         return tuple(Build(json.loads(c), _profile(p), ms) for c, p, ms in rows)
 
     def check(self) -> None:
@@ -140,13 +140,15 @@ class LatencyCache:
 
         Raises:
             ValueError: A row does not hold what was kept; so do KeyError and TypeError.
-            CacheDamaged: Raised by ``open`` where the file itself is damaged.
+            DamagedCacheError: Raised by ``open`` where the file itself is damaged.
         """
         if (found := self._connection.execute("PRAGMA quick_check").fetchone()) != ("ok",):
             raise ValueError(f"damaged database: {found}")
-        for counts, profile in self._connection.execute("SELECT counts, profile FROM builds"):
+        builds = self._connection.execute("SELECT counts, profile FROM builds").fetchall()
+        steps = self._connection.execute("SELECT staircase FROM steps").fetchall()
+        for counts, profile in builds:
             Build(json.loads(counts), _profile(profile))
-        for (staircase,) in self._connection.execute("SELECT staircase FROM steps"):
+        for (staircase,) in steps:
             json.loads(staircase)
 
     def add_staircase(self, family: str, staircase: Mapping[int, float]) -> None:
@@ -166,7 +168,7 @@ class LatencyCache:
 def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     version = connection.execute("PRAGMA user_version").fetchone()[0]
     if version not in (0, SCHEMA):
-        raise CacheDamaged(
+        raise DamagedCacheError(
             f"{path}: a latency cache of schema {version} found, {SCHEMA} expected; "
             "delete the file, it is made again"
         )
@@ -176,7 +178,7 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
 
 def _unusable(path: Path, error: Exception) -> ConfigError:
     busy = isinstance(error, (OSError, sqlite3.OperationalError))
-    return (ConfigError if busy else CacheDamaged)(
+    return (ConfigError if busy else DamagedCacheError)(
         f"{path}: not usable as a latency cache ({error}); expected an SQLite file that may be "
         "written, or none; delete the file or name another place"
     )

@@ -77,6 +77,7 @@ def measure(
     fractions: Sequence[float] = _FRACTIONS,
     known: Mapping[str, Sensitivity] | None = None,
     tell: Tell | None = None,
+    keep: Callable[[Sensitivity], None] | None = None,
 ) -> dict[str, Sensitivity]:
     """Cut one choice at a time and note the loss.
 
@@ -86,6 +87,7 @@ def measure(
         fractions: Widths to try, as fractions of the full one; moved to the nearest option.
         known: Results of an earlier call by first axis; these are not measured again.
         tell: Hears of progress.
+        keep: Is given each result as soon as it is there.
 
     Returns:
         First axis of every choice to its sensitivity.
@@ -96,6 +98,8 @@ def measure(
     found = dict(known or {})
     tried = {choice.axes[0]: _widths(choice, fractions) for choice in choices}
     todo = [choice for choice in choices if choice.axes[0] not in found]
+    if not todo:
+        return found
     total = sum(len(tried[choice.axes[0]]) for choice in todo) + 1
     base = loss({})
     if not np.isfinite(base):
@@ -112,7 +116,10 @@ def measure(
         worst = max([r for r in rises if np.isfinite(r)], default=1.0)
         finite = [r if np.isfinite(r) else 10.0 * max(worst, 1.0) for r in rises]
         widths = (*tried[choice.axes[0]], choice.size)
-        found[choice.axes[0]] = Sensitivity(choice.axes, choice.size, widths, (*finite, 0.0))
+        one = Sensitivity(choice.axes, choice.size, widths, (*finite, 0.0))
+        found[choice.axes[0]] = one
+        if keep is not None:
+            keep(one)
     return found
 
 

@@ -120,7 +120,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class RunReport:
-    """Everything that the report of one run shows."""
+    """Everything that the report of one run shows; ``removed`` are blocks that were taken out."""
 
     model: str
     target: str
@@ -139,6 +139,7 @@ class RunReport:
     steps: tuple[BuildLine, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
     kind: str = "run"
     schema: int = SCHEMA
 

@@ -10,7 +10,7 @@ from html import escape
 
 from prune2deploy.report import svg
 from prune2deploy.report.content import LayerLine, RunReport, SweepReport
-from prune2deploy.report.text import interval, milliseconds, result_rows
+from prune2deploy.report.text import interval, milliseconds, removed_text, result_rows
 from prune2deploy.units import readable
 
 STYLE = """
@@ -119,7 +119,8 @@ def _axes(report: RunReport) -> str:
         ]
         for a in report.axes
     ]
-    return "<h2>What was traded: kept channels</h2>" + html_table(
+    blocks = f"<p>{escape(removed_text(report))}</p>" if report.removed else ""
+    return f"<h2>What was traded: kept channels</h2>{blocks}" + html_table(
         ["axis", "kept", "", "kept because"], rows
     )
 

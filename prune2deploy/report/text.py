@@ -96,7 +96,18 @@ def run_text(report: RunReport) -> str:
         f"(tolerance {p.tolerance:g})"
         for p in report.parity
     ]
+    if report.removed:
+        lines.append(f"removed   {removed_text(report)}")
     return "\n".join([*lines, *(f"note      {note}" for note in report.notes)])
+
+
+def removed_text(report: RunReport) -> str:
+    """Which blocks went, and why."""
+    many = len(report.removed)
+    return (
+        f"{many} block{'s' if many > 1 else ''} taken out whole, because no widths alone meet the "
+        f"budget: {', '.join(report.removed)}"
+    )
 
 
 def sweep_text(report: SweepReport) -> str:

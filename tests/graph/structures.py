@@ -181,19 +181,45 @@ def _through(middle, **options):
 
 STRUCTURES = {
     "convolution 1d": (_through(lambda n, x: x.relu(), rank=1), torch.randn(2, 3, 9), ["first"]),
-    "convolution 3d": (_through(lambda n, x: x.relu(), rank=3), torch.randn(2, 3, 4, 4, 4), ["first"]),
-    "transposed": (_through(lambda n, x: n.up(x), up=nn.ConvTranspose2d(8, 8, 2, 2)), IMAGE, ["first", "up"]),
+    "convolution 3d": (
+        _through(lambda n, x: x.relu(), rank=3),
+        torch.randn(2, 3, 4, 4, 4),
+        ["first"],
+    ),
+    "transposed": (
+        _through(lambda n, x: n.up(x), up=nn.ConvTranspose2d(8, 8, 2, 2)),
+        IMAGE,
+        ["first", "up"],
+    ),
     "transposed in groups": (
-        _through(lambda n, x: n.up(x), up=nn.ConvTranspose2d(8, 8, 2, 2, groups=2)), IMAGE, ["first", "up"],
+        _through(lambda n, x: n.up(x), up=nn.ConvTranspose2d(8, 8, 2, 2, groups=2)),
+        IMAGE,
+        ["first", "up"],
     ),
-    "depthwise": (_through(lambda n, x: n.dw(x), dw=nn.Conv2d(8, 8, 3, groups=8)), IMAGE, ["first", "dw"]),
-    "groups": (_through(lambda n, x: n.gr(x), gr=nn.Conv2d(8, 8, 3, groups=4)), IMAGE, ["first", "gr"]),
+    "depthwise": (
+        _through(lambda n, x: n.dw(x), dw=nn.Conv2d(8, 8, 3, groups=8)),
+        IMAGE,
+        ["first", "dw"],
+    ),
+    "groups": (
+        _through(lambda n, x: n.gr(x), gr=nn.Conv2d(8, 8, 3, groups=4)),
+        IMAGE,
+        ["first", "gr"],
+    ),
     "one channel is no depthwise": (
-        _through(lambda n, x: n.up(n.one(x)), one=nn.Conv2d(8, 1, 1), up=nn.Conv2d(1, 8, 1)), IMAGE, ["first", "up"],
+        _through(lambda n, x: n.up(n.one(x)), one=nn.Conv2d(8, 1, 1), up=nn.Conv2d(1, 8, 1)),
+        IMAGE,
+        ["first", "up"],
     ),
-    "group norm": (_through(lambda n, x: n.norm(x), norm=nn.GroupNorm(4, 8)), IMAGE, ["first", "norm"]),
+    "group norm": (
+        _through(lambda n, x: n.norm(x), norm=nn.GroupNorm(4, 8)),
+        IMAGE,
+        ["first", "norm"],
+    ),
     "instance norm": (
-        _through(lambda n, x: n.norm(x), norm=nn.InstanceNorm2d(8, affine=True)), IMAGE, ["first", "norm"],
+        _through(lambda n, x: n.norm(x), norm=nn.InstanceNorm2d(8, affine=True)),
+        IMAGE,
+        ["first", "norm"],
     ),
     "layer norm": (_through(across, norm=nn.LayerNorm(8)), IMAGE, ["first", "norm"]),
     "rms norm": (_through(across, norm=nn.RMSNorm(8)), IMAGE, ["first", "norm"]),
@@ -203,24 +229,46 @@ STRUCTURES = {
     "cat": (_through(lambda n, x: torch.cat([x, x.relu()], 1), after=16), IMAGE, ["first"]),
     "stack": (_through(lambda n, x: torch.stack([x, x.relu()], 1).sum(1)), IMAGE, ["first"]),
     "channel shuffle": (_through(shuffled), IMAGE, ["first"]),
-    "channel shuffle module": (_through(lambda n, x: n.mix(x), mix=nn.ChannelShuffle(2)), IMAGE, ["first"]),
-    "pixel shuffle": (_through(lambda n, x: F.pixel_shuffle(x, 2), width=16, after=4), IMAGE, ["first"]),
+    "channel shuffle module": (
+        _through(lambda n, x: n.mix(x), mix=nn.ChannelShuffle(2)),
+        IMAGE,
+        ["first"],
+    ),
+    "pixel shuffle": (
+        _through(lambda n, x: F.pixel_shuffle(x, 2), width=16, after=4),
+        IMAGE,
+        ["first"],
+    ),
     "pixel unshuffle": (_through(lambda n, x: F.pixel_unshuffle(x, 2), after=32), IMAGE, ["first"]),
     "unfold and fold": (_through(windows), IMAGE, ["first"]),
     "gather in space": (
-        _through(lambda n, x: x.gather(3, torch.zeros(2, 8, 6, 3, dtype=torch.long))), IMAGE, [],
+        _through(lambda n, x: x.gather(3, torch.zeros(2, 8, 6, 3, dtype=torch.long))),
+        IMAGE,
+        [],
     ),
     "index in space": (_through(lambda n, x: x[:, :, [0, 2, 4]]), IMAGE, ["first"]),
     "index channels": (_through(lambda n, x: x[:, [1, 0, 3, 2, 5, 4, 7, 6]]), IMAGE, []),
     "repeat": (_through(lambda n, x: x.repeat(1, 2, 1, 1), after=16), IMAGE, ["first"]),
-    "repeat interleave": (_through(lambda n, x: x.repeat_interleave(2, 1), after=16), IMAGE, ["first"]),
-    "expand": (_through(lambda n, x: x.unsqueeze(1).expand(-1, 2, -1, -1, -1).flatten(1, 2), after=16), IMAGE, ["first"]),
+    "repeat interleave": (
+        _through(lambda n, x: x.repeat_interleave(2, 1), after=16),
+        IMAGE,
+        ["first"],
+    ),
+    "expand": (
+        _through(lambda n, x: x.unsqueeze(1).expand(-1, 2, -1, -1, -1).flatten(1, 2), after=16),
+        IMAGE,
+        ["first"],
+    ),
     "weight norm": (
-        _through(lambda n, x: n.w(x), w=nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 1))), IMAGE, ["first"],
+        _through(lambda n, x: n.w(x), w=nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 1))),
+        IMAGE,
+        ["first"],
     ),
     "padding along channels": (OptionA, IMAGE, ["wide"]),
     "linear over channels as positions": (
-        _through(lambda n, x: n.mix(x.mean(-1)).unsqueeze(-1), mix=nn.Conv1d(8, 8, 1)), IMAGE, ["first", "mix"],
+        _through(lambda n, x: n.mix(x.mean(-1)).unsqueeze(-1), mix=nn.Conv1d(8, 8, 1)),
+        IMAGE,
+        ["first", "mix"],
     ),
     "grouped-query attention": (Grouped, torch.randn(2, 5, 12), ["q", "k", "v"]),
     "one key head": (lambda: Grouped(shared=1), torch.randn(2, 5, 12), ["q", "k", "v"]),
@@ -228,7 +276,9 @@ STRUCTURES = {
     "nn.MultiheadAttention": (Multihead, TOKENS, ["embed", "attend.out_proj"]),
     "lstm": (lambda: Recurrent(nn.LSTM), TOKENS, ["embed"]),
     "lstm both ways, two layers": (
-        lambda: Recurrent(nn.LSTM, bidirectional=True, num_layers=2), TOKENS, ["embed"],
+        lambda: Recurrent(nn.LSTM, bidirectional=True, num_layers=2),
+        TOKENS,
+        ["embed"],
     ),
     "gru": (lambda: Recurrent(nn.GRU), TOKENS, ["embed"]),
     "embedding": (lambda: Words(tied=False), torch.randint(0, 20, (2, 5)), ["mix"]),
@@ -237,7 +287,9 @@ STRUCTURES = {
     "called twice": (Twice, TOKENS, ["first", "shared"]),
     "einsum": (Einsum, TOKENS, ["first"]),
     "dict and list inputs": (
-        SeveralInputs, ({"a": torch.randn(2, 4), "b": torch.randn(2, 5)}, torch.randn(2, 3)), ["a", "b"],
+        SeveralInputs,
+        ({"a": torch.randn(2, 4), "b": torch.randn(2, 5)}, torch.randn(2, 3)),
+        ["a", "b"],
     ),
-}  # fmt: skip
+}
 """Name → builder, example inputs, the layers whose weights must become smaller."""

@@ -87,6 +87,35 @@ def test_a_child_that_hangs_is_killed(worker, tmp_path):
     assert not alive(int((tmp_path / "pid").read_text()))
 
 
+def test_what_a_child_started_neither_outlives_it_nor_holds_us_up(worker, tmp_path):
+    """A forked process keeps the child's standard output open."""
+    module = worker(
+        f"""
+        import os, time
+        if os.fork() == 0:
+            open({str(tmp_path / "pid")!r}, "w").write(str(os.getpid()))
+            time.sleep(600)
+        while not os.path.exists({str(tmp_path / "pid")!r}):
+            time.sleep(0.01)
+        print('{{"result": {{"answer": 42}}}}', flush=True)
+        os._exit(0)
+        """
+    )
+    started = time.monotonic()
+    assert child.run(SPEC, 60, None, module) == {"answer": 42}
+    assert time.monotonic() - started < 60
+    pid = int((tmp_path / "pid").read_text())
+    deadline = time.monotonic() + 10  # its new parent takes its status in its own time
+    while time.monotonic() < deadline and not ended(pid):
+        time.sleep(0.05)
+    assert ended(pid)
+
+
+def ended(pid: int) -> bool:
+    state = Path(f"/proc/{pid}/stat")
+    return not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+
 def test_an_interrupt_kills_the_child(worker, tmp_path):
     module = worker(
         f"""

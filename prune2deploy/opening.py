@@ -1,0 +1,69 @@
+"""Before the search: a usable target, the traced model, the measured baseline.
+
+In: a :class:`~prune2deploy.job.Job` and the options of the model. Out: the
+:class:`~prune2deploy.candidate.Workshop` that every build shares, and the baseline.
+"""
+
+from __future__ import annotations
+
+from prune2deploy import candidate, measure
+from prune2deploy.backends import registry
+from prune2deploy.calibration import require
+from prune2deploy.candidate import Workshop
+from prune2deploy.config import ModelOptions
+from prune2deploy.errors import ConfigError, MissingBackend
+from prune2deploy.graph import trace
+from prune2deploy.job import Baseline, Job
+from prune2deploy.measure import Measurement
+from prune2deploy.target import Target
+
+
+def open_workshop(
+    job: Job, options: ModelOptions, builds: int, max_drop: float | None = None
+) -> Workshop:
+    """Check that the target is usable, and trace the model; ``builds`` is for progress."""
+    target = candidate.with_precision(job.target, options.precision)
+    if target.precision == "int8":
+        if job.batches is None:
+            raise ConfigError("precision int8 needs calibration data: add --data RECIPE")
+        require(job.batches, "int8")
+    backend = registry.for_target(target)
+    there = backend.availability(target)
+    if not there.usable:
+        raise MissingBackend(f"target {target.name}: {there.reason}; {there.fix}")
+    graph = trace(job.module, job.example_inputs)
+    return Workshop(
+        job.module,
+        job.example_inputs,
+        graph,
+        target,
+        backend,
+        job.run,
+        job.progress,
+        builds,
+        job.input_names,
+        job.output_names,
+        job.batches,
+        max_drop,
+    )
+
+
+def channel_multiple(target: Target) -> int:
+    """The width step of the target: its profile's, else this machine's."""
+    return target.channel_multiple or measure.native_channel_multiple()
+
+
+def measure_baseline(shop: Workshop) -> Baseline:
+    """Build, profile and measure the unpruned model."""
+    built = candidate.baseline(shop)
+    profile = candidate.profile(shop, built)
+
+    def work() -> Measurement:
+        shop.say("measuring", 0)
+        (shop.run / "raw").mkdir(exist_ok=True)
+        return measure.single(
+            shop.engine(built), shop.target, raw_path=shop.run / "raw/baseline.npz"
+        )
+
+    measured = shop.run.journal.once(f"{built.key}/measure", Measurement, work)
+    return Baseline(built, profile, measured)
