@@ -67,6 +67,8 @@ class Extras(TypedDict, total=False):
         batches: Calibration data: an iterable with a length of (inputs tuple, labels or None).
         percentile: That ``budget_ms`` is for: 50, 95 or 99.
         max_builds: Engine builds allowed besides the baseline (9).
+        max_size_mb: Cap on the size of the weights, in megabytes.
+        max_macs: Cap on the multiply-accumulates of one inference.
         cache: Use timings of earlier runs on the device, and keep those of this one (True).
         seed: Of random plans (0).
         run_dir: Where to write; ``runs/...`` in the working folder unless given.
@@ -79,6 +81,8 @@ class Extras(TypedDict, total=False):
     batches: Any
     percentile: int
     max_builds: int
+    max_size_mb: float | None
+    max_macs: int | None
     cache: bool
     seed: int
     run_dir: Path | str
@@ -178,6 +182,8 @@ def prune_to_budget(
         importance=config.one_of("importance", extras.get("importance", "l2"), NAMES),
         max_builds=extras.get("max_builds", 9),
         cache=extras.get("cache", True),
+        max_size_mb=extras.get("max_size_mb"),
+        max_macs=extras.get("max_macs"),
     )
     profile = targets.load(target)
     label = f"{name}-{profile.name}-{options.budget.label}"

@@ -51,10 +51,13 @@ def parser() -> argparse.ArgumentParser:
     sweep.add_argument("--importance", default="l2", help="criterion")
     _output_arguments(sweep)
     measure = found.add_parser("measure", help="measure an ONNX file on a target")
-    measure.add_argument("onnx", type=Path)
+    measure.add_argument("onnx", type=Path, nargs="?")
     measure.add_argument("--target", required=True)
     measure.add_argument("--against", type=Path, help="ONNX file to measure interleaved with")
     measure.add_argument("--batch", type=int, default=1, help="for a free batch dimension")
+    measure.add_argument("--probe-alignment", action="store_true", help="find the width step")
+    measure.add_argument("--out", type=Path, default=Path(), help="folder for the staircase")
+    measure.add_argument("--no-cache", action="store_true", help="probe again, keep nothing")
     measure.add_argument("--json", action="store_true")
     build = found.add_parser("build", help="build an engine from an ONNX file")
     build.add_argument("onnx", type=Path)
@@ -110,6 +113,8 @@ def _run_arguments(to: argparse.ArgumentParser) -> None:
         help="top-1 accuracy that int8 may cost; needs labelled data",
     )
     to.add_argument("--max-builds", type=int, default=9, metavar="N", help="besides the baseline")
+    to.add_argument("--max-size-mb", type=float, metavar="MB", help="cap on the weights' size")
+    to.add_argument("--max-macs", type=float, metavar="N", help="cap on multiply-accumulates")
     to.add_argument("--no-cache", action="store_true", help="forget timings of earlier runs")
     _output_arguments(to)
 

@@ -121,21 +121,40 @@ def sweep(arguments: argparse.Namespace, progress: Progress) -> Reply:
 
 
 def measure(arguments: argparse.Namespace, progress: Progress) -> Reply:
-    """Measure an ONNX file, alone or against another."""
+    """Measure an ONNX file, alone or against another; or probe the widths of the target."""
+    if (arguments.onnx is None) != arguments.probe_alignment:
+        raise ConfigError("measure: expected either an ONNX file or --probe-alignment")
     target, backend = usable(arguments.target)
+    if arguments.probe_alignment:
+        return _staircase(arguments, progress, target, backend)
     for path in (arguments.onnx, arguments.against):
         _check_onnx(path)
     from prune2deploy import measure as measuring
     from prune2deploy.journal import encode
+    from prune2deploy.report.text import alone_text, pair_text
 
     with tempfile.TemporaryDirectory(prefix="prune2deploy-") as folder:
         engine = backend.build(arguments.onnx, target, Path(folder) / "engine")
         if arguments.against is None:
             alone = measuring.single(engine, target)
-            return Reply(_alone_text(arguments.onnx, alone), encode(alone))
+            return Reply(alone_text(arguments.onnx, alone), encode(alone))
         other = backend.build(arguments.against, target, Path(folder) / "reference")
         seen = measuring.compare(engine, other, target)
-    return Reply(_pair_text(arguments, seen), encode(seen))
+    return Reply(pair_text(arguments.onnx, arguments.against, seen), encode(seen))
+
+
+def _staircase(
+    arguments: argparse.Namespace, progress: Progress, target: Target, backend: Backend
+) -> Reply:
+    """Probe the channel multiple; table, picture and JSON."""
+    from prune2deploy import probing, recall
+
+    place = None if arguments.no_cache else recall.folder()
+    timings = recall.Timings(place, recall.context(target, backend))
+    found = probing.probe(target, backend, timings, progress)
+    written = probing.write(target, found, arguments.out)
+    lines = ["", *(f"written {_shown(path)}" for path in written), *timings.notes]
+    return Reply("\n".join([probing.text(target, found), *lines]), probing.document(target, found))
 
 
 def build(arguments: argparse.Namespace, progress: Progress) -> Reply:
@@ -295,6 +314,8 @@ def _run_options(arguments: argparse.Namespace) -> RunOptions:
         arguments.max_builds,
         max_drop=arguments.max_drop,
         cache=not arguments.no_cache,
+        max_size_mb=arguments.max_size_mb,
+        max_macs=None if arguments.max_macs is None else config.whole(arguments.max_macs),
     )
 
 
@@ -371,28 +392,6 @@ def _check_onnx(path: Path | None) -> None:
         onnx_file.check(path)
     except BuildError as error:
         raise ConfigError(str(error)) from error
-
-
-def _alone_text(path: Path, alone: Any) -> str:
-    latency = alone.latency
-    low, high = latency.ci95_ms
-    lines = [
-        f"{path}: measured p50 {latency.p50_ms:.4g} ms (95 % {low:.4g}-{high:.4g}), "
-        f"p95 {latency.p95_ms:.4g} ms, p99 {latency.p99_ms:.4g} ms, {latency.samples} samples",
-        f"control: two copies of it side by side, ratio {alone.control_ratio:.4f}",
-    ]
-    return "\n".join([*lines, *(f"flag: {flag}" for flag in alone.flags)])
-
-
-def _pair_text(arguments: argparse.Namespace, seen: Any) -> str:
-    low, high = seen.ratio_ci95
-    lines = [
-        f"{arguments.onnx}: measured p50 {seen.candidate.p50_ms:.4g} ms",
-        f"{arguments.against}: measured p50 {seen.reference.p50_ms:.4g} ms",
-        f"ratio {seen.ratio:.4f} (95 % {low:.4f}-{high:.4f}, {seen.clock} time), "
-        f"speed-up {1 / seen.ratio:.3f}x",
-    ]
-    return "\n".join([*lines, *(f"flag: {flag}" for flag in seen.flags)])
 
 
 def _built_text(engine: Engine, target: Target) -> str:

@@ -19,6 +19,8 @@ from prune2deploy.errors import ConfigError
 
 PRECISIONS = ("fp32", "fp16", "int8")
 PERCENTILES = (50, 95, 99)
+_BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
+_WEIGHTS = 0.98  # of a file, at least; names and structure are the rest
 FILL = 0.97  # of the budget: a model measured at or above it wastes too little to go on
 
 
@@ -113,6 +115,8 @@ class RunOptions:
         probes: Of these, random plans that the latency model is fitted on.
         max_drop: Largest top-1 accuracy to lose to int8, as a fraction of 1; ``None`` has the
             difference of the outputs decide.
+        max_size_mb: Greatest size of the weights in megabytes (10**6 bytes), or ``None``.
+        max_macs: Greatest number of multiply-accumulates of one inference, or ``None``.
         cache: Whether timings of earlier runs on the device are used, and those of this one kept.
     """
 
@@ -126,11 +130,15 @@ class RunOptions:
     probes: int = 3
     max_drop: float | None = None
     cache: bool = True
+    max_size_mb: float | None = None
+    max_macs: int | None = None
 
     def __post_init__(self) -> None:
         _at_least("--max-builds", self.max_builds, 1)
         _at_least("--finetune", self.finetune_epochs, 0)
         _at_least("probes", self.probes, 0)
+        _positive("--max-size-mb", self.max_size_mb)
+        _positive("--max-macs", self.max_macs)
         if self.max_drop is not None and not 0 <= self.max_drop < 1:
             raise ConfigError(
                 f"--max-drop: found {self.max_drop:g}, expected a fraction from 0 up to but not "
@@ -144,11 +152,24 @@ class RunOptions:
                 "--data RECIPE; add it, or leave --finetune out"
             )
 
+    def max_params(self, precision: str) -> int | None:
+        """How many parameters ``max_size_mb`` allows in a precision; the rest of a file is small.
+
+        >>> RunOptions(Budget(speedup=2), "ort", max_size_mb=10).max_params("fp16")
+        4900000
+        """
+        if self.max_size_mb is None:
+            return None
+        return int(self.max_size_mb * 1e6 * _WEIGHTS / _BYTES[precision])
+
     def identity(self) -> dict[str, object]:
         """Plain values that must agree for one run to go on from another."""
         found = json.loads(json.dumps(asdict(self), default=str))
         del found["max_builds"]  # more builds than before is a reason to go on, not an obstacle
         del found["cache"]  # what was recalled is in the journal
+        for cap in ("max_size_mb", "max_macs"):
+            if found[cap] is None:
+                del found[cap]
         return dict(found)
 
 
@@ -227,6 +248,16 @@ def _spread(numbers: list[float], text: str) -> list[float]:
     if count > 1000:
         raise ConfigError(f"--ratios: {text!r} asks for {count} ratios, expected at most 1000")
     return [round(start + i * step, 9) for i in range(count)]
+
+
+def whole(value: float) -> int:
+    """A count that may be written as ``1.5e9``.
+
+    Raises:
+        ConfigError: It is not finite.
+    """
+    _positive("--max-macs", value)
+    return int(value)
 
 
 def one_of(what: str, found: str, choices: Iterable[str]) -> str:

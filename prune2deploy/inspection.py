@@ -11,6 +11,7 @@ from prune2deploy.graph.axes import Axis, Graph
 from prune2deploy.report.text import table
 from prune2deploy.units import readable
 
+TEXT = (0, 5, 6)  # columns of words
 PLACES = 3  # members named in the table; the document names all
 
 
@@ -34,7 +35,7 @@ def text(name: str, graph: Graph) -> str:
         f"{readable(graph.params())} parameters, {readable(graph.macs())} MACs, "
         f"{graph.operators} operators",
         "",
-        table(["axis", "width", "params", "MACs", "tie", "state", "lives in"], rows),
+        table(["axis", "width", "params", "MACs", "tie", "state", "lives in"], rows, TEXT),
     ]
     if graph.blocks:
         lines += ["", "removable blocks: " + ", ".join(block.name for block in graph.blocks)]

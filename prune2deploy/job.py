@@ -115,6 +115,9 @@ class Outcome:
         target: The target with the precision of the run.
         floor_ms: Measured latency of the smallest plan, where the budget was out of reach.
         notes: What a reader of the report should know.
+        curve: ``((predicted milliseconds, retained worth 0..1), ...)``, in baseline milliseconds.
+        multiple_source: Where the channel multiple is from.
+        whole: The latency model of all blocks, where some were taken out.
         paid: The precision against fp32 on the unpruned model; ``None`` for fp32.
     """
 
@@ -131,6 +134,9 @@ class Outcome:
     floor_ms: float | None = None
     notes: tuple[str, ...] = ()
     paid: Payoff | None = None
+    curve: tuple[tuple[float, float], ...] = ()
+    whole: LatencyModel | None = None
+    multiple_source: str = "detected on this machine"
 
 
 def judge(comparison: Comparison, budget: Budget) -> tuple[float, float, str]:

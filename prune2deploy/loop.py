@@ -18,28 +18,30 @@ recovered once, on the plan that was found, and the recovered model is built and
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from prune2deploy import candidate, depth, measure, payoff, planning, recall, worth
+from prune2deploy import candidate, depth, measure, payoff, planning, probing, recall, worth
 from prune2deploy.calibration import notices
 from prune2deploy.candidate import Built, Workshop
 from prune2deploy.config import FILL, RunOptions
+from prune2deploy.graph.axes import Graph
 from prune2deploy.importance import score
 from prune2deploy.job import Attempt, Baseline, Job, Outcome, aim, best, judge
 from prune2deploy.measure import Comparison
-from prune2deploy.opening import channel_multiple, measure_baseline, open_workshop
+from prune2deploy.opening import measure_baseline, open_workshop
 from prune2deploy.payoff import Payoff
 from prune2deploy.plan import latency_model
-from prune2deploy.plan.allocate import channels
-from prune2deploy.plan.choices import Problem, choices
+from prune2deploy.plan.allocate import Curve, channels
+from prune2deploy.plan.choices import Choice, Problem, choices
 from prune2deploy.plan.costs import Point
 from prune2deploy.plan.latency_model import LatencyModel
 from prune2deploy.plan.plan import Plan
 from prune2deploy.plan.probes import probes
 from prune2deploy.planning import Question, Wanted
+from prune2deploy.recall import Recalled
 from prune2deploy.recover.batchnorm import reestimate_batchnorm
 from prune2deploy.slicing import apply as apply_plan
 
@@ -65,19 +67,6 @@ def prune_to_budget(job: Job, options: RunOptions) -> Outcome:
     return search.recover()
 
 
-@dataclass(frozen=True)
-class Recalled:
-    """What earlier runs left for this one, as the journal keeps it.
-
-    Attributes:
-        builds: Builds of this model; ``measured_ms`` is a multiple of the unpruned model's.
-        points: Timings of operators that this model shares with others.
-    """
-
-    builds: tuple[latency_model.Build, ...] = ()
-    points: tuple[Point, ...] = ()
-
-
 class Search:
     """The search of one run: what has been built and measured so far, and what comes next."""
 
@@ -85,7 +74,6 @@ class Search:
         self.job, self.options, self.shop, self.baseline = job, options, shop, baseline
         self.budget = options.budget
         self.graph = shop.graph
-        self.multiple = channel_multiple(shop.target)
         self.probes: list[Built] = []
         self.attempts: list[Attempt] = []
         self.model: LatencyModel | None = None
@@ -95,19 +83,32 @@ class Search:
         here = recall.context(shop.target, shop.backend)
         self.timings = recall.Timings(recall.folder() if options.cache else None, here)
         self.recalled = Recalled()
+        self._step = shop.run.journal.once(
+            "channel multiple", tuple[int, str], lambda: probing.multiple(shop.target, self.timings)
+        )
+        self.multiple = self._step[0]
         self.removed: tuple[str, ...] = ()
+        self.whole: LatencyModel | None = None
+        self.curve: Curve = ()
         self.anchors: tuple[tuple[float, float], ...] = ()
         self.known: tuple[Point, ...] = ()
 
     def unpruned(self) -> None:
         """Where the budget is in milliseconds, see first whether the model as it is meets it."""
         limit = self.budget.latency_ms
-        if limit is None or self.baseline.p50_ms > limit:
+        if limit is None or self.baseline.p50_ms > limit or not self._within_caps():
             return
         attempt = self._measure(self.baseline.built, self.baseline.p50_ms)
         if attempt.verdict == "met":
             self.attempts.append(attempt)
             self.notes.append("the model meets the budget as it is; nothing was pruned")
+
+    def _within_caps(self) -> bool:
+        """Whether the model as it is keeps the caps on size and multiply-accumulates."""
+        params, macs = self.options.max_params(self.shop.target.precision), self.options.max_macs
+        return (params is None or self.graph.params() <= params) and (
+            macs is None or self.graph.macs() <= macs
+        )
 
     @property
     def done(self) -> bool:
@@ -132,7 +133,7 @@ class Search:
         self.scores = score(self.options.importance, self.job.module, self.graph, self.job.batches)
         self.worth = worth.find(self.shop, self.scores, self.multiple, self.timings.losses)
         self.notes.append(self.worth.note)
-        self.choices = choices(self.graph, self.worth.curves, multiple=self.multiple)
+        self.choices = self._offer(self.graph)
         self._recall()
         known = len({tuple(sorted(b.counts.items())) for b in self.recalled.builds})
         wanted = max(0, min(self.options.probes - known, self.builds_left - 1))
@@ -159,7 +160,7 @@ class Search:
     def _shorten(self) -> bool:
         """Take out blocks, since the narrowest widths miss the budget; False if none are left.
 
-        The first time as many as leave room to choose widths in, the second time all.
+        The first time as many as leave the worthiest plan, the second time all.
         """
         left = depth.removable(self.graph)
         if not left or not self.builds_left or not self.baseline.profile:
@@ -167,22 +168,38 @@ class Search:
         self._learn()
         assert self.model is not None
         self._keep()
-        saves = depth.saved(self.graph, self.model, self.attempts[-1].built.plan.counts)
-        if not self.removed:
-            value = worth.of_blocks(self.shop, self.scores, self.worth)
-            floor = self.attempts[-1].comparison.ratio * self.baseline.p50_ms
-            saves = dict.fromkeys(depth.choose(saves, value, floor, self._limit()), 0.0)
-        if not saves:
+        names = [block.name for block in left] if self.removed else self._expendable()
+        if not names:
             return False
         self.anchors, self.known = self.model.anchors, self._points()
-        self.removed = (*self.removed, *saves)
+        self.whole = self.whole or self.model
+        self.removed = (*self.removed, *names)
         self.graph = self.shop.graph.without(self.removed)
-        self.choices = choices(self.graph, self.worth.curves, multiple=self.multiple)
+        self.choices = self._offer(self.graph)
         self.floor_missed = False
         drawn = probes(self.graph, 1, multiple=self.multiple, seed=self.options.model.seed)
         for counts in ({}, *drawn)[: max(1, self.builds_left - 1)]:
             self._probe(self._next, counts)
         return True
+
+    def _expendable(self) -> tuple[str, ...]:
+        """Blocks to take out of the whole model."""
+        problem = self._problem()
+        floor = self.attempts[-1].built.plan.counts
+        saves = depth.saved(self.graph, problem.model, floor)
+        value = worth.of_blocks(self.shop, self.scores, self.worth)
+        losses = value if self.worth.samples else dict.fromkeys(value, 0.0)
+        aimed = replace(problem, budget_ms=aim(problem.budget_ms, self._half_width()))
+        return depth.choose(aimed, depth.ordered(saves, value), losses, self._offer)
+
+    def _offer(self, graph: Graph) -> tuple[Choice, ...]:
+        return choices(graph, self.worth.curves, multiple=self.multiple)
+
+    def _problem(self) -> Problem:
+        assert self.model is not None
+        params = self.options.max_params(self.shop.target.precision)
+        caps = params, self.options.max_macs
+        return Problem(self.graph, self.model, self.choices, self._limit(), *caps)
 
     def _points(self) -> tuple[Point, ...]:
         return latency_model.points_of(self.graph, self._builds(), multiple=self.multiple)
@@ -216,6 +233,7 @@ class Search:
             built = candidate.build(self.shop, number, "correction", self._plan(wanted.counts))
             attempt = self._measure(built, wanted.predicted_ms)
             self.attempts.append(attempt)
+            self.curve = wanted.curve or self.curve
             self.floor_missed = wanted.floor and attempt.verdict != "met"
             self._keep()
         self._learn()
@@ -279,12 +297,12 @@ class Search:
 
     def _allocate(self) -> Wanted | None:
         """The best plan that was not tried; ``None`` when there is no other worth a build."""
-        assert self.model is not None
-        limit = self._limit()
-        problem = Problem(self.graph, self.model, self.choices, limit)
+        problem = self._problem()
         tried = [a.built.plan.counts for a in self.attempts if a.built.plan.removed == self.removed]
         up = bool(self.attempts) and self.attempts[-1].verdict == "met"
-        return planning.propose(Question(problem, aim(limit, self._half_width()), tried, up))
+        return planning.propose(
+            Question(problem, aim(problem.budget_ms, self._half_width()), tried, up)
+        )
 
     def _half_width(self) -> float:
         """Half-width to expect of the next interval, as a fraction."""
@@ -318,6 +336,7 @@ class Search:
         """Get accuracy back on the best plan, and measure what is shipped."""
         found = best(self.attempts)
         shop, plan = self.shop, found.built.plan
+        _, source = self._step
         module = apply_plan(shop.module, shop.graph, plan, shop.example_inputs)
         if self._recovers and found.verdict == "met" and found.built.number:
             module, attempt = self._recovered(module, found)
@@ -337,6 +356,9 @@ class Search:
             found.value_ms if self._out_of_reach else None,
             tuple(self.notes),
             self.paid,
+            self.curve,
+            self.whole,
+            source,
         )
 
     @property

@@ -17,6 +17,7 @@ from prune2deploy.plan.choices import Problem
 
 NUDGES = 12  # times that the aim is moved to find a plan that was not tried before
 NUDGE = 0.005
+POINTS = 40  # of a curve, about
 HELD = 6  # axes held wider in turn to fill a budget
 
 
@@ -28,7 +29,8 @@ class Wanted:
         counts: Kept channels per axis.
         predicted_ms: Predicted latency in baseline milliseconds.
         floor: Whether it is the smallest plan there is.
-        curve: ``((predicted milliseconds, objective), ...)`` of other plans that were considered.
+        curve: ``((predicted milliseconds, retained worth), ...)`` of plans that were considered;
+            0 is the worth of the narrowest widths, 1 that of the full ones.
     """
 
     counts: Mapping[str, int]
@@ -74,13 +76,22 @@ def propose(question: Question) -> Wanted | None:
             enough = [plan for plan in near if plan.predicted_ms >= FILL * whole.budget_ms]
             if enough:
                 found = max(enough, key=lambda plan: plan.objective)
-        wanted = Wanted(found.counts, found.predicted_ms, curve=found.curve)
+        wanted = Wanted(found.counts, found.predicted_ms, curve=retained(problem, found.curve))
         if _untried(question, wanted):
             return wanted
         aim_ms *= 1 + NUDGE if question.up else 1 - NUDGE
         if aim_ms > whole.budget_ms:
             return None
     return None
+
+
+def retained(problem: Problem, curve: Curve) -> Curve:
+    """A curve of objectives as shares of what the full widths are worth beyond the narrowest."""
+    least = problem.worth([0] * len(problem.choices))
+    most = problem.worth([len(choice.options) - 1 for choice in problem.choices])
+    span = max(most - least, 1e-12)
+    steps = max(1, len(curve) // POINTS)
+    return tuple((at, (worth - least) / span) for at, worth in (*curve[:-1:steps], *curve[-1:]))
 
 
 def smallest(problem: Problem) -> Wanted:

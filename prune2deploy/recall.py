@@ -18,8 +18,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -66,6 +66,19 @@ def context(target: Target, backend: Backend) -> Context:
         target.precision,
         target.threads,
     )
+
+
+@dataclass(frozen=True)
+class Recalled:
+    """What earlier runs left for this one, as the journal keeps it.
+
+    Attributes:
+        builds: Builds of this model; ``measured_ms`` is a multiple of the unpruned model's.
+        points: Timings of operators that this model shares with others.
+    """
+
+    builds: tuple[Build, ...] = ()
+    points: tuple[Point, ...] = ()
 
 
 class Timings:
@@ -126,6 +139,10 @@ class Timings:
     def staircase(self, family: str) -> dict[int, float] | None:
         """The staircase of a kernel family, where this device was probed."""
         return self._use(lambda cache: cache.staircase(family), None)
+
+    def add_staircase(self, family: str, staircase: Mapping[int, float]) -> None:
+        """Keep the staircase of a kernel family."""
+        self._use(lambda cache: cache.add_staircase(family, staircase), None)
 
     def _use(self, work: Callable[[LatencyCache], T], otherwise: T) -> T:
         """Do ``work`` on the opened cache; ``otherwise`` where there is none that can be used."""

@@ -86,6 +86,7 @@ def describe(outcome: Outcome, seconds: float, name: str, notes: tuple[str, ...]
         limits=_limits(outcome),
         parity=tuple(_parity(final.built)),
         removed=final.built.plan.removed,
+        curve=_curve(outcome),
         axes=_axes(outcome),
         layers=_layers(outcome),
         steps=_steps(outcome),
@@ -105,8 +106,9 @@ def verdict_text(outcome: Outcome) -> str:
         return told
     return (
         f"{told}: the smallest plan measured {outcome.floor_ms:.4g} ms against a budget of "
-        f"{outcome.final.budget_ms:.4g} ms, and {fixed_share(outcome):.0%} of the baseline's time "
-        "is in layers that pruning cannot touch"
+        f"{outcome.final.budget_ms:.4g} ms, and {fixed_share(outcome):.0%} of the baseline's "
+        "profiled time is what pruning cannot touch (operators without a prunable width, and what "
+        "every call costs)"
     )
 
 
@@ -190,20 +192,31 @@ def _parity(built: Built) -> list[ParityLine]:
 
 
 def fixed_share(outcome: Outcome) -> float:
-    """Share of the baseline's time that no width changes; predicted by the latency model."""
-    return outcome.model.fixed_share if outcome.model else 0.0
+    """Share of the operators' time that no width changes, as fitted on profiles alone."""
+    model = outcome.whole or outcome.model
+    if model is None:
+        return 0.0
+    calls = sum(operator.share * ms(operator.cost[3]) for operator in model.operators)
+    return min(1.0, calls / max(model.operators_ms({}), 1e-12))
 
 
 def _limits(outcome: Outcome) -> Limits:
-    profiled = sum(ms(o.ns) for o in outcome.baseline.profile)
-    own = outcome.target.channel_multiple is not None
     return Limits(
         floor_ms=outcome.floor_ms,
         fixed_share=fixed_share(outcome),
-        overhead_ms=max(0.0, outcome.baseline.p50_ms - profiled) if profiled else 0.0,
+        overhead_ms=_overhead(outcome),
         channel_multiple=outcome.multiple,
-        multiple_source="given by the target profile" if own else "detected on this machine",
+        multiple_source=outcome.multiple_source,
     )
+
+
+def _overhead(outcome: Outcome) -> float | None:
+    """Time outside operators; unknown unless wall time and profile are of an undisturbed host."""
+    measured, profile = outcome.baseline.measured, outcome.baseline.profile
+    quiet = measured.undisturbed_p50_ms
+    if measured.flags or quiet is None or not profile:
+        return None
+    return max(0.0, quiet - sum(ms(o.ns) for o in profile))
 
 
 def _axes(outcome: Outcome) -> tuple[AxisLine, ...]:
@@ -237,6 +250,12 @@ def _predicted(final: Attempt, outcome: Outcome) -> dict[str, float]:
         return {}
     times = outcome.model.predict_operators(final.built.plan.counts)
     return {o.name: t for o, t in zip(outcome.model.operators, times, strict=True)}
+
+
+def _curve(outcome: Outcome) -> tuple[tuple[float, float], ...]:
+    """Predicted milliseconds and retained worth, at the machine's speed in the last session."""
+    scale = outcome.final.comparison.reference.p50_ms / outcome.baseline.p50_ms
+    return tuple((scale * at, worth) for at, worth in outcome.curve)
 
 
 def _steps(outcome: Outcome) -> tuple[BuildLine, ...]:

@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,15 @@ from prune2deploy import target
 def no_cache_of_the_users(monkeypatch):
     """Tests that want a cache of timings name a folder of their own."""
     monkeypatch.setenv("PRUNE2DEPLOY_CACHE", "off")
+
+
+@pytest.fixture(autouse=True)
+def subnormals_as_the_standard_says():
+    """Engines opened in this process flush subnormal numbers, which would outlive their test."""
+    yield
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_flush_denormal(False)
 
 
 @pytest.fixture

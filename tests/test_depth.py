@@ -150,14 +150,11 @@ def test_data_decides_which_blocks_matter(target, tmp_path, floor):
     assert result.met and set(result.plan.removed) >= {"blocks.0", "blocks.4"}
 
 
-def test_choosing_takes_the_least_worth_per_millisecond():
-    saves = {"a": 2.0, "b": 1.0, "c": 4.0}
-    worth = {"a": 1.0, "b": 1.0, "c": 1.0}
-    assert depth.choose(saves, worth, 10.0, 20.0) == ()
-    assert depth.choose(saves, worth, 10.0, 9.0) == ("c",)
-    assert depth.choose(saves, worth, 10.0, 7.0) == ("c", "a")
-    assert depth.choose(saves, {**worth, "b": 0.1}, 10.0, 9.0) == ("b", "c")
-    assert depth.choose(saves, worth, 10.0, 1.0) == ("c", "a", "b")
+def test_least_worth_per_millisecond_goes_first():
+    saves = {"a": 2.0, "b": 1.0, "c": 4.0, "none": 0.0}
+    worth = dict.fromkeys(saves, 1.0)
+    assert depth.ordered(saves, worth) == ("c", "a", "b")
+    assert depth.ordered(saves, {**worth, "b": 0.1}) == ("b", "c", "a")
 
 
 def test_savings_are_the_operators_that_go(net):

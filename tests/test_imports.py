@@ -36,7 +36,7 @@ ORDER = [
         "lowering",
         "payoff",
         "opening",
-        "recall",
+        "recall", "probing",
         "planning",
         "worth",
         "depth",

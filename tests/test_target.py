@@ -147,3 +147,13 @@ def test_installed_files_win_over_a_checkout(tmp_path, monkeypatch):
 def test_a_target_cannot_be_changed(tmp_path):
     with pytest.raises(dataclasses.FrozenInstanceError):
         target.load(write(tmp_path, GOOD)).threads = 3
+
+
+def test_every_option_of_every_backend_is_in_the_document():
+    from prune2deploy.backends import registry
+
+    text = (Path(__file__).parent.parent / "docs/targets.md").read_text("utf-8")
+    for name in set(registry.BACKENDS) - {"null"}:
+        options = registry.get(name).options or {}
+        missing = [option for option in options if f"`{option}`" not in text]
+        assert not missing, f"docs/targets.md does not tell what {missing} of {name} mean"

@@ -297,11 +297,11 @@ def _export(model: nn.Module, pruned: nn.Module, example: Any, result: Result) -
         try:
             to_onnx(_Flat(pruned, example), tensors, path)
             worst = _onnx_difference(pruned, example, tensors, path)
-        except Exception as error:  # noqa: BLE001  how it fails is a result
+        except Exception as error:
             try:
                 to_onnx(_Flat(model, example), tensors, path)
                 worst = _onnx_difference(model, example, tensors, path)
-            except Exception as own:
+            except Exception as own:  # noqa: BLE001
                 _note(result, f"original in ONNX: {type(own).__name__}: {own}")
                 result["checks"]["parity"] = None
                 return None

@@ -278,8 +278,17 @@ def _answer(request: BuildRequest, code: int, answer: Path, log: Path) -> dict[s
         )
     values: dict[str, Any] = json.loads(answer.read_text())
     if "error" in values:
-        raise BuildError(f"{request.onnx}: {values['error']}")
+        raise BuildError(f"{request.onnx}: {values['error']}{_memory_hint(values['error'])}")
     return values
+
+
+def _memory_hint(error: str) -> str:
+    if not any(word in error.lower() for word in ("bad_alloc", "outofmemory", "out of memory")):
+        return ""
+    return (
+        "; there was not enough memory: free some, lower batch_max, or set workspace_mb in the "
+        "profile's [options]"
+    )
 
 
 def command(order: Path) -> list[str]:

@@ -126,10 +126,8 @@ def _library() -> Any:
     and outlive us, and measuring is no time for traffic. Without the package that does it OpenVINO
     uses a stub of its own.
     """
-    if "openvino" in sys.modules:
-        return sys.modules["openvino"]
     reporter = "openvino_telemetry"
-    unused = reporter not in sys.modules
+    unused = "openvino" not in sys.modules and reporter not in sys.modules
     if unused:
         sys.modules[reporter] = None  # type: ignore[assignment]  # None there means: not installed
     try:

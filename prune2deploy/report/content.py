@@ -105,22 +105,26 @@ class Limits:
 
     Attributes:
         floor_ms: Predicted latency of the smallest plan allowed, or ``None`` if not computed.
-        fixed_share: Share of the baseline's profiled time in operators without prunable width.
-        overhead_ms: Baseline time outside its operators (calls, copies), milliseconds.
+        fixed_share: Share of the baseline's profiled time that no width changes.
+        overhead_ms: Baseline time outside its operators (calls, copies), milliseconds; ``None``
+            where the host was not quiet enough to tell.
         channel_multiple: Width step of the target.
         multiple_source: Where that step is from.
     """
 
     floor_ms: float | None
     fixed_share: float
-    overhead_ms: float
+    overhead_ms: float | None
     channel_multiple: int
     multiple_source: str
 
 
 @dataclass(frozen=True)
 class RunReport:
-    """Everything that the report of one run shows; ``removed`` are blocks that were taken out."""
+    """Everything that the report of one run shows; ``removed`` are blocks that were taken out.
+
+    ``curve`` is ``((predicted milliseconds, retained worth 0..1), ...)``, both rising.
+    """
 
     model: str
     target: str
@@ -140,6 +144,7 @@ class RunReport:
     environment: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
+    curve: tuple[tuple[float, float], ...] = ()
     kind: str = "run"
     schema: int = SCHEMA
 

@@ -10,7 +10,7 @@ from html import escape
 
 from prune2deploy.report import svg
 from prune2deploy.report.content import LayerLine, RunReport, SweepReport
-from prune2deploy.report.text import interval, milliseconds, removed_text, result_rows
+from prune2deploy.report.text import gains, interval, milliseconds, removed_text, result_rows
 from prune2deploy.units import readable
 
 STYLE = """
@@ -61,7 +61,14 @@ def html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def run_page(report: RunReport) -> str:
     """The report of one run."""
     title = f"{report.model} on {report.target}: {report.speedup:.2f}x, {report.verdict}"
-    sections = [_result(report), _why(report), _axes(report), _layers(report), _steps(report)]
+    sections = [
+        _result(report),
+        _why(report),
+        _curve(report),
+        _axes(report),
+        _layers(report),
+        _steps(report),
+    ]
     return page(title, [*sections, _environment(report.environment, report.notes)])
 
 
@@ -94,6 +101,12 @@ def _why(report: RunReport) -> str:
         if limits.floor_ms is not None
         else ""
     )
+    outside = (
+        f" {milliseconds(limits.overhead_ms)} ms of the baseline's undisturbed runs is spent "
+        "outside operators."
+        if limits.overhead_ms is not None
+        else ""
+    )
     widths = (
         f'<p class="warn">Widths off that step: {escape(", ".join(off))}.</p>'
         if off
@@ -101,11 +114,25 @@ def _why(report: RunReport) -> str:
     )
     return (
         "<h2>What bounds the latency</h2>"
-        f"<p>{floor}{limits.fixed_share:.1%} of the baseline's profiled time is in operators "
-        f"whose widths pruning cannot change; {milliseconds(limits.overhead_ms)} ms is spent "
-        "outside operators.</p>"
+        f"<p>{floor}{limits.fixed_share:.1%} of the baseline's profiled time is what no width "
+        "changes: operators without a prunable width, and what every call costs."
+        f"{outside}</p>"
         f"<p>The target runs well at widths that are multiples of {limits.channel_multiple} "
         f"({escape(limits.multiple_source)}).</p>{widths}"
+    )
+
+
+def _curve(report: RunReport) -> str:
+    if len(report.curve) < 2:
+        return ""
+    points = [svg.Point(at, 100 * worth, 100 * worth, 100 * worth) for at, worth in report.curve]
+    told = "".join(f"<p>{escape(gain)}</p>" for gain in gains(report))
+    return (
+        "<h2>What one more millisecond would buy, predicted</h2>"
+        '<p class="mute">Retained worth of the best plan that the latency model allows at each '
+        "latency: 0 % at the narrowest widths, 100 % at the full ones. No point of this curve "
+        f"was built or measured.</p>{told}"
+        + svg.line_chart(points, "predicted latency (ms)", "retained worth (%)")
     )
 
 

@@ -5,6 +5,7 @@ In: the frozen values of ``content`` and a path. Out: a PNG file at that path.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,21 @@ def sweep_plot(report: SweepReport, path: Path) -> None:
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.set_title(f"{report.model} on {report.target}")
+    figure.savefig(path, format="png", dpi=120)
+
+
+def staircase_plot(title: str, lines: Mapping[str, Mapping[int, float]], path: Path) -> None:
+    """Milliseconds over width, one line per kernel family, each relative to its first width."""
+    figure = _figure(8, 4.5)
+    axes = figure.add_subplot()
+    for family, times in lines.items():
+        widths = sorted(times)
+        axes.plot(widths, [times[w] / times[widths[0]] for w in widths], marker="o", label=family)
+    axes.set_xlabel("channels")
+    axes.set_ylabel("time, relative to the narrowest")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend()
     figure.savefig(path, format="png", dpi=120)
 
 

@@ -8,6 +8,10 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from prune2deploy.report.content import Row, RunReport, SweepReport
 from prune2deploy.units import readable
@@ -15,8 +19,8 @@ from prune2deploy.units import readable
 Cells = Sequence[Sequence[str]]
 
 
-def table(head: Sequence[str], rows: Cells) -> str:
-    """Align columns: the first to the left, the others to the right.
+def table(head: Sequence[str], rows: Cells, left: Sequence[int] = (0,)) -> str:
+    """Align columns: those numbered in ``left`` to the left, the others to the right.
 
     >>> print(table(["", "ms"], [["a", "1.0"], ["bcd", "12.5"]]))
            ms
@@ -27,7 +31,7 @@ def table(head: Sequence[str], rows: Cells) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     shown = (
         "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
+            cell.ljust(width) if i in left else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines
@@ -96,9 +100,28 @@ def run_text(report: RunReport) -> str:
         f"(tolerance {p.tolerance:g})"
         for p in report.parity
     ]
+    lines += [f"predicted {gain}" for gain in gains(report)]
     if report.removed:
         lines.append(f"removed   {removed_text(report)}")
     return "\n".join([*lines, *(f"note      {note}" for note in report.notes)])
+
+
+def gains(report: RunReport) -> tuple[str, ...]:
+    """What a later deadline would buy, predicted; nothing where the curve does not reach."""
+    if len(report.curve) < 2:
+        return ()
+    at, worth = zip(*report.curve, strict=True)
+    here = report.final.p50_ms
+    before = float(np.interp(here, at, worth))
+    found = []
+    for more in (1.0, 0.1 * here):
+        if here >= at[0] and here + more <= at[-1]:
+            after = float(np.interp(here + more, at, worth))
+            found.append(
+                f"{milliseconds(more)} ms more would keep {after:.1%} instead of {before:.1%} of "
+                "what widths are worth (predicted)"
+            )
+    return tuple(found)
 
 
 def removed_text(report: RunReport) -> str:
@@ -148,6 +171,30 @@ def compare_text(reports: Sequence[tuple[str, RunReport]]) -> str:
     ]
     head = ["run", "target", "budget (ms)", "measured p50 (ms)", "95 %", "speed-up"]
     return table([*head, "params", "MACs", "builds", "met"], rows)
+
+
+def alone_text(path: Path, alone: Any) -> str:
+    """One engine's measurement as a terminal shows it."""
+    latency = alone.latency
+    low, high = latency.ci95_ms
+    lines = [
+        f"{path}: measured p50 {latency.p50_ms:.4g} ms (95 % {low:.4g}-{high:.4g}), "
+        f"p95 {latency.p95_ms:.4g} ms, p99 {latency.p99_ms:.4g} ms, {latency.samples} samples",
+        f"control: two copies of it side by side, ratio {alone.control_ratio:.4f}",
+    ]
+    return "\n".join([*lines, *(f"flag: {flag}" for flag in alone.flags)])
+
+
+def pair_text(path: Path, against: Path, seen: Any) -> str:
+    """Two engines' comparison as a terminal shows it."""
+    low, high = seen.ratio_ci95
+    lines = [
+        f"{path}: measured p50 {seen.candidate.p50_ms:.4g} ms",
+        f"{against}: measured p50 {seen.reference.p50_ms:.4g} ms",
+        f"ratio {seen.ratio:.4f} (95 % {low:.4f}-{high:.4f}, {seen.clock} time), "
+        f"speed-up {1 / seen.ratio:.3f}x",
+    ]
+    return "\n".join([*lines, *(f"flag: {flag}" for flag in seen.flags)])
 
 
 def run_csv(report: RunReport) -> str:

@@ -1,0 +1,100 @@
+"""Caps on size and arithmetic, and the curve of what more time would buy."""
+
+import pytest
+import torch
+from torch import nn
+
+import prune2deploy
+from prune2deploy.config import Budget, RunOptions
+from prune2deploy.errors import ConfigError, PlanError
+from prune2deploy.report.text import gains, run_text
+
+FORMULA = """
+backend = "null"
+device = "none"
+channel_multiple = 8
+[options]
+step = 8
+[measure]
+min_seconds = 0.0
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    path = tmp_path / "formula.toml"
+    path.write_text(FORMULA)
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 96, 3), nn.ReLU(), nn.Conv2d(96, 64, 1),
+        nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 8),
+    ).eval()  # fmt: skip
+    example = torch.randn(1, 3, 12, 12)
+
+    def start(name, **more):
+        return prune2deploy.prune_to_budget(
+            net, example, target=path, run_dir=tmp_path / name, **more
+        )
+
+    return start
+
+
+def test_a_cap_on_the_size_is_kept_and_is_the_files(run):
+    result = run("r", speedup=1.2, max_size_mb=0.1)
+    assert result.met
+    assert result.report.final.bytes <= 100_000 < result.report.baseline.bytes
+    assert sum(p.numel() for p in result.module.parameters()) * 4 > 70_000  # and is used
+
+
+def test_a_cap_on_arithmetic_is_kept(run):
+    whole = run("a", budget_ms=1000.0).report.baseline.macs
+    result = run("b", budget_ms=1000.0, max_macs=whole // 3)
+    assert result.met and whole / 5 < result.report.final.macs <= whole / 3
+    free = run("c", budget_ms=1000.0, max_macs=whole)
+    assert free.report.builds == 0
+
+
+def test_a_cap_out_of_reach_is_an_error(run):
+    with pytest.raises(PlanError, match="multiply-accumulates"):
+        run("r", speedup=1.1, max_macs=10)
+    for cap in ({"max_size_mb": 0.0}, {"max_size_mb": float("nan")}, {"max_macs": -1}):
+        with pytest.raises(ConfigError, match="above 0"):
+            RunOptions(Budget(speedup=2), "ort", **cap)
+
+
+def test_runs_without_caps_go_on_from_older_ones():
+    options = RunOptions(Budget(speedup=2), "ort")
+    assert "max_macs" not in options.identity() and "cache" not in options.identity()
+    assert RunOptions(Budget(speedup=2), "ort", max_macs=5).identity()["max_macs"] == 5
+
+
+def test_the_curve_rises_and_tells_what_time_would_buy(run):
+    report = run("r", speedup=1.6).report
+    times, worth = zip(*report.curve, strict=True)
+    assert list(times) == sorted(times) and list(worth) == sorted(worth)
+    assert 0 <= worth[0] < worth[-1] <= 1
+    assert times[0] < report.final.p50_ms < times[-1]
+    told = gains(report)
+    assert told and all("predicted" in line for line in told)
+    assert told[-1] in run_text(report)
+    low, high = (float(part.split("%")[0].split()[-1]) for part in told[-1].split("instead of"))
+    assert low > high  # what would be kept against what is
+
+
+def test_the_time_outside_operators_is_told_only_of_a_quiet_host(run, monkeypatch):
+    import dataclasses
+
+    from prune2deploy import measure
+
+    real = measure.single
+
+    def noisy(*args, **kwargs):
+        return dataclasses.replace(real(*args, **kwargs), flags=("noisy host",))
+
+    quiet = run("a", speedup=1.5)
+    monkeypatch.setattr(measure, "single", noisy)
+    loud = run("b", speedup=1.5)
+    assert loud.report.limits.overhead_ms is None
+    assert "outside operators" not in (loud.run_dir / "report.html").read_text()
+    seen = quiet.report.limits.overhead_ms
+    assert seen is None or seen == pytest.approx(0, abs=1e-4)  # the formula has none

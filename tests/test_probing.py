@@ -1,0 +1,82 @@
+"""The staircase of a device is found, kept, shown, and used by later runs."""
+
+import json
+
+import pytest
+
+from prune2deploy import cli, probing, recall, target
+from prune2deploy.backends import registry
+from prune2deploy.plan.alignment import FAMILIES
+from prune2deploy.progress import silent
+from prune2deploy.recall import Timings
+
+FORMULA = """
+backend = "null"
+device = "none"
+[options]
+step = {step}
+fixed_ns = 10.0
+[measure]
+min_seconds = 0.0
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.setenv(recall.PLACE, str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def profile(tmp_path, step):
+    path = tmp_path / f"formula{step}.toml"
+    path.write_text(FORMULA.format(step=step))
+    return path
+
+
+def timings_of(path):
+    one = target.load(path)
+    backend = registry.for_target(one)
+    return one, backend, Timings(recall.folder(), recall.context(one, backend))
+
+
+@pytest.mark.parametrize("step", [8, 16, 32])
+def test_the_step_of_the_formula_is_found_and_used(tmp_path, place, step):
+    one, backend, timings = timings_of(profile(tmp_path, step))
+    before = probing.multiple(one, timings)
+    assert before[1] == "detected on this machine"
+    found = probing.probe(one, backend, timings, silent)
+    assert {s.family for s in found} == set(FAMILIES)
+    assert all(s.step == step for s in found if s.family != "depthwise")
+    assert probing.multiple(one, timings) == (step, "probed on this device")
+    other = timings_of(profile(tmp_path, 64))
+    assert probing.multiple(other[0], other[2])[1] == "detected on this machine"
+
+
+def test_what_is_known_is_not_timed_again(tmp_path, place):
+    one, backend, timings = timings_of(profile(tmp_path, 8))
+    heard = []
+    first = probing.probe(one, backend, timings, heard.append)
+    count = len(heard)
+    assert count == 4 * 12
+    assert probing.probe(one, backend, timings, heard.append) == first
+    assert len(heard) == count
+
+
+def test_the_command_prints_a_table_and_writes_a_picture(tmp_path, place, capsys):
+    path = profile(tmp_path, 16)
+    out = tmp_path / "out"
+    arguments = ["measure", "--probe-alignment", "--target", str(path), "--out", str(out)]
+    assert cli.run(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "channel multiple 16" in shown and "conv1x1" in shown
+    written = json.loads((out / "alignment-formula16.json").read_text())
+    assert written["channel_multiple"] == 16
+    assert written["families"]["matmul"]["step"] == 16
+    assert (out / "alignment-formula16.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_file_or_the_probe_is_needed_but_not_both(tmp_path, capsys):
+    path = str(profile(tmp_path, 16))
+    assert cli.run(["measure", "--target", path]) == 2
+    assert cli.run(["measure", "x.onnx", "--probe-alignment", "--target", path]) == 2
+    assert "--probe-alignment" in capsys.readouterr().err
