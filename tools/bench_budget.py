@@ -31,8 +31,8 @@ network, at the latency that the other method came to.
 (c) resnet18 and mobilenet_v2 (random weights, 128x128), speed-ups 1.6 and 2: builds besides the
     dense one, and wall seconds in all, until the upper end of the measured interval is within the
     budget and the median at or above 97 % of it. Ours: ``prune_to_budget`` as it comes (at most 9
-    builds), without what earlier runs have cached. Torch-Pruning: uniform by weight norm, with and without ``round_to``, by bisection,
-    at most 12 builds.
+    builds), without what earlier runs have cached. Torch-Pruning: uniform by weight norm, with and
+    without ``round_to``, by bisection, at most 12 builds.
 (d) Predicted against measured latency without feedback: fitted on the dense build and the first 3
     and 6 of six probes, one plan each for speed-ups 1.3, 1.6, 2 and 3, each measured. DigitNet,
     resnet18 and mobilenet_v2 as in (c); widths by weight norms.
@@ -94,13 +94,13 @@ class Bench:
     """How much to do, and where.
 
     Attributes:
-        seeds: Networks to train in parts a and b.
+        seeds: Of the networks of parts a and b.
         quick: One point, little training, small models: to try the tool out.
         folder: For engines, trained networks and measured latencies.
         save: Called with the rows so far.
     """
 
-    seeds: int
+    seeds: tuple[int, ...]
     quick: bool
     folder: Path
     save: Callable[[list[Row]], None]
@@ -116,7 +116,7 @@ class Bench:
 
     def cases(self) -> list[Case]:
         """The trained networks."""
-        return [train(seed, 2 if self.quick else EPOCHS, self.folder) for seed in range(self.seeds)]
+        return [train(seed, 2 if self.quick else EPOCHS, self.folder) for seed in self.seeds]
 
 
 def part_a(bench: Bench) -> list[Row]:
@@ -365,7 +365,8 @@ def main() -> None:
     """Run the parts that are asked for, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--part", choices=[*PARTS, "all"], default="all")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="how many networks")
+    parser.add_argument("--first", type=int, default=0, help="seed of the first of them")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("bench_budget.json"))
     parser.add_argument(
@@ -384,7 +385,7 @@ def main() -> None:
         with contextlib.ExitStack() as stack:
             folder = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
             folder.mkdir(parents=True, exist_ok=True)
-            seeds = 1 if args.quick else args.seeds
+            seeds = tuple(range(args.first, args.first + (1 if args.quick else args.seeds)))
             rows = PARTS[name][0](Bench(seeds, args.quick, folder.resolve(), save))
         print(
             "\n".join(

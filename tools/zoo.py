@@ -212,8 +212,11 @@ Written by `tools/zoo.py`. Every model has random weights and goes through the s
 `apply(model, graph, plan)`. No model gets an option, a patched forward or a list of layers to
 leave alone.
 
-`eval`, `train`: the pruned model runs in evaluation mode, and in training mode on a batch of two
-with gradients; output shapes are those of the original. `params`: as many parameters as the
+`eval`: the pruned model runs, gives gradients, and its output shapes are those of the original.
+`train`: it runs in training mode on a batch of two and gives gradients. Shapes are compared less
+strictly there: a model that returns inner feature maps in training mode alone returns as many,
+of the same batch size, but narrower ones (all YOLO heads do); a captured model returns what the
+original returns in evaluation mode, and is not compared. `params`: as many parameters as the
 graph's formulas say, fewer than before. `nothing`: the captured form of the untouched model
 computes what the model computes (1e-3 relative). `onnx`, `parity`: TorchScript export, and ONNX
 Runtime within 1e-3 of the largest output. A dash marks a check that the *original* model does not

@@ -108,7 +108,7 @@ class Finetuned:
     note: str = ""
 
 
-def finetune(  # noqa: PLR0913 - two models, data, options, and two callables are six
+def finetune(
     module: nn.Module,
     teacher: nn.Module | None,
     batches: Batches | None,
