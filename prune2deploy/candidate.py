@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from prune2deploy import export, lowering, measure, parity, simplify
 from prune2deploy.backends.base import Backend, Engine, TensorSpec
+from prune2deploy.errors import ExportError
 from prune2deploy.graph.axes import Graph
 from prune2deploy.lowering import Lowered, Wish
 from prune2deploy.parity import Parity
@@ -187,6 +188,8 @@ def _assemble(shop: Workshop, name: tuple[int, str], plan: Plan, module: nn.Modu
     report = simplify.simplify(exported, folder / "simplified.onnx")
     onnx, lowered = _lower(shop, report.path, name)
     shop.say("building", number)
+    if shop.backend.takes_program:
+        _save_program(module, shop.example_inputs, onnx.with_suffix(".pt2"))
     engine = shop.backend.build(onnx, shop.target, folder / "engine")
     borders: tuple[Border, ...] = ()
     if step != "probe":
@@ -310,15 +313,23 @@ def save_module(run: RunDir, module: nn.Module, example_inputs: tuple[Tensor, ..
     with run.place("weights.pt") as path:
         torch.save(module.state_dict(), path)
     try:
+        with run.place("model.pt2") as path:
+            _save_program(module, example_inputs, path)
+    except ExportError as error:
+        return (
+            f"model.pt2 is missing because {error}; "
+            "load it with its own code from weights.pt and plan.json"
+        )
+    return ""
+
+
+def _save_program(module: nn.Module, example_inputs: tuple[Tensor, ...], path: Path) -> None:
+    """Write a module as an exported program; raises ExportError where torch cannot."""
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice to the model's author
             program = torch.export.export(module.eval(), example_inputs)
-    except Exception as error:  # noqa: BLE001  (torch.export fails in many ways on users' code)
+    except Exception as error:
         told = str(error).strip().splitlines() or [type(error).__name__]
-        return (
-            f"model.pt2 is missing because torch.export cannot express this model ({told[0]}); "
-            "load it with its own code from weights.pt and plan.json"
-        )
-    with run.place("model.pt2") as path:
-        torch.export.save(program, path)
-    return ""
+        raise ExportError(f"torch.export cannot express this model ({told[0]})") from error
+    torch.export.save(program, path)

@@ -114,11 +114,13 @@ class Backend(ABC):
             is the type expected; ``None`` leaves them unchecked.
         simulated: Its sessions compute their times instead of taking them; measuring then runs on
             a simulated clock, in this process.
+        takes_program: It runs an exported program (``.pt2``) that lies beside the ONNX file.
     """
 
     name: str
     options: ClassVar[Mapping[str, Option] | None] = None
     simulated: ClassVar[bool] = False
+    takes_program: ClassVar[bool] = False
 
     @abstractmethod
     def availability(self, target: Target) -> Availability:

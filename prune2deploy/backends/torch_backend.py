@@ -36,6 +36,7 @@ class TorchBackend(Backend):
     """PyTorch on the device that the profile names (``cpu``, ``cuda:0``)."""
 
     name = "torch"
+    takes_program = True
     options: ClassVar[Mapping[str, Option]] = {
         "mode": "eager",  # eager, compile, cudagraph
         "channels_last": False,
