@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prune2deploy.api import Result, prune, prune_to_budget, trace
+    from prune2deploy.api import Extras, Result, prune, prune_to_budget, trace
     from prune2deploy.errors import (
         BackendError,
         BudgetUnreachable,
@@ -38,6 +38,7 @@ __all__ = [
     "BuildError",
     "ConfigError",
     "ExportError",
+    "Extras",
     "Graph",
     "MeasureError",
     "MissingBackend",
@@ -57,6 +58,7 @@ __all__ = [
 
 _HOME = {
     "Axis": "prune2deploy.graph.axes",
+    "Extras": "prune2deploy.api",
     "Graph": "prune2deploy.graph.axes",
     "Plan": "prune2deploy.plan.plan",
     "Result": "prune2deploy.api",

@@ -11,6 +11,7 @@ import argparse
 import difflib
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from typing import Any, NoReturn
 from prune2deploy import __version__, config
 from prune2deploy.errors import ConfigError, Prune2DeployError
 from prune2deploy.progress import NOTICE, Progress, Step
-from prune2deploy.rundir import explain
+from prune2deploy.rundir import DISK_FULL, explain
 
 INTERRUPTED, BUG = 130, 1
 COMMANDS = ("run", "sweep", "measure", "build", "inspect", "targets", "report")
@@ -112,7 +113,7 @@ def _run_arguments(to: argparse.ArgumentParser) -> None:
         metavar="FRACTION",
         help="top-1 accuracy that int8 may cost; needs labelled data",
     )
-    to.add_argument("--max-builds", type=int, default=9, metavar="N", help="besides the baseline")
+    to.add_argument("--max-builds", type=int, default=6, metavar="N", help="besides the baseline")
     to.add_argument("--max-size-mb", type=float, metavar="MB", help="cap on the weights' size")
     to.add_argument("--max-macs", type=float, metavar="N", help="cap on multiply-accumulates")
     to.add_argument("--no-cache", action="store_true", help="forget timings of earlier runs")
@@ -149,12 +150,20 @@ def run(argv: Sequence[str]) -> int:
         except KeyboardInterrupt as error:
             return _complain(error, INTERRUPTED, out, as_json=as_json)
         except OSError as error:
-            told = explain(error, Path(error.filename)) if error.filename else None
-            if told is None:
-                return _bug(error, out, as_json=as_json)
-            return _complain(told, told.exit_code, out, as_json=as_json)
+            return _system(error, out, as_json=as_json)
         except Exception as error:  # noqa: BLE001  (the last place that can turn a bug into a report)
             return _bug(error, out, as_json=as_json)
+
+
+def _system(error: OSError, out: Any, *, as_json: bool) -> int:
+    """A full disk, a folder that cannot be written, a reader that is gone (``| head``)."""
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    if error.filename is None and error.errno not in DISK_FULL:
+        return _bug(error, out, as_json=as_json)
+    told = explain(error, Path(error.filename or Path.cwd()))
+    return _complain(told, told.exit_code, out, as_json=as_json)
 
 
 def _answer(argv: Sequence[str], out: Any, *, as_json: bool) -> int:

@@ -11,7 +11,7 @@ from prune2deploy.backends import registry
 from prune2deploy.calibration import require
 from prune2deploy.candidate import Workshop
 from prune2deploy.config import ModelOptions
-from prune2deploy.errors import ConfigError, MissingBackend
+from prune2deploy.errors import ConfigError, MissingBackend, TraceError
 from prune2deploy.graph import trace
 from prune2deploy.job import Baseline, Job
 from prune2deploy.measure import Measurement
@@ -32,6 +32,12 @@ def open_workshop(
     if not there.usable:
         raise MissingBackend(f"target {target.name}: {there.reason}; {there.fix}")
     graph = trace(job.module, job.example_inputs)
+    if not graph.prunable:
+        reasons = sorted({str(axis.frozen) for axis in graph.axes if axis.frozen})
+        raise TraceError(
+            "the model has nothing to prune: every axis is frozen "
+            f"({', '.join(reasons)}); `prune2deploy inspect` lists them"
+        )
     return Workshop(
         job.module,
         job.example_inputs,

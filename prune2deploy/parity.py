@@ -146,6 +146,17 @@ def require(parity: Parity, stages: str) -> Parity:
     return parity
 
 
+def require_numbers(model: Runner, samples: Sequence[Mapping[str, Array]]) -> None:
+    """Raise ParityError where a model returns NaN: two stages that fail alike would agree."""
+    for name, output in model(samples[0]).items():
+        if np.issubdtype(output.dtype, np.floating) and np.isnan(output).any():
+            raise ParityError(
+                f"output {name!r} of the model holds {int(np.isnan(output).sum())} NaN of "
+                f"{output.size} values on the example inputs, expected numbers; check the weights "
+                "and the range of the inputs"
+            )
+
+
 def difference(expected: Array, found: Array) -> tuple[float, float]:
     """Largest absolute and largest scaled difference of two arrays of one shape.
 

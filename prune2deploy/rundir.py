@@ -32,6 +32,7 @@ KEYS = (
 )  # fmt: skip
 MANIFEST = "manifest.json"
 JOURNAL = "journal.jsonl"
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 IDENTITY = "run.json"
 LOCK = ".lock"
 WORK = "builds"  # engines of every build; only what the manifest lists outlives the run
@@ -204,7 +205,7 @@ def writing(path: Path) -> Iterator[None]:
 
 def explain(error: OSError, path: Path) -> ConfigError:
     """Say what a failed write means and what to do."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno in DISK_FULL:
         return ConfigError(
             f"{path}: the disk is full; nothing half-written is kept: free some space, then "
             "repeat the command with --resume"

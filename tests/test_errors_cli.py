@@ -1,13 +1,17 @@
 """Bad input gets a clear error, the right exit code, and loses nothing."""
 
+import errno
 import json
 import os
 import pickle
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from prune2deploy import cli
+from prune2deploy import cli, commands
 
 ROOT = Path(__file__).parent.parent
 FORMULA = """
@@ -242,3 +246,48 @@ def test_a_target_that_is_not_here_says_what_is_missing_and_what_works(place, fa
     assert "pip install" in told and "targets that work here: " in told
     assert "ort" in told.split("targets that work here: ")[1]
     assert not list(place.glob("runs/*absent*"))
+
+
+NOT_A_NUMBER = """
+import torch
+from torch import nn
+
+def net():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
+    x = torch.randn(1, 3, 8, 8)
+    model(x)
+    model[0].weight.data.fill_(float("nan"))
+    return model, (x,)
+
+def frozen():
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), (torch.randn(1, 3, 2, 2),)
+"""
+
+
+@pytest.mark.parametrize(
+    ("factory", "code", "told"),
+    [("net", 5, "NaN"), ("frozen", 2, "nothing to prune")],
+)
+def test_models_that_cannot_be_judged_are_refused_at_once(tmp_path, capsys, factory, code, told):
+    (tmp_path / "odd.py").write_text(NOT_A_NUMBER)
+    out = tmp_path / "run"
+    call = ["run", "--model", f"{tmp_path}/odd.py:{factory}", "--target", "ort", "--speedup", "2"]
+    assert cli.run([*call, "--out", str(out)]) == code
+    assert told in capsys.readouterr().err
+    assert not list(out.glob("raw/*"))
+
+
+def test_a_disk_that_fills_up_inside_a_library_is_told_as_such(monkeypatch, capsys):
+    def full(arguments, progress):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setitem(commands.TABLE, "targets", full)
+    assert cli.run(["targets"]) == 2
+    assert "the disk is full" in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away_is_no_bug():
+    script = "import sys; from prune2deploy.cli import run; sys.exit(run(['targets']))"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as child:
+        child.stdout.close()
+        assert child.wait() == 128 + signal.SIGPIPE

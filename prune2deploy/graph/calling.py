@@ -48,7 +48,7 @@ def quiet(model: nn.Module) -> Iterator[None]:
     Attributes that the forward pass sets (caches of anchors, masks, positions) are set back too:
     the model is left as it was, and each later pass sees what the first one saw.
     """
-    saved = [(module, _attributes(module)) for module in model.modules()]
+    saved = [(module, _Attributes(module)) for module in model.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     model.eval()
@@ -58,8 +58,7 @@ def quiet(model: nn.Module) -> Iterator[None]:
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for module, attributes in saved:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
+            attributes.restore(module)
 
 
 class _Answered(TorchDispatchMode):
@@ -78,12 +77,20 @@ def _meta(model: nn.Module) -> bool:
     return any(tensor.is_meta for _, tensor in stored_tensors(model))
 
 
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    """A module's attributes, its tables of tensors and children copied."""
-    tables = ("_parameters", "_buffers", "_modules")
-    return {
-        name: value.copy() if name in tables else value for name, value in module.__dict__.items()
-    }
+class _Attributes:
+    """A module's attributes, with what its dictionaries hold (parameters, children, hooks)."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._attributes = dict(module.__dict__)
+        self._tables = [(v, dict(v)) for v in self._attributes.values() if isinstance(v, dict)]
+
+    def restore(self, module: nn.Module) -> None:
+        """Set everything back; dictionaries stay the same objects, since handles refer to them."""
+        module.__dict__.clear()
+        module.__dict__.update(self._attributes)
+        for table, entries in self._tables:
+            table.clear()
+            table.update(entries)
 
 
 def run(model: nn.Module, example: Any, forward_fn: Forward | None = None) -> Any:

@@ -166,3 +166,27 @@ def test_a_meta_model_is_traced_and_pruned_without_memory():
     pruned = apply(model, graph, halves(graph))
     assert {p.device.type for p in pruned.parameters()} == {"meta"}
     assert graph.params(halves(graph).counts) == sum(p.numel() for p in pruned.parameters())
+
+
+def test_hooks_that_a_forward_pass_installs_are_gone_again():
+    class Lazy(nn.Module):
+        """Installs a hook in its first pass and remembers that it did."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.out = nn.Linear(4, 8), nn.Linear(8, 3)
+            self.ready, self.calls = False, []
+
+        def forward(self, x):
+            if not self.ready:
+                self.first.register_forward_hook(lambda *_: self.calls.append(1))
+                self.ready = True
+            return self.out(self.first(x))
+
+    model, x = Lazy(), torch.randn(1, 4)
+    trace(model, x)
+    assert not model.ready
+    assert not model.first._forward_hooks
+    model.calls.clear()
+    model(x)
+    assert len(model.calls) == 1
