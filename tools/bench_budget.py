@@ -1,6 +1,7 @@
 """Ours against Torch-Pruning: accuracy at equal measured latency, builds, and predictions.
 
-Protocol, fixed before any figure of it was taken.
+Protocol, fixed before its first full run; what a quick try had shown before that, and what was
+changed since, is said in docs/benchmarks.md.
 
 Everywhere: target ``ort`` (one thread). A latency is the ratio to the dense model, taken by
 ``prune2deploy.measure`` from interleaved runs; it is never a prediction. In parts a, b and d the
@@ -257,6 +258,7 @@ def part_d(bench: Bench) -> list[Row]:
                 predicted = plan.predicted_ms / yard.base_ms
                 macs = yard.graph.macs(plan.counts) / yard.graph.macs()
                 row = {"predicted": predicted, "measured": seen.ratio, "macs": macs}
+                row["half_width"] = 100 * ((seen.high / seen.low) ** 0.5 - 1)
                 row["error"] = 100 * (predicted / seen.ratio - 1)
                 rows.append({"part": "d", "method": f"{probes} probes", "point": name, **row})
                 rows[-1]["speedup"] = speedup
@@ -267,7 +269,7 @@ def part_d(bench: Bench) -> list[Row]:
 
 def shown(row: Row) -> str:
     """One line of progress."""
-    hidden = ("trials", "setting", "shares", "part")
+    hidden = ["trials", "setting", "shares", "part"]
     cells = [f"{k}={v:.3f}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()
              if k not in hidden]  # fmt: skip
     return f"({row['part']}) " + " ".join(cells)
@@ -369,9 +371,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="seed of the first of them")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("bench_budget.json"))
-    parser.add_argument(
-        "--work", type=Path, help="keep networks and measured latencies here, and go on from them"
-    )
+    parser.add_argument("--work", type=Path, help="networks and measured latencies are kept here")
     args = parser.parse_args()
     torch.set_num_threads(1)
     result: Row = {"quick": args.quick, "seeds": args.seeds, "start": facts()}
@@ -387,11 +387,7 @@ def main() -> None:
             folder.mkdir(parents=True, exist_ok=True)
             seeds = tuple(range(args.first, args.first + (1 if args.quick else args.seeds)))
             rows = PARTS[name][0](Bench(seeds, args.quick, folder.resolve(), save))
-        print(
-            "\n".join(
-                ["", f"part {name}, {time.monotonic() - started:.0f} s", *PARTS[name][1](rows)]
-            )
-        )
+        print(f"\npart {name}, {time.monotonic() - started:.0f} s", *PARTS[name][1](rows), sep="\n")
         result["end"] = facts()
         save(rows)
 

@@ -105,7 +105,7 @@ def choose_clock(samples: Samples, target: Target) -> int:
     accounted = (every[:, CPU].sum() + delay) / max(1, every[:, WALL].sum())
     undisturbed = np.quantile(both[:, CPU] / np.maximum(1, both[:, WALL]), 0.9)
     share = both[:, CPU].sum() / max(1, both[:, WALL].sum())
-    valid = share > 0.3 and max(accounted, undisturbed) >= 0.9
+    valid = share > 0.1 and max(accounted, undisturbed) >= 0.9
     return CPU if valid else WALL
 
 
