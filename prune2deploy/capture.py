@@ -18,6 +18,7 @@ import torch
 from torch import fx, nn
 
 from prune2deploy.errors import TraceError
+from prune2deploy.folding import PREFIX, fold
 from prune2deploy.graph.axes import Graph
 from prune2deploy.graph.build import build
 from prune2deploy.graph.calling import tensors_in, twice
@@ -101,6 +102,8 @@ class _Writer:
                 self._note_varying(operations[at])
             at += 1
         self.graph.output(self.argument(self.recording.outputs))
+        device = next((t.device for _, t in _stored(self.pruned)), torch.device("cpu"))
+        fold(self.graph, self.pruned, device)
         self.graph.lint()
         module = fx.GraphModule(self.pruned, self.graph, type(source).__name__)
         _keep_unused(module, self.pruned, self.recording.stored)
@@ -162,7 +165,7 @@ class _Writer:
         if number not in self.nodes:
             name = self.names.get(number)
             if name is None:
-                name = f"_constant_{number}"
+                name = f"{PREFIX}{number}"
                 constant = self.recording.values[number].constant
                 assert constant is not None, number
                 self.pruned.register_buffer(name, constant.detach().clone())

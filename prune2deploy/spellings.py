@@ -91,13 +91,26 @@ def _split(writer: Writer, operation: Operation) -> fx.Node:
     return writer.call(kind.default, operation.args[0], sizes, dim)
 
 
+FACTORIES = {
+    "aten::new_zeros": torch.zeros,
+    "aten::new_ones": torch.ones,
+    "aten::new_empty": torch.empty,
+    "aten::new_full": torch.full,
+}
+
+
 def _filled(writer: Writer, operation: Operation) -> fx.Node:
     args = list(operation.args)
-    args[1 if isinstance(args[0], Ref) else 0] = writer.sizes(operation.layouts[0])
     kwargs = dict(operation.kwargs)
+    function = operation.func
+    if isinstance(args.pop(0), Ref):  # of the type and on the device of another tensor
+        args.pop(0)
+        function = FACTORIES[function._schema.name]
+        kwargs = {"dtype": writer.recording.values[operation.outputs[0]].dtype, "device": True}
+    args.insert(0, writer.sizes(operation.layouts[0]))
     if kwargs.get("device") is not None:
         kwargs["device"] = writer.device()
-    return writer.call(operation.func, *args, **kwargs)
+    return writer.call(function, *args, **kwargs)
 
 
 def _arange(writer: Writer, operation: Operation) -> fx.Node:

@@ -19,7 +19,7 @@ ORDER = [
     {"graph"},
     {"importance"},
     {"plan"},
-    {"slicing", "capture", "spellings", "widths"},
+    {"slicing", "capture", "folding", "spellings", "widths"},
     {"recover"},
     {"export", "simplify", "precision", "parity", "activations", "quantize", "ranges"},
     {"backends", "lowering"},

@@ -113,6 +113,7 @@ class Recorder(TorchDispatchMode):
     def _add(self, tensor: torch.Tensor, value: Value) -> int:
         self._alive.append(tensor)
         self._numbers[id(tensor)] = len(self.recording.values)
+        value.dtype = tensor.dtype
         self.recording.values.append(value)
         return len(self.recording.values) - 1
 

@@ -44,6 +44,7 @@ class Value:
         weight: Name of the stored tensor that it is a view of as a whole, if any.
         constant: The tensor itself where it is neither stored nor computed.
         residual: Numbers of the values that reach this one through additions alone.
+        dtype: Its element type.
     """
 
     dims: Layout
@@ -51,6 +52,7 @@ class Value:
     weight: str | None = None
     constant: torch.Tensor | None = None
     residual: frozenset[int] = frozenset()
+    dtype: torch.dtype | None = None
 
 
 class Notebook(Protocol):

@@ -190,3 +190,47 @@ def test_hooks_that_a_forward_pass_installs_are_gone_again():
     model.calls.clear()
     model(x)
     assert len(model.calls) == 1
+
+
+class Masked(nn.Module):
+    """Attention over windows, with a mask that is written region by region in the forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(12, 72), nn.Linear(24, 12)
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        mask = x.new_zeros((n, n))
+        for place in range(n):
+            mask[place, place:] = -100.0
+        q, k, v = self.qkv(x).reshape(b, n, 3, 4, 6).permute(2, 0, 3, 1, 4).unbind(0)
+        y = (q @ k.transpose(-2, -1) + mask).softmax(-1) @ v
+        return self.out(y.transpose(1, 2).reshape(b, n, 24))
+
+
+def test_tables_that_code_builds_in_place_are_constants_of_the_captured_model():
+    torch.manual_seed(0)
+    model, x = Masked().eval(), torch.randn(1, 5, 12)
+    captured = capture(copy.deepcopy(model), model, trace(model, x), Plan({})).eval()
+    torch.testing.assert_close(captured(x), model(x))
+    calls = [str(n.target) for n in captured.graph.nodes if n.op == "call_function"]
+    assert not [call for call in calls if "fill" in call or "zeros" in call]
+    assert captured.state_dict().keys() == model.state_dict().keys()
+
+
+def test_memory_that_is_written_at_run_time_is_not_a_constant():
+    class Scattered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.out = nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            kept = torch.zeros(2, 8)
+            kept[:, :] = self.first(x)
+            return self.out(kept)
+
+    model, x = Scattered().eval(), torch.randn(2, 4)
+    captured = capture(copy.deepcopy(model), model, trace(model, x), Plan({})).eval()
+    for other in (x, torch.randn(2, 4), torch.randn(2, 4)):
+        torch.testing.assert_close(captured(other), model(other))
