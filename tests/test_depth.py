@@ -95,7 +95,7 @@ def test_out_of_reach_means_without_any_block(net, floor):
 def test_blocks_go_where_widths_do_not_reach(net, target, tmp_path, floor, share):
     _, _, widths, least = floor
     budget = least + share * (widths - least)
-    result = run(net, target, tmp_path / "r", budget_ms=budget)
+    result = run(net, target, tmp_path / "r", budget_ms=budget, max_builds=9)
     assert result.met and 0 < len(result.plan.removed) < 6
     assert result.report.builds <= 9
     assert 0.93 <= result.report.final.p50_ms / budget <= 1

@@ -10,7 +10,7 @@ import prune2deploy
 
 EXPECTED = {
     "Axis", "BackendError", "BudgetUnreachable", "BuildError", "ConfigError", "ExportError",
-    "Graph", "MeasureError", "MissingBackend", "ModelError", "ParityError", "Plan", "PlanError",
+    "Extras", "Graph", "MeasureError", "MissingBackend", "ModelError", "ParityError", "Plan", "PlanError",
     "Prune2DeployError", "PruneError", "Result", "TraceError", "Unstable", "prune",
     "prune_to_budget", "trace",
 }  # fmt: skip
