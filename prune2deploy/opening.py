@@ -15,7 +15,6 @@ from prune2deploy.errors import ConfigError, MissingBackend, TraceError
 from prune2deploy.graph import trace
 from prune2deploy.job import Baseline, Job
 from prune2deploy.measure import Measurement
-from prune2deploy.target import Target
 
 
 def open_workshop(
@@ -52,11 +51,6 @@ def open_workshop(
         job.batches,
         max_drop,
     )
-
-
-def channel_multiple(target: Target) -> int:
-    """The width step of the target: its profile's, else this machine's."""
-    return target.channel_multiple or measure.native_channel_multiple()
 
 
 def measure_baseline(shop: Workshop) -> Baseline:

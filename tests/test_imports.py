@@ -28,6 +28,7 @@ ORDER = [
     {"report"},
     {
         "loop",
+        "learning",
         "job",
         "sweep",
         "candidate",

@@ -2,9 +2,9 @@
 
 Every case is a process of its own, `prune2deploy run --json`, with random weights, target `ort`,
 no data and nothing cached. The window asked for: the upper end of the measured 95 % interval at or
-below the budget, and the measured median at or above 97 % of it. A case is good where it ends in the window, or
-with exit code 4 (no plan is fast enough: the floor is measured). Then each model gets a second
-budget that may use what the first run of it left in the cache.
+below the budget, and the measured median at or above 97 % of it. A case is good where it ends in
+the window, or with exit code 4 (no plan is fast enough: the floor is measured). Then each model
+gets a second budget that may use what the first run of it left in the cache.
 
     python tools/bench_loop.py --out loop.json [--models resnet18 ...] [--speedups 1.3 2]
 

@@ -100,7 +100,7 @@ def run_text(report: RunReport) -> str:
         f"(tolerance {p.tolerance:g})"
         for p in report.parity
     ]
-    lines += [f"predicted {gain}" for gain in gains(report)]
+    lines += [f"predicted {line}" for line in (*gains(report), *gap_text(report))]
     if report.removed:
         lines.append(f"removed   {removed_text(report)}")
     return "\n".join([*lines, *(f"note      {note}" for note in report.notes)])
@@ -119,9 +119,21 @@ def gains(report: RunReport) -> tuple[str, ...]:
             after = float(np.interp(here + more, at, worth))
             found.append(
                 f"{milliseconds(more)} ms more would keep {after:.1%} instead of {before:.1%} of "
-                "what widths are worth (predicted)"
+                "what widths are worth"
             )
     return tuple(found)
+
+
+def gap_text(report: RunReport) -> tuple[str, ...]:
+    """How far the widths are from the best ones of their predicted latency, where it is known."""
+    limits = report.limits
+    if limits.gap is None:
+        return ()
+    told = "at most" if limits.gap_exact else "about"
+    return (
+        f"other widths of the same latency could keep {told} {limits.gap:.2%} more of what widths "
+        "are worth",
+    )
 
 
 def removed_text(report: RunReport) -> str:
