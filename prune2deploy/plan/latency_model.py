@@ -26,7 +26,8 @@ import numpy.typing as npt
 from prune2deploy.errors import PlanError
 from prune2deploy.graph.axes import Counts, Graph, Polynomial
 from prune2deploy.plan.costs import Cost, Point, fit_costs
-from prune2deploy.plan.identify import Identified, Identifier, align
+from prune2deploy.plan.identify import Identified, Identifier
+from prune2deploy.plan.pairing import align
 from prune2deploy.plan.work import Work, is_convolution
 from prune2deploy.timing import OperatorTiming
 from prune2deploy.units import NS_PER_MS
@@ -326,7 +327,7 @@ def _operator(
 ) -> OperatorModel:
     points = _points(one, sizes)
     times = np.array([point.ns for point in points.values()])
-    share = len(points) / builds
+    share = one.present / builds
     padded = is_convolution(one.seen.kind)
     common = (one.seen.name, one.seen.kind, one.signature)
     if not one.work.axes:
