@@ -19,6 +19,7 @@ from prune2deploy.graph import layout as algebra
 from prune2deploy.graph.calling import as_inputs, quiet, run, tensors_in, twice
 from prune2deploy.graph.recording import Recording, Ref
 from prune2deploy.graph.rules import Value
+from prune2deploy.graph.shapes import on_shapes, outlined
 
 
 class Recorder(Protocol):
@@ -42,19 +43,27 @@ def couple_training_branches(model: nn.Module, recorder: Recorder) -> None:
     recording = recorder.recording
     if not _unused(recording):
         return
-    example = twice(recording.example)
     mark, inputs = recording.mark(), recording.inputs
+    result = _trained(model, recorder, wanted=True) if recording.on_shapes else None
+    if result is None:
+        result = _trained(model, recorder, wanted=False)
+    for tensor in tensors_in(result):
+        algebra.freeze(recorder.value(tensor).dims, "model output in training")
+    recording.rewind(mark, inputs)
+
+
+def _trained(model: nn.Module, recorder: Recorder, *, wanted: bool) -> Any:
+    """The result of a pass in training mode, on shapes if wanted; ``None`` where it fails."""
+    example = twice(recorder.recording.example)
+    example = outlined(example) if wanted else example
     with quiet(model), _buffers_kept(model), torch.random.fork_rng():
         model.train()
         recorder.enter_inputs(as_inputs(example))
         try:
-            with recorder:
-                result = run(model, example, recording.forward_fn)
+            with on_shapes(model, wanted), recorder:
+                return run(model, example, recorder.recording.forward_fn)
         except Exception:  # noqa: BLE001  the user's training code may ask for anything
-            result = None
-    for tensor in tensors_in(result):
-        algebra.freeze(recorder.value(tensor).dims, "model output in training")
-    recording.rewind(mark, inputs)
+            return None
 
 
 def _unused(recording: Recording) -> bool:
