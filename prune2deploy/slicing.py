@@ -9,7 +9,6 @@ operators are handed back as a captured module instead (``capture``).
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -22,6 +21,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prune2deploy.capture import capture
+from prune2deploy.copying import copied
 from prune2deploy.errors import PruneError
 from prune2deploy.graph.axes import Graph
 from prune2deploy.graph.calling import Forward, quiet, run, stored_tensors, tensors_in
@@ -113,7 +113,7 @@ def sliced_copy(module: nn.Module, kept: Kept) -> nn.Module:
         dims = kept[name]
         if id(tensor) not in done and any(positions is not None for positions in dims):
             done[id(tensor)] = sliced(tensor, dims, with_gradient=False)
-    return copy.deepcopy(module, done)
+    return copied(module, done)
 
 
 def slice_tensors(module: nn.Module, kept: Kept) -> None:

@@ -19,6 +19,7 @@ from prune2deploy.errors import TraceError
 from prune2deploy.graph import layout as algebra
 from prune2deploy.graph import rules_layers, rules_pick, rules_shape, rules_space  # noqa: F401  fill the table
 from prune2deploy.graph.calling import (
+    PLAIN,
     Forward,
     Inputs,
     as_inputs,
@@ -49,7 +50,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         self.recording = Recording(example=example, forward_fn=forward_fn, on_shapes=on_shapes)
         self._numbers: dict[int, int] = {}
-        self._used: set[int] = set()
+        self.used: set[int] = set()
         self._alive: list[torch.Tensor] = []  # keeps ids unique while recording
         self._names = {id(m): name for name, m in model.named_modules()}
         self._scopes: list[tuple[str, int]] = [("", 0)]
@@ -90,7 +91,7 @@ class Recorder(TorchDispatchMode):
             value = self.recording.values[self.number(tensor)]
             algebra.freeze(value.dims, "model output")
         self.recording.outputs = self.refer(result)
-        for number in set(self.recording.stored.values()) - self._used:
+        for number in set(self.recording.stored.values()) - self.used:
             algebra.freeze(self.recording.values[number].dims, "not used in the forward pass")
         algebra.settle_ties(self.recording.ties)
 
@@ -104,9 +105,11 @@ class Recorder(TorchDispatchMode):
 
     def refer(self, tree: Any) -> Any:
         """Replace the tensors of nested arguments by references."""
+        if type(tree) in PLAIN:
+            return tree
         if isinstance(tree, torch.Tensor):
             number = self.number(tree)
-            self._used.add(number)
+            self.used.add(number)
             return Ref(number)
         if isinstance(tree, list | tuple) and not isinstance(tree, torch.Size):
             items = [self.refer(item) for item in tree]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,13 +28,14 @@ class Form(NamedTuple):
 
 
 Kernel = Callable[..., "Form | list[Form] | None"]
+K = TypeVar("K", bound=Kernel)
 KERNELS: dict[Any, Kernel] = {}
 
 
-def kernel(*operators: Any) -> Callable[[Kernel], Kernel]:
+def kernel(*operators: Any) -> Callable[[K], K]:
     """Enter a function in the table under some overloads."""
 
-    def add(function: Kernel) -> Kernel:
+    def add(function: K) -> K:
         KERNELS.update(dict.fromkeys(operators, function))
         return function
 
@@ -119,11 +120,9 @@ def _broadcast(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
 
 
 @kernel(aten.convolution.default)
-def convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int,
-) -> Form | None:  # fmt: skip  # the arguments of the operator
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> Form | None:
     """Convolution of row-major tensors, of any rank."""
+    transposed, groups = settings[3], settings[5]
     rank = weight.dim() - 2
     if x.dim() != rank + 2 or x.dtype != weight.dtype or 0 in x.shape:
         return None
@@ -134,30 +133,28 @@ def convolution(
     fits = x.shape[1] == used and rows % groups == 0
     _fit(fits, "input and weight of a convolution", x, weight, groups)
     _fit(bias is None or tuple(bias.shape) == (made,), "bias of a convolution", bias, made)
-    space = []
-    for place in range(rank):
-        size, taps = x.shape[2 + place], weight.shape[2 + place]
-        step, border, spread, extra = (
-            setting[place % len(setting)]
-            for setting in (stride, padding, dilation, output_padding or (0,))
-        )
-        reach = spread * (taps - 1)
-        if transposed:
-            space.append((size - 1) * step - 2 * border + reach + extra + 1)
-        else:
-            space.append((size + 2 * border - reach - 1) // step + 1)
+    space = [_convolved(x.shape[2 + n], weight.shape[2 + n], n, settings) for n in range(rank)]
     _fit(min(space, default=1) > 0, "the kernel is larger than the input", x, weight)
     return contiguous((x.shape[0], made, *space), x.dtype)
 
 
+def _convolved(size: int, taps: int, place: int, settings: Sequence[Any]) -> int:
+    """Positions of a dimension that a kernel of so many taps makes of so many."""
+    stride, padding, dilation, transposed, output_padding, _groups = settings
+    step, border, spread = (s[place % len(s)] for s in (stride, padding, dilation))
+    reach = spread * (taps - 1)
+    if transposed:
+        extra = output_padding[place % len(output_padding)]
+        return int((size - 1) * step - 2 * border + reach + extra + 1)
+    return int((size + 2 * border - reach - 1) // step + 1)
+
+
 @kernel(aten.native_batch_norm.default)
-def batch_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None,
-    variance: Tensor | None, training: bool, *_: Any,
-) -> list[Form] | None:  # fmt: skip  # the arguments of the operator
-    """Batch normalisation; statistics are returned in training only."""
+def batch_norm(x: Tensor, *settings: Any) -> list[Form] | None:
+    """Batch normalisation on CPU, which returns statistics in training only."""
     form = _like(x)
-    given = [t for t in (weight, bias, mean, variance) if t is not None]
+    given = [t for t in settings[:4] if t is not None]
+    training = settings[4]
     if form is None or x.dim() < 2 or any(t.dtype != x.dtype for t in given):
         return None
     if x.device.type != "cpu":
@@ -270,17 +267,19 @@ def unsafe_view(x: Tensor, sizes: Sequence[int]) -> Form | None:
 
 
 @kernel(aten._scaled_dot_product_flash_attention_for_cpu.default)
-def attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> list[Form] | None:
-    """Fused attention on CPU: heads are the second-last dimension in memory."""
-    if q.dim() != 4 or not (q.dtype == k.dtype == v.dtype):
+def attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **settings: Any) -> list[Form] | None:
+    """Fused attention on CPU: the result lies in memory as the queries do."""
+    form = _like(q)
+    if form is None or q.dim() != 4 or not (q.dtype == k.dtype == v.dtype == torch.float32):
         return None
-    batch, heads, rows, _width = q.shape
-    fits = k.shape == v.shape and (batch, heads, q.shape[3]) == (*k.shape[:2], k.shape[3])
-    if not fits:
+    batch, heads, rows, width = q.shape
+    if k.shape != v.shape or (*k.shape[:2], k.shape[3]) != (batch, heads, width):
         return None
-    width = v.shape[3]
-    turned = contiguous((batch, rows, heads, width), q.dtype).strides
-    result = Form(
-        (batch, heads, rows, width), tuple(turned[place] for place in (0, 2, 1, 3)), q.dtype
-    )
-    return [result, contiguous((batch, heads, rows), torch.float32)]
+    mask = settings.get("attn_mask")
+    if mask is not None:
+        logits = (batch, heads, rows, k.shape[2])
+        fits = _broadcast(tuple(mask.shape), logits) == logits
+        _fit(fits, "mask of an attention", mask, logits)
+    turned = contiguous((batch, rows, heads), q.dtype).strides
+    strides = (turned[0], turned[2], turned[1])
+    return [form, Form((batch, heads, rows), strides, q.dtype)]

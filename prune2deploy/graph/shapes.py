@@ -25,7 +25,7 @@ from prune2deploy.graph.shape_kernels import KERNELS, Form
 META = torch.device("meta")
 
 
-class NeedsValues(RuntimeError):
+class NeedsValues(RuntimeError):  # noqa: N818  reads as the reason it is
     """The code asks for values, of which an outline has none."""
 
 
@@ -35,7 +35,7 @@ class Outline(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # torch annotates its placeholder
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Refuse: only ``OnShapes`` knows what to do with an outline."""
@@ -82,7 +82,7 @@ def outline(tensor: torch.Tensor, device: torch.device | None = None) -> torch.T
 
 def _drawn(form: Form, device: torch.device) -> torch.Tensor:
     shape, strides, dtype = form
-    drawn: torch.Tensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+    drawn: torch.Tensor = torch.Tensor._make_wrapper_subclass(
         Outline, shape, strides, dtype=dtype, device=device
     )
     return drawn
@@ -162,9 +162,7 @@ class OnShapes(TorchDispatchMode):
         if isinstance(tree, torch.Tensor):
             held, form = self._forms.get(id(tree), (None, None))
             if held is not tree or form is None or form.shape != tree.shape:
-                form = torch.empty_strided(
-                    tree.shape, tree.stride(), dtype=tree.dtype, device=META
-                )
+                form = torch.empty_strided(tree.shape, tree.stride(), dtype=tree.dtype, device=META)
                 self._forms[id(tree)] = (tree, form)
             known[id(form)] = tree
             return form

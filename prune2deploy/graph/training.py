@@ -8,7 +8,7 @@ cannot run this way (it wants labels, say) is left as the first pass showed it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -17,15 +17,20 @@ from torch import nn
 
 from prune2deploy.graph import layout as algebra
 from prune2deploy.graph.calling import as_inputs, quiet, run, tensors_in, twice
-from prune2deploy.graph.recording import Recording, Ref
+from prune2deploy.graph.recording import Recording
 from prune2deploy.graph.rules import Value
 from prune2deploy.graph.shapes import on_shapes, outlined
 
 
 class Recorder(Protocol):
-    """What this needs of the recorder: a context in which operators are recorded."""
+    """What this needs of the recorder: a context in which operators are recorded.
+
+    Attributes:
+        used: Numbers of the values that some operator took.
+    """
 
     recording: Recording
+    used: set[int]
 
     def enter_inputs(self, inputs: Any) -> None:
         """Give every input tensor frozen dimensions."""
@@ -41,7 +46,7 @@ class Recorder(Protocol):
 def couple_training_branches(model: nn.Module, recorder: Recorder) -> None:
     """Run ``model`` in training mode if evaluation left parameters unused; couple what it shows."""
     recording = recorder.recording
-    if not _unused(recording):
+    if all(recording.stored[name] in recorder.used for name in recording.parameters):
         return
     mark, inputs = recording.mark(), recording.inputs
     result = _trained(model, recorder, wanted=True) if recording.on_shapes else None
@@ -64,25 +69,6 @@ def _trained(model: nn.Module, recorder: Recorder, *, wanted: bool) -> Any:
                 return run(model, example, recorder.recording.forward_fn)
         except Exception:  # noqa: BLE001  the user's training code may ask for anything
             return None
-
-
-def _unused(recording: Recording) -> bool:
-    """Whether some parameter takes part in no recorded operator."""
-    used: set[int] = set()
-    for operation in recording.operations:
-        used.update(_numbers((operation.args, operation.kwargs)))
-    return any(recording.stored[name] not in used for name in recording.parameters)
-
-
-def _numbers(tree: Any) -> Iterator[int]:
-    if isinstance(tree, Ref):
-        yield tree.number
-    elif isinstance(tree, Mapping):
-        for item in tree.values():
-            yield from _numbers(item)
-    elif isinstance(tree, list | tuple):
-        for item in tree:
-            yield from _numbers(item)
 
 
 @contextmanager
