@@ -116,3 +116,21 @@ def test_what_a_model_stores_is_still_written_to():
     module = torch.fx.GraphModule(root, graph)
     module(torch.zeros(4))
     assert module.seen.tolist() == [0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_memory_behind_a_reshape_is_followed_where_nothing_else_reads_it(shared):
+    aten = torch.ops.aten
+    graph = torch.fx.Graph()
+    made = graph.call_function(aten.mul.Tensor, (graph.placeholder("x"), 2.0))
+    seen = graph.call_function(torch.reshape, (made, [2, 3, 4]))
+    part = graph.call_function(aten.slice.Tensor, (seen, 1, 1, 3))
+    graph.call_function(aten.add_.Tensor, (part, 1.0))
+    total = graph.call_function(aten.sum.default, (made if shared else seen,))
+    graph.output(graph.call_function(aten.add.Tensor, (seen, total)))
+    module, x = torch.fx.GraphModule(nn.Module(), graph), torch.randn(6, 4)
+    expected = module(x)
+    make_functional(graph)
+    module.recompile()
+    assert bool(writes(module)) == shared
+    torch.testing.assert_close(module(x), expected)
