@@ -29,6 +29,7 @@ from prune2deploy.graph.rules import VARYING
 from prune2deploy.plan.plan import Plan
 from prune2deploy.spellings import FIRST_ONLY, SPELLINGS, Argument, as_recorded
 from prune2deploy.widths import Widths
+from prune2deploy.writes import make_functional
 
 
 def capture(
@@ -104,6 +105,7 @@ class _Writer:
         self.graph.output(self.argument(self.recording.outputs))
         device = next((t.device for _, t in _stored(self.pruned)), torch.device("cpu"))
         fold(self.graph, self.pruned, device)
+        make_functional(self.graph)
         self.graph.lint()
         module = fx.GraphModule(self.pruned, self.graph, type(source).__name__)
         _keep_unused(module, self.pruned, self.recording.stored)

@@ -85,6 +85,7 @@ class Recording:
         contractions: Per contracting operator: name, kind, weight, and its layouts.
         axis_names: Identity of a leaf to the name of its axis, once the graph is built.
         example: The example inputs and the function that called the model, to run it again.
+        on_shapes: Whether the pass ran on shapes, without values.
         roles: Per stored tensor and dimension: ``out`` where a contraction makes channels there,
             ``in`` where it consumes them.
     """
@@ -103,6 +104,7 @@ class Recording:
     axis_names: dict[int, str] = field(default_factory=dict)
     example: Any = None
     forward_fn: Forward | None = None
+    on_shapes: bool = False
 
     def mark(self) -> tuple[int, ...]:
         """Where the lists of the program end now, for ``rewind``."""

@@ -73,8 +73,8 @@ class Notebook(Protocol):
 class Call:
     """One operator call as a rule sees it: arguments by schema name, layouts of tensors.
 
-    A rule notes in ``symbols`` which number arguments are widths, so that they can be computed
-    again for a pruned model.
+    ``name`` is the operator's, without overload (``aten::add``). A rule notes in ``symbols`` which
+    number arguments are widths, so that they can be computed again for a pruned model.
     """
 
     def __init__(
@@ -87,12 +87,8 @@ class Call:
         self.symbols: dict[str, Layout] = {}
         self._args = args
         self._kwargs = kwargs
-        self._places, self._defaults = _signature(func)
-
-    @property
-    def name(self) -> str:
-        """Qualified operator name without overload (``aten::add``)."""
-        return str(self.func._schema.name)
+        self.name, self._places, self._defaults = _signature(func)
+        self._tensors: list[torch.Tensor] | None = None
 
     def __getitem__(self, name: str) -> Any:
         """The argument of that name in the operator's schema, or its default."""
@@ -112,6 +108,11 @@ class Call:
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor among the arguments, those in lists included."""
+        if self._tensors is None:
+            self._tensors = self._find_tensors()
+        return self._tensors
+
+    def _find_tensors(self) -> list[torch.Tensor]:
         found = []
         for arg in (*self._args, *self._kwargs.values()):
             if isinstance(arg, torch.Tensor):
@@ -132,13 +133,13 @@ class Call:
 
 
 @cache
-def _signature(func: Any) -> tuple[dict[str, int], dict[str, Any]]:
+def _signature(func: Any) -> tuple[str, dict[str, int], dict[str, Any]]:
     places, defaults = {}, {}
     for place, argument in enumerate(func._schema.arguments):
         if not argument.kwarg_only:
             places[argument.name] = place
         defaults[argument.name] = argument.default_value
-    return places, defaults
+    return str(func._schema.name), places, defaults
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
