@@ -208,7 +208,7 @@ def _blocks(recording: Recording) -> Iterable[Block]:
     for call in recording.calls:
         once[call.name] = once.get(call.name, 0) + 1
     for call in recording.calls:
-        if not (call.plain and call.name and len(call.inputs) == 1 and once[call.name] == 1):
+        if not (call.leads and call.name and once[call.name] == 1):
             continue
         before, after = (recording.values[n[0]] for n in (call.inputs, call.outputs))
         same = [find(n) for n in before.dims] == [find(n) for n in after.dims]
