@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from prune2deploy.errors import TraceError
+from prune2deploy.errors import PruneError, TraceError
 from prune2deploy.folding import PREFIX, fold
 from prune2deploy.graph.axes import Graph
 from prune2deploy.graph.build import build
@@ -47,7 +47,7 @@ def capture(
             that the batch dimension can be told from others of size one and stays free.
 
     Raises:
-        PruneError: an operator cannot be written down.
+        PruneError: the model has a part whose name a captured module cannot give it.
     """
     if free_batch:
         graph = with_batch(source, graph)
@@ -108,6 +108,7 @@ class _Writer:
         device = next((t.device for _, t in stored_tensors(self.pruned)), torch.device("cpu"))
         fold(self.graph, self.pruned, device)
         self.graph.lint()
+        _check_names(self.pruned)
         module = fx.GraphModule(self.pruned, self.graph, type(source).__name__)
         _keep_unused(module, self.pruned, self.recording.stored)
         module.train(source.training)
@@ -139,7 +140,7 @@ class _Writer:
 
     def _call_module(self, call: ModuleCall) -> None:
         given = self.value(call.inputs[0])
-        if call.inputs == call.outputs:
+        if call.first == call.last:
             part = self.graph.get_attr(call.name)
             node = self.graph.call_function(_while_training, (part, given))
         else:
@@ -220,6 +221,16 @@ class _Writer:
         """Append a function call; references in the arguments are replaced."""
         return self.graph.call_function(
             function, tuple(self.argument(a) for a in args), self.argument(kwargs)
+        )
+
+
+def _check_names(module: nn.Module) -> None:
+    taken = set(dir(fx.GraphModule)) - set(dir(nn.Module))
+    names = {name.partition(".")[0] for name in (*module._modules, *module._parameters)}
+    if names & taken:
+        raise PruneError(
+            f"{type(module).__name__} has a part called {min(names & taken)!r}, a name that modules "
+            "of torch.fx keep for themselves; rename it, or wrap the model in another module"
         )
 
 
@@ -317,8 +328,9 @@ def _plain_calls(recording: Recording, removed: Sequence[str]) -> dict[int, list
 
 def _idle(call: ModuleCall, reads: Counter[int]) -> bool:
     """Whether a module without state hands its input on to a single reader."""
+    silent = call.first == call.last and call.inputs == call.outputs
     stored = next(stored_tensors(call.module), None)
-    return call.inputs == call.outputs and stored is None and reads[call.inputs[0]] == 1
+    return silent and stored is None and reads[call.inputs[0]] == 1
 
 
 SHAPED = (nn.Unflatten, nn.ChannelShuffle, nn.Fold, nn.Upsample)

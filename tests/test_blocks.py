@@ -84,3 +84,41 @@ def test_a_plan_survives_json():
         Plan.from_json('{"schema": 99, "kept": {}}')
     with pytest.raises(PlanError, match="not a plan"):
         Plan.from_json("[]")
+
+
+class Masked(nn.Module):
+    """Blocks that take a mask besides what they change, as transformers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.blocks = nn.ModuleList(MaskedBlock() for _ in range(2))
+
+    def forward(self, x):
+        mask = x.sum(-1, keepdim=True) > 0
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x, mask=mask)
+        return self.head(x)
+
+
+class MaskedBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x, mask):
+        return x + self.inner(x) * mask
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_blocks_with_more_than_one_argument_are_removable_too(captured):
+    model, x = Masked().eval(), torch.randn(3, 4)
+    graph = trace(model, x)
+    assert [b.name for b in graph.blocks] == ["blocks.0", "blocks.1"]
+    plan = Plan({}, removed=("blocks.0",))
+    pruned = apply(model, graph, plan)
+    if captured:
+        pruned = capture(copy.deepcopy(pruned), model, graph, plan)
+    mask = x.sum(-1, keepdim=True) > 0
+    torch.testing.assert_close(pruned(x), model.head(model.blocks[1](model.stem(x), mask)))
