@@ -14,6 +14,7 @@ from typing import Any, Protocol, cast
 
 import torch
 
+from prune2deploy.errors import TraceError
 from prune2deploy.graph.layout import (
     Layout,
     Node,
@@ -159,7 +160,11 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def apply_rule(call: Call) -> list[Value]:
-    """The value of every output of ``call``; an operator without a rule freezes what it touches."""
+    """The value of every output of ``call``; an operator without a rule freezes what it touches.
+
+    Raises:
+        TraceError: a rule gives a layout that does not fit an output.
+    """
     if not call.outputs:
         return []
     found = RULES.get(call.name)
@@ -171,9 +176,14 @@ def apply_rule(call: Call) -> list[Value]:
     result = found(call)
     layouts = cast("Sequence[Layout]", [result] if _is_layout(result) else result)
     values = []
-    for tensor, dims in zip(call.outputs, layouts, strict=True):
-        sizes = tuple(node.size for node in dims)
-        assert sizes == tuple(tensor.shape), (call.name, sizes, tuple(tensor.shape))
+    made = [tuple(node.size for node in dims) for dims in layouts]
+    shapes = [tuple(tensor.shape) for tensor in call.outputs]
+    if made != shapes:
+        raise TraceError(
+            f"the rule of {call.name} gives layouts of sizes {made} for outputs of shapes {shapes}; "
+            "expected one layout per output, one term per dimension, of the same sizes"
+        )
+    for dims in layouts:
         values.append(Value(dims))
         carry(call, values[-1])
     return values
