@@ -229,8 +229,8 @@ def _check_names(module: nn.Module) -> None:
     names = {name.partition(".")[0] for name in (*module._modules, *module._parameters)}
     if names & taken:
         raise PruneError(
-            f"{type(module).__name__} has a part called {min(names & taken)!r}, a name that modules "
-            "of torch.fx keep for themselves; rename it, or wrap the model in another module"
+            f"{type(module).__name__} has a part called {min(names & taken)!r}, a name that "
+            "modules of torch.fx keep for themselves; rename it, or wrap the model"
         )
 
 

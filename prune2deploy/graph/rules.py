@@ -180,8 +180,8 @@ def apply_rule(call: Call) -> list[Value]:
     shapes = [tuple(tensor.shape) for tensor in call.outputs]
     if made != shapes:
         raise TraceError(
-            f"the rule of {call.name} gives layouts of sizes {made} for outputs of shapes {shapes}; "
-            "expected one layout per output, one term per dimension, of the same sizes"
+            f"the rule of {call.name} gives layouts of sizes {made} for outputs of shapes "
+            f"{shapes}; expected one layout per output, one term per dimension, of the same sizes"
         )
     for dims in layouts:
         values.append(Value(dims))

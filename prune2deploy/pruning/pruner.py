@@ -294,7 +294,7 @@ class BasePruner:
         self.DG.get_pruning_group(layer, pruning_fn, given).prune()
 
     def get_target_pruning_ratio(self, module: Any, step: int = -1) -> float:
-        """The ratio that a module's outputs shall have lost after a step, the present one if < 0."""
+        """The ratio that a module's outputs shall have lost after a step (the present one)."""
         _, ratios = self._scopes.get(id(module), ("", self.per_step_pruning_ratio))
         return min(ratios[self.current_step if step < 0 else step], self.options.max_pruning_ratio)
 
