@@ -140,7 +140,7 @@ class _Writer:
 
     def _call_module(self, call: ModuleCall) -> None:
         given = self.value(call.inputs[0])
-        if call.first == call.last:
+        if call.first == call.last and not _standard(call.module):
             part = self.graph.get_attr(call.name)
             node = self.graph.call_function(_while_training, (part, given))
         else:
@@ -319,11 +319,14 @@ def _plain_calls(recording: Recording, removed: Sequence[str]) -> dict[int, list
         if call.name.startswith(inside) or call.module._modules:
             continue
         single = call.plain and len(call.inputs) == 1 and len(call.outputs) == 1
-        standard = type(call.module).__module__.startswith("torch.nn.modules")
-        kept = standard and not isinstance(call.module, SHAPED)
+        kept = _standard(call.module) and not isinstance(call.module, SHAPED)
         if single and (kept or _idle(call, reads)):
             found.setdefault(call.first, []).append(call)
     return found
+
+
+def _standard(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.modules")
 
 
 def _idle(call: ModuleCall, reads: Counter[int]) -> bool:

@@ -111,6 +111,14 @@ class MaskedBlock(nn.Module):
         return x + self.inner(x) * mask
 
 
+def test_blocks_are_found_whatever_the_batch():
+    for batch in (1, 3):
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        model = nn.Sequential(nn.Linear(4, 8), layer, nn.Linear(8, 2)).eval()
+        layer.norm_first = True
+        assert [b.name for b in trace(model, torch.randn(batch, 5, 4)).blocks] == ["1"]
+
+
 @pytest.mark.parametrize("captured", [False, True])
 def test_blocks_with_more_than_one_argument_are_removable_too(captured):
     model, x = Masked().eval(), torch.randn(3, 4)

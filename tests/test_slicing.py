@@ -256,6 +256,32 @@ def test_branches_that_run_in_training_only_are_pruned_along():
     assert pruned.extra.weight.grad is not None
 
 
+class HalfWay(Auxiliary):
+    """Its second head has two layers, and training stops between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.extra, self.after = nn.Linear(8, 6), nn.Linear(6, 2)
+
+    def forward(self, x, labels=None):
+        x = self.norm(self.stem(x)).mean((2, 3))
+        if not self.training:
+            return self.head(x)
+        y = self.extra(x)
+        assert labels is not None, "training needs labels"
+        return self.head(x), self.after(y)
+
+
+def test_a_branch_that_was_seen_half_way_still_trains():
+    model, x = HalfWay().eval(), torch.randn(1, 3, 6, 6)
+    graph = trace(model, x)
+    assert graph["extra"].frozen == "its branch cannot run in training on these inputs"
+    pruned = apply(model, graph, halves(graph)).train()
+    assert (pruned.extra.in_features, pruned.extra.out_features) == (4, 6)
+    main, extra = pruned(torch.randn(2, 3, 6, 6), labels=1)
+    (main.sum() + extra.sum()).backward()
+
+
 def test_parameters_that_nothing_uses_stay_and_do_no_harm():
     class Idle(nn.Module):
         def __init__(self):

@@ -40,7 +40,8 @@ class Recorder(Protocol):
 def couple_training_branches(model: nn.Module, recorder: Recorder) -> None:
     """Run ``model`` in training mode if evaluation left parameters unused; couple what it shows."""
     recording = recorder.recording
-    if not _unused(recording):
+    unused = _unused(recording)
+    if not unused:
         return
     example = twice(recording.example)
     mark, inputs = recording.mark(), recording.inputs
@@ -52,17 +53,35 @@ def couple_training_branches(model: nn.Module, recorder: Recorder) -> None:
                 result = run(model, example, recording.forward_fn)
         except Exception:  # noqa: BLE001  the user's training code may ask for anything
             result = None
+            _freeze_halfway(recording, unused)
     for tensor in tensors_in(result):
         algebra.freeze(recorder.value(tensor).dims, "model output in training")
     recording.rewind(mark, inputs)
 
 
-def _unused(recording: Recording) -> bool:
-    """Whether some parameter takes part in no recorded operator."""
+def _unused(recording: Recording) -> set[int]:
+    """Numbers of the parameters that take part in no recorded operator."""
     used: set[int] = set()
     for operation in recording.operations:
         used.update(_numbers((operation.args, operation.kwargs)))
-    return any(recording.stored[name] not in used for name in recording.parameters)
+    return {recording.stored[name] for name in recording.parameters} - used
+
+
+def _freeze_halfway(recording: Recording, unused: set[int]) -> None:
+    """A pass that fails may have seen one side of a layer only: widths of its own stay.
+
+    Those that it shares with what evaluation uses are coupled, and may go.
+    """
+    terms = {number: recording.values[number].dims for number in recording.stored.values()}
+    shared = {
+        id(leaf)
+        for number, dims in terms.items() if number not in unused
+        for node in dims for leaf in algebra.leaves(node)
+    }  # fmt: skip
+    for number in unused:
+        own = [leaf for node in terms[number] for leaf in algebra.leaves(node)]
+        alone = [leaf for leaf in own if id(leaf) not in shared]
+        algebra.freeze(alone, "its branch cannot run in training on these inputs")
 
 
 def _numbers(tree: Any) -> Iterator[int]:
