@@ -262,12 +262,13 @@ class HalfWay(Auxiliary):
     def __init__(self):
         super().__init__()
         self.extra, self.after = nn.Linear(8, 6), nn.Linear(6, 2)
+        self.between = nn.BatchNorm1d(6)
 
     def forward(self, x, labels=None):
         x = self.norm(self.stem(x)).mean((2, 3))
         if not self.training:
             return self.head(x)
-        y = self.extra(x)
+        y = self.between(self.extra(x))
         assert labels is not None, "training needs labels"
         return self.head(x), self.after(y)
 

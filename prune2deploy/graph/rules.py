@@ -198,6 +198,7 @@ ADDITIONS = frozenset({"aten::add", "aten::add_"})
 COPIES = frozenset(
     {"aten::clone", "aten::detach", "aten::alias", "aten::_to_copy", "prune2deploy::dropout"}
 )
+VIEWS = frozenset({"aten::view", "aten::_unsafe_view", "aten::reshape"})
 PARTS = frozenset({"aten::split", "aten::split_with_sizes", "aten::slice", "aten::chunk"})
 TURNS = frozenset({"aten::t", "aten::transpose", "aten::permute"})
 
@@ -216,6 +217,10 @@ def carry(call: Call, value: Value) -> None:
             value.origin = tuple(source.origin[place] for place in turn(call, len(source.dims)))
         if call.name in COPIES:
             value.residual = source.residual | {call.notebook.number(tensors[0])}
+    elif len(tensors) == 1 and call.name in VIEWS:  # the same elements in the same order
+        value.residual = call.notebook.value(tensors[0]).residual | {
+            call.notebook.number(tensors[0])
+        }
     elif len(tensors) == 1 and torch.Tag.pointwise in call.func.tags:
         value.residual = call.notebook.value(tensors[0]).residual
 

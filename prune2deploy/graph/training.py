@@ -41,7 +41,7 @@ def couple_training_branches(model: nn.Module, recorder: Recorder) -> None:
     """Run ``model`` in training mode if evaluation left parameters unused; couple what it shows."""
     recording = recorder.recording
     unused = _unused(recording)
-    if not unused:
+    if not any(recording.stored[name] in unused for name in recording.parameters):
         return
     example = twice(recording.example)
     mark, inputs = recording.mark(), recording.inputs
@@ -60,11 +60,11 @@ def couple_training_branches(model: nn.Module, recorder: Recorder) -> None:
 
 
 def _unused(recording: Recording) -> set[int]:
-    """Numbers of the parameters that take part in no recorded operator."""
+    """Numbers of the stored tensors that take part in no recorded operator."""
     used: set[int] = set()
     for operation in recording.operations:
         used.update(_numbers((operation.args, operation.kwargs)))
-    return {recording.stored[name] for name in recording.parameters} - used
+    return set(recording.stored.values()) - used
 
 
 def _freeze_halfway(recording: Recording, unused: set[int]) -> None:
