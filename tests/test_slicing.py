@@ -144,10 +144,37 @@ def test_slicing_in_place_takes_gradients_along():
     assert not model[2].bias.requires_grad
 
 
-def test_forward_pass_keeps_working_under_wrappers():
+def distributed(module):
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    return nn.parallel.DistributedDataParallel(module)
+
+
+@pytest.fixture
+def alone():
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+WRAPPERS = {
+    "parallel": nn.DataParallel,
+    "distributed": distributed,
+    "compiled": torch.compile,
+    "compiled and distributed": lambda module: torch.compile(distributed(module)),
+}
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_wrappers_are_looked_through(wrapper):
     inner = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
-    graph = trace(nn.DataParallel(inner), torch.randn(1, 4))
+    wrapped, x = WRAPPERS[wrapper](inner), torch.randn(1, 4)
+    graph = trace(wrapped, x)
     assert [a.name for a in graph.prunable] == ["0"]
+    pruned = apply(wrapped, graph, Plan({"0": (1, 4)}))
+    assert type(pruned) is nn.Sequential and pruned[0].out_features == 2
+    assert pruned(x).shape == (1, 2) and inner[0].out_features == 6
 
 
 @pytest.mark.parametrize(
