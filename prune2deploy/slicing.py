@@ -26,7 +26,7 @@ from prune2deploy.errors import PruneError
 from prune2deploy.graph.axes import Graph
 from prune2deploy.graph.calling import Forward, quiet, run, stored_tensors, tensors_in
 from prune2deploy.graph.layout import find
-from prune2deploy.graph.recording import Operation, Recording, Ref
+from prune2deploy.graph.recording import Operation, Recording, refs_in
 from prune2deploy.graph.rules import VARYING
 from prune2deploy.graph.shapes import on_shapes, outlined
 from prune2deploy.graph.trace import unwrap
@@ -61,14 +61,22 @@ def apply(model: nn.Module, graph: Graph, plan: Plan, example_inputs: Any = None
     pruned = sliced_copy(source, kept)
     widths = Widths(graph, plan)
     update_attributes(pruned, recording, widths)
-    for name in plan.removed:
-        pruned.set_submodule(name, nn.Identity())
+    for call in recording.spans(plan.removed).values():
+        pruned.set_submodule(call.name, nn.Identity() if call.plain else Skipped())
     operations = recording.without(plan.removed)
     if runs_as_planned(
         pruned, operations, widths, example, recording.forward_fn, shapes=recording.on_shapes
     ):
         return pruned
     return _captured(pruned, source, graph, plan, example)
+
+
+class Skipped(nn.Module):
+    """In place of a removed block that takes more than one argument: hands on the first."""
+
+    def forward(self, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """The first argument."""
+        return x
 
 
 def _captured(
@@ -179,6 +187,8 @@ def update_attributes(module: nn.Module, recording: Recording, widths: Widths) -
                 _follow_weight(part, attributes)
         if isinstance(part, nn.RNNBase):
             _follow_recurrent(part)
+        elif isinstance(part, nn.RNNCellBase):
+            part.input_size, part.hidden_size = part.weight_ih.shape[1], part.weight_hh.shape[1]
         if isinstance(part, CONVOLUTIONS):
             _follow_convolution(part, widths.of(symbols.get(name, {}).get("groups", ())))
         elif isinstance(part, nn.GroupNorm) and name in symbols:
@@ -206,6 +216,9 @@ def _follow_recurrent(part: nn.RNNBase) -> None:
     part._flat_weights = [getattr(part, name) for name in part._flat_weights_names]
     part.input_size = part._parameters["weight_ih_l0"].shape[1]  # type: ignore[union-attr]
     part.hidden_size = part._parameters["weight_hh_l0"].shape[1]  # type: ignore[union-attr]
+    if part.proj_size:  # what comes back is the projection of the hidden units
+        projection = part.get_parameter("weight_hr_l0")
+        part.proj_size, part.hidden_size = projection.shape
 
 
 def _follow_convolution(part: nn.modules.conv._ConvNd, groups: int | None) -> None:
@@ -296,12 +309,3 @@ def _result(module: nn.Module, recording: Recording, example: Any) -> Any:
             return run(module, outlined(example), recording.forward_fn)
     with quiet(module):
         return run(module, example, recording.forward_fn)
-
-
-def refs_in(tree: Any) -> list[Any]:
-    """The value references of a nested result, in order."""
-    if isinstance(tree, Mapping):
-        tree = list(tree.values())
-    if isinstance(tree, list | tuple):
-        return [ref for item in tree for ref in refs_in(item)]
-    return [tree] if isinstance(tree, Ref) else []

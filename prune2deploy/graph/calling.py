@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from prune2deploy.graph.dropout import VisibleDropout
+
 Inputs = tuple[Any, ...] | dict[str, Any]
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -55,6 +57,8 @@ def stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def quiet(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients or fused attention fast path; all restored on leaving.
 
+    Dropout that is called as a function shows as an operator.
+
     Attributes that the forward pass sets (caches of anchors, masks, positions) are set back too:
     the model is left as it was, and each later pass sees what the first one saw.
     """
@@ -64,7 +68,8 @@ def quiet(model: nn.Module) -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(False)
     model.eval()
     try:
-        with torch.no_grad(), _Answered() if _meta(modules) else nullcontext():
+        answers = _Answered() if _meta(modules) else nullcontext()
+        with torch.no_grad(), VisibleDropout(), answers:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

@@ -85,11 +85,13 @@ class Recorder(TorchDispatchMode):
             numbers.append(self._add(tensor, Value(dims)))
         self.recording.inputs = tuple(numbers)
 
-    def leave_outputs(self, result: Any) -> None:
+    def freeze_outputs(self, result: Any) -> None:
         """Freeze what the model returns."""
         for tensor in tensors_in(result):
-            value = self.recording.values[self.number(tensor)]
-            algebra.freeze(value.dims, "model output")
+            algebra.freeze(self.value(tensor).dims, "model output")
+
+    def leave_outputs(self, result: Any) -> None:
+        """Freeze what the model does not use, and settle what must stay equally wide."""
         self.recording.outputs = self.refer(result)
         for number in set(self.recording.stored.values()) - self.used:
             algebra.freeze(self.recording.values[number].dims, "not used in the forward pass")
@@ -175,9 +177,11 @@ class Recorder(TorchDispatchMode):
             return
         given = tuple(self.number(t) for t in tensors_in((args, kwargs)))
         made = tuple(self.number(t) for t in tensors_in(result))
+        leads = isinstance(result, torch.Tensor) and isinstance((*args, None)[0], torch.Tensor)
         plain = isinstance(result, torch.Tensor) and len(args) == 1 and not kwargs
         last = len(self.recording.operations)
-        self.recording.calls.append(ModuleCall(name, module, given, made, first, last, plain))
+        call = ModuleCall(name, module, given, made, first, last, plain, leads)
+        self.recording.calls.append(call)
 
 
 def record(model: nn.Module, example: Any, forward_fn: Forward | None = None) -> Recording:
@@ -196,6 +200,7 @@ def record(model: nn.Module, example: Any, forward_fn: Forward | None = None) ->
             f"{type(model).__name__} returned {type(result).__name__}, which holds no tensor; "
             "expected a tensor, or a tuple, list or dict of tensors"
         )
+    recorder.freeze_outputs(result)
     couple_training_branches(model, recorder)
     recorder.leave_outputs(result)
     return recorder.recording

@@ -46,12 +46,15 @@ class Recorder(Protocol):
 def couple_training_branches(model: nn.Module, recorder: Recorder) -> None:
     """Run ``model`` in training mode if evaluation left parameters unused; couple what it shows."""
     recording = recorder.recording
-    if all(recording.stored[name] in recorder.used for name in recording.parameters):
+    unused = set(recording.stored.values()) - recorder.used
+    if not any(recording.stored[name] in unused for name in recording.parameters):
         return
     mark, inputs = recording.mark(), recording.inputs
     result = _trained(model, recorder, wanted=True) if recording.on_shapes else None
     if result is None:
         result = _trained(model, recorder, wanted=False)
+    if result is None:
+        _freeze_halfway(recording, unused)
     for tensor in tensors_in(result):
         algebra.freeze(recorder.value(tensor).dims, "model output in training")
     recording.rewind(mark, inputs)
@@ -69,6 +72,23 @@ def _trained(model: nn.Module, recorder: Recorder, *, wanted: bool) -> Any:
                 return run(model, example, recorder.recording.forward_fn)
         except Exception:  # noqa: BLE001  the user's training code may ask for anything
             return None
+
+
+def _freeze_halfway(recording: Recording, unused: set[int]) -> None:
+    """A pass that fails may have seen one side of a layer only: widths of its own stay.
+
+    Those that it shares with what evaluation uses are coupled, and may go.
+    """
+    terms = {number: recording.values[number].dims for number in recording.stored.values()}
+    shared = {
+        id(leaf)
+        for number, dims in terms.items() if number not in unused
+        for node in dims for leaf in algebra.leaves(node)
+    }  # fmt: skip
+    for number in unused:
+        own = [leaf for node in terms[number] for leaf in algebra.leaves(node)]
+        alone = [leaf for leaf in own if id(leaf) not in shared]
+        algebra.freeze(alone, "its branch cannot run in training on these inputs")
 
 
 @contextmanager
