@@ -31,6 +31,7 @@ from prune2deploy.errors import BackendError, BuildError
 SCHEMA = 1  # 1: what Manifest holds
 LOG_TAIL = 12  # lines of the builder's log that go into an error
 POLL_SECONDS = 0.1
+MEMORY_WORDS = ("bad_alloc", "outofmemory", "out of memory", "could not be allocated")
 
 
 @dataclass(frozen=True)
@@ -283,7 +284,7 @@ def _answer(request: BuildRequest, code: int, answer: Path, log: Path) -> dict[s
 
 
 def _memory_hint(error: str) -> str:
-    if not any(word in error.lower() for word in ("bad_alloc", "outofmemory", "out of memory")):
+    if not any(word in error.lower() for word in MEMORY_WORDS):
         return ""
     return (
         "; there was not enough memory: free some, lower batch_max, or set workspace_mb in the "

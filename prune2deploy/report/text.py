@@ -83,7 +83,7 @@ def _intervals(report: RunReport) -> tuple[tuple[float, float], tuple[float, flo
 def run_text(report: RunReport) -> str:
     """The result of a run as a terminal shows it."""
     lines = [
-        f"{report.model} on {report.target}",
+        f"{report.model} on {report.environment.get('target', report.target)}",
         "",
         table(["", "baseline", "pruned", "change"], result_rows(report)),
         "",
@@ -95,11 +95,7 @@ def run_text(report: RunReport) -> str:
         f"widths    multiples of {report.limits.channel_multiple} "
         f"({report.limits.multiple_source})",
     ]
-    lines += [
-        f"parity    {p.border}: max |difference| {p.max_abs:.2g}, relative {p.max_rel:.2g} "
-        f"(tolerance {p.tolerance:g})"
-        for p in report.parity
-    ]
+    lines += [f"parity    {line.text()}" for line in report.parity]
     lines += [f"predicted {gain}" for gain in gains(report)]
     if report.removed:
         lines.append(f"removed   {removed_text(report)}")
@@ -119,7 +115,7 @@ def gains(report: RunReport) -> tuple[str, ...]:
             after = float(np.interp(here + more, at, worth))
             found.append(
                 f"{milliseconds(more)} ms more would keep {after:.1%} instead of {before:.1%} of "
-                "what widths are worth (predicted)"
+                "what widths are worth"
             )
     return tuple(found)
 
