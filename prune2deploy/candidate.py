@@ -95,7 +95,7 @@ class Workshop:
         input_names: Names of the inputs in the ONNX file; empty leaves them to the exporter.
         output_names: Names of the outputs in the ONNX file; empty likewise.
         batches: Calibration data, or ``None``.
-        max_drop: Largest accuracy to lose to int8; see ``lowering``.
+        max_drop: Largest accuracy to lose to the precision; see ``lowering``.
     """
 
     module: nn.Module
@@ -276,6 +276,8 @@ def _check(
         )
     torch.set_flush_denormal(False)  # engines flush subnormals in the thread that opens them
     found.append(Border(f"{stage} and engine", compared))
+    if lowered is not None:
+        lowering.require(lowered, shop.max_drop)
     if lowered is None or not lowered.quick:
         require(found)
     return tuple(found)

@@ -10,7 +10,7 @@ from prune2deploy import candidate, measure
 from prune2deploy.backends import registry
 from prune2deploy.calibration import require
 from prune2deploy.candidate import Workshop
-from prune2deploy.config import ModelOptions
+from prune2deploy.config import ModelOptions, check_max_drop
 from prune2deploy.errors import ConfigError, MissingBackend, TraceError
 from prune2deploy.graph import trace
 from prune2deploy.job import Baseline, Job
@@ -23,6 +23,7 @@ def open_workshop(
 ) -> Workshop:
     """Check that the target is usable, and trace the model; ``builds`` is for progress."""
     target = candidate.with_precision(job.target, options.precision)
+    check_max_drop(max_drop, target.precision, data=job.batches is not None)
     if target.precision == "int8":
         if job.batches is None:
             raise ConfigError("precision int8 needs calibration data: add --data RECIPE")

@@ -33,6 +33,7 @@ ORDER = [
         "candidate",
         "summary",
         "inspection",
+        "listing",
         "lowering",
         "payoff",
         "opening",

@@ -291,6 +291,47 @@ def test_max_drop_decides_in_place_of_the_outputs_difference(small, tmp_path, ba
         lower(small, tmp_path / "c.onnx", Wish("int8", "cpu", unlabelled, max_drop=0.3))
 
 
+def test_fp16_is_held_to_max_drop_like_int8(small, tmp_path, batches, monkeypatch):
+    monkeypatch.setattr(parity, "TOLERANCE", {**parity.TOLERANCE, "fp16": 1e-9})
+    strict = lower(small, tmp_path / "a.onnx", Wish("fp16", batches=few(batches)))
+    lenient = lower(small, tmp_path / "b.onnx", Wish("fp16", batches=batches, max_drop=0.3))
+    assert not strict.passed and lenient.passed
+    assert lenient.kept == () and lenient.top1 is not None
+    lowering.require(lenient, 0.3)
+    broken = replace(lenient, passed=False, top1=0.5)
+    with pytest.raises(ParityError, match=r"fp16 costs 50.00%.*--max-drop allows 30.00%"):
+        lowering.require(broken, 0.3)
+    lowering.require(broken, None)
+    lowering.require(replace(broken, quick=True), 0.3)
+
+
+def test_a_run_that_loses_too_much_accuracy_says_how_much_and_ships_nothing(
+    net, profile, tmp_path, batches, monkeypatch
+):
+    real = lowering.top1
+    monkeypatch.setattr(
+        lowering,
+        "top1",
+        lambda path, data, *limit: (
+            real(path, data, *limit)[0] - 0.4 * ("Quan" in str(kinds(path))),
+            24,
+        ),
+    )
+    monkeypatch.setattr(precision, "ROUNDS", 1)
+    shop = {"precision": "int8", "batches": batches, "max_drop": 0.1}
+    with pytest.raises(
+        ParityError, match=r"int8 costs 4\d\.\d+% of top-1.*allows 10.00%"
+    ) as raised:
+        run(net, profile(), tmp_path / "r", **shop)
+    assert raised.value.exit_code == 5
+    assert not (tmp_path / "r/model.onnx").exists()
+
+
+def test_max_drop_means_nothing_in_fp32(net, profile, tmp_path, batches):
+    with pytest.raises(ConfigError, match=r"--max-drop 0.1: found precision fp32"):
+        run(net, profile(), tmp_path / "r", batches=batches, max_drop=0.1)
+
+
 def test_a_file_for_timing_is_not_searched_but_judged_all_the_same(
     small, tmp_path, batches, monkeypatch
 ):

@@ -65,9 +65,10 @@ class ParityLine:
         """One line for the report."""
         error = self.max_rel if self.error is None else self.error
         kind = "root mean square" if self.judged == "rms_rel" else "largest"
+        by_accuracy = ", but accuracy decides" if self.passed != (error <= self.tolerance) else ""
         return (
             f"{self.border}: {kind} difference {error:.2g} of the output's scale "
-            f"(tolerance {self.tolerance:g}), {self.max_abs:.2g} absolute at most, "
+            f"(tolerance {self.tolerance:g}{by_accuracy}), {self.max_abs:.2g} absolute at most, "
             f"worst output {self.output!r}"
         )
 

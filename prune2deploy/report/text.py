@@ -144,7 +144,8 @@ def sweep_text(report: SweepReport) -> str:
         for p in report.points
     ]
     head = ["ratio", "MACs", "params", "measured p50 (ms)", "95 %", "speed-up", "95 %"]
-    title = f"{report.model} on {report.target}, widths in steps of {report.channel_multiple}"
+    target = report.environment.get("target", report.target)
+    title = f"{report.model} on {target}, widths in steps of {report.channel_multiple}"
     return "\n".join([title, "", table(head, rows), *report.notes])
 
 

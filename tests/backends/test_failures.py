@@ -22,9 +22,15 @@ int cuDeviceGetCount(int *count) {{ *count = 2; return 0; }}
 int cuDriverGetVersion(int *version) {{ *version = 11080; return 0; }}
 int cuDeviceGet(int *device, int index) {{ *device = index; return 0; }}
 int cuDeviceGetName(char *name, int size, int device) {{ name[0] = 'H'; name[1] = 0; return 0; }}
-int cuDeviceGetAttribute(int *value, int what, int device) {{ *value = what == 75 ? 9 : 0; return 0; }}
+int cuDeviceGetAttribute(int *value, int what, int device) {{
+    *value = what == 75 ? 9 : 0;
+    return 0;
+}}
 int cuDeviceTotalMem_v2(unsigned long *bytes, int device) {{ *bytes = 1024; return 0; }}
-int cuDevicePrimaryCtxRetain(void **context, int device) {{ *context = (void *)(7L + device); return 0; }}
+int cuDevicePrimaryCtxRetain(void **context, int device) {{
+    *context = (void *)(7L + device);
+    return 0;
+}}
 int cuCtxSetCurrent(void *context) {{ return context == (void *)8 ? 0 : 201; }}
 """
 

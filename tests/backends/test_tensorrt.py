@@ -299,7 +299,8 @@ def test_tf32_is_held_to_its_own_tolerance_and_only_where_it_is_used(make_target
         profile = replace(target.load(name), **changed)
         return registry.for_target(profile).arithmetic(profile)
 
-    assert judged("trt") == judged("ort-trt") == judged("torch-cuda") == "tf32"
+    assert judged("trt") == judged("trt-rtx") == judged("torch-cuda") == "tf32"
+    assert judged("ort-trt", precision="fp32") == "tf32"
     exact = with_options(target.load("trt"), tf32=False)
     assert registry.for_target(exact).arithmetic(exact) == "fp32"
     assert judged("ort") == judged("ort-cuda") == judged("torch") == judged("openvino") == "fp32"
