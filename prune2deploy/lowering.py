@@ -25,7 +25,7 @@ from torch import Tensor
 from prune2deploy import parity, precision
 from prune2deploy.atomic import scratch
 from prune2deploy.backends import onnx_file
-from prune2deploy.calibration import Batches, Preprocessing, notices, open_recipe
+from prune2deploy.calibration import Batches, Preprocessing, check_labels, notices, open_recipe
 from prune2deploy.errors import ConfigError, ParityError
 from prune2deploy.parity import Parity
 from prune2deploy.precision import Accuracy, Int8Options, PrecisionReport
@@ -260,6 +260,7 @@ def file(path: Path, out: Path, wish: Wish, data: tuple[str | None, Progress]) -
             f"{path}: found an fp32 file and no calibration data, expected --data RECIPE for int8 "
             "(or a file that holds quantised operators already)"
         )
+    check_labels(batches, [spec.shape for spec in onnx_file.signature(path)[1]])
     tell(progress, notices(batches))
     made = out / f"{path.stem}.{wanted}.onnx"
     with scratch(out) as folder:  # takes its own name only when it is good enough

@@ -327,6 +327,15 @@ def test_a_run_that_loses_too_much_accuracy_says_how_much_and_ships_nothing(
     assert not (tmp_path / "r/model.onnx").exists()
 
 
+def test_labels_of_other_classes_are_refused_before_anything_is_built(net, profile, tmp_path):
+    samples = Samples(8, net[0])
+    samples.labels = samples.labels + 5
+    batches = from_dataset(samples, (net[1],), batch=4)
+    with pytest.raises(ConfigError, match=r"Samples: sample \d: found label 1\d, expected 0 to 9"):
+        run(net, profile(), tmp_path / "r", batches=batches)
+    assert not (tmp_path / "r/builds").exists()
+
+
 def test_max_drop_means_nothing_in_fp32(net, profile, tmp_path, batches):
     with pytest.raises(ConfigError, match=r"--max-drop 0.1: found precision fp32"):
         run(net, profile(), tmp_path / "r", batches=batches, max_drop=0.1)

@@ -5,7 +5,7 @@
 Trains small nets of different kinds on scikit-learn's digits (1,437 to train on, 360 to score),
 writes each in fp16 and in both forms of int8, and spoils the int8 ranges by known factors, so that
 the outputs' error runs from far below the tolerance to far above it. Prints one line per file:
-error, whether ``parity.TOLERANCE`` accepts it, accuracy lost on pictures that nothing was fitted on.
+error, whether ``parity.TOLERANCE`` accepts it, accuracy lost on pictures that nothing saw before.
 """
 
 from __future__ import annotations
