@@ -237,6 +237,39 @@ def test_builder_that_hangs_is_stopped_with_what_it_started(tmp_path, monkeypatc
     assert not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z"
 
 
+def test_a_builder_does_not_outlive_the_process_that_wants_its_engine(tmp_path):
+    """The builder's folder, which lies in the cache, goes with it."""
+    folder = tmp_path / "build"
+    folder.mkdir()
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from prune2deploy.backends import engine_store\n"
+        "from prune2deploy.backends.engine_build import BuildRequest\n"
+        "from prune2deploy import watched\n"
+        "engine_store.command = lambda order: watched.command('hanging', order)\n"
+        "order = BuildRequest('tensorrt_rtx', 'm.onnx', sys.argv[1] + '/m.engine')\n"
+        "engine_store.run_builder(order, Path(sys.argv[1]), 300)\n"
+    )
+    (tmp_path / "hanging.py").write_text(
+        f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
+        "time.sleep(300)\n"
+    )
+    env = engine_store._environment()
+    env["PYTHONPATH"] += f":{tmp_path}"
+    wanting = subprocess.Popen([sys.executable, "-c", code, str(folder)], env=env)
+    deadline = time.monotonic() + 60
+    while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()):
+        assert time.monotonic() < deadline and wanting.poll() is None
+        time.sleep(0.05)
+    wanting.kill()
+    wanting.wait()
+    state = Path(f"/proc/{int((tmp_path / 'pid').read_text())}/stat")
+    while state.exists() and state.read_text().rsplit(")", 1)[1].split()[0] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert not folder.exists()
+
+
 def test_builder_that_ends_without_an_answer_is_an_error(tmp_path, monkeypatch):
     run_as(monkeypatch, "raise SystemExit(7)")
     with pytest.raises(BuildError, match="code 7 and no answer"):
