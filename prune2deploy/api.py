@@ -68,6 +68,8 @@ class Extras(TypedDict, total=False):
         batches: Calibration data: an iterable with a length of (inputs tuple, labels or None).
         percentile: That ``budget_ms`` is for: 50, 95 or 99.
         max_builds: Engine builds allowed besides the baseline (6).
+        max_drop: Largest top-1 accuracy that ``fp16`` or ``int8`` may cost, as a fraction; needs
+            ``batches`` with labels.
         max_size_mb: Cap on the size of the weights, in megabytes.
         max_macs: Cap on the multiply-accumulates of one inference.
         cache: Use timings of earlier runs on the device, and keep those of this one (True).
@@ -82,6 +84,7 @@ class Extras(TypedDict, total=False):
     batches: Any
     percentile: int
     max_builds: int
+    max_drop: float | None
     max_size_mb: float | None
     max_macs: int | None
     cache: bool
@@ -209,6 +212,7 @@ def prune_to_budget(
         ModelOptions(name, precision=extras.get("precision"), seed=extras.get("seed", 0)),
         importance=config.one_of("importance", extras.get("importance", "l2"), NAMES),
         max_builds=extras.get("max_builds", 6),
+        max_drop=extras.get("max_drop"),
         cache=extras.get("cache", True),
         max_size_mb=extras.get("max_size_mb"),
         max_macs=extras.get("max_macs"),

@@ -25,6 +25,7 @@ from prune2deploy.parity import Parity
 from prune2deploy.plan.plan import Plan
 from prune2deploy.progress import Progress, Step
 from prune2deploy.rundir import WORK, RunDir
+from prune2deploy.simplify import SimplifyReport
 from prune2deploy.slicing import apply as apply_plan
 from prune2deploy.target import Target
 from prune2deploy.timing import OperatorTiming
@@ -94,7 +95,7 @@ class Workshop:
         input_names: Names of the inputs in the ONNX file; empty leaves them to the exporter.
         output_names: Names of the outputs in the ONNX file; empty likewise.
         batches: Calibration data, or ``None``.
-        max_drop: Largest accuracy to lose to int8; see ``lowering``.
+        max_drop: Largest accuracy to lose to the precision; see ``lowering``.
     """
 
     module: nn.Module
@@ -207,9 +208,14 @@ def _assemble(shop: Workshop, name: tuple[int, str], plan: Plan, module: nn.Modu
         _inside(shop.run, engine.path),
         time.monotonic() - started,
         borders,
-        tuple(note for note in (report.note, lowered.text() if lowered else "") if note),
+        _notes(report, lowered),
         lowered,
     )
+
+
+def _notes(report: SimplifyReport, lowered: Lowered | None) -> tuple[str, ...]:
+    simplified = f"simplification: {report.note}" if report.note else ""
+    return tuple(note for note in (simplified, lowered.text() if lowered else "") if note)
 
 
 def _inside(run: RunDir, path: Path) -> str:
@@ -265,9 +271,13 @@ def _check(
         reference, stage = parity.onnx_runner(engine.onnx), f"{wanted} ONNX"
     with shop.backend.open(engine, shop.target) as session:
         run = cast(session.run, session.inputs)
-        compared = parity.compare(reference, run, samples, precision=wanted)
+        compared = parity.compare(
+            reference, run, samples, precision=shop.backend.arithmetic(shop.target)
+        )
     torch.set_flush_denormal(False)  # engines flush subnormals in the thread that opens them
     found.append(Border(f"{stage} and engine", compared))
+    if lowered is not None:
+        lowering.require(lowered, shop.max_drop)
     if lowered is None or not lowered.quick:
         require(found)
     return tuple(found)

@@ -50,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     sweep.add_argument("--target", required=True, help="target profile")
     sweep.add_argument("--ratios", default="0:0.9:0.1", help="START:STOP:STEP or a list")
     sweep.add_argument("--importance", default="l2", help="criterion")
+    sweep.add_argument("--data", help="calibration recipe, for int8 and criteria that need data")
     _output_arguments(sweep)
     measure = found.add_parser("measure", help="measure an ONNX file on a target")
     measure.add_argument("onnx", type=Path, nargs="?")
@@ -111,7 +112,7 @@ def _run_arguments(to: argparse.ArgumentParser) -> None:
         "--max-drop",
         type=float,
         metavar="FRACTION",
-        help="top-1 accuracy that int8 may cost; needs labelled data",
+        help="top-1 accuracy that fp16 or int8 may cost; needs labelled data",
     )
     to.add_argument("--max-builds", type=int, default=6, metavar="N", help="besides the baseline")
     to.add_argument("--max-size-mb", type=float, metavar="MB", help="cap on the weights' size")

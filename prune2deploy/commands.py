@@ -55,6 +55,8 @@ def run(arguments: argparse.Namespace, progress: Progress) -> Reply:
     """Prune until the budget is met."""
     options = _run_options(arguments)
     target, _ = usable(options.target)
+    precision = options.model.precision or target.precision
+    config.check_max_drop(options.max_drop, precision, data=options.data is not None)
     folder = _folder(
         arguments, f"{_short(options.model.model)}-{target.name}-{options.budget.label}"
     )
@@ -67,7 +69,10 @@ def run(arguments: argparse.Namespace, progress: Progress) -> Reply:
 
         config.one_of("--importance", options.importance, NAMES)
         loaded = _load(options.model)
-        batches = _data(options, loaded, target)
+        purposes = _purposes(options, target)
+        purposes |= {"evaluate"} if options.max_drop is not None else set()
+        purposes |= {"finetune"} if options.finetune_epochs else set()
+        batches = _data(options.data, loaded, purposes)
         tell(progress, calibration.notices(batches))
         job = Job(
             loaded.module,
@@ -93,11 +98,13 @@ def sweep(arguments: argparse.Namespace, progress: Progress) -> Reply:
         config.parse_ratios(arguments.ratios),
         _model_options(arguments),
         arguments.importance,
+        arguments.data,
     )
     target, _ = usable(options.target)
     folder = _folder(arguments, f"{_short(options.model.model)}-{target.name}-sweep")
     identity = {"command": "sweep", **options.identity(), "profile": target.sha256}
     with RunDir(folder, identity, resume=arguments.resume) as held:
+        from prune2deploy import calibration
         from prune2deploy import sweep as sweeping
         from prune2deploy.importance import NAMES
         from prune2deploy.job import Job
@@ -106,11 +113,14 @@ def sweep(arguments: argparse.Namespace, progress: Progress) -> Reply:
 
         config.one_of("--importance", options.importance, NAMES)
         loaded = _load(options.model)
+        batches = _data(options.data, loaded, _purposes(options, target))
+        tell(progress, calibration.notices(batches))
         job = Job(
             loaded.module,
             loaded.example_inputs,
             target,
             held,
+            batches,
             input_names=loaded.input_names,
             output_names=loaded.output_names,
             progress=progress,
@@ -197,31 +207,10 @@ def inspect(arguments: argparse.Namespace, progress: Progress) -> Reply:
 
 def targets(arguments: argparse.Namespace, progress: Progress) -> Reply:
     """Show every target profile, and whether it is usable here."""
-    from prune2deploy import target as profiles
-    from prune2deploy.backends import registry
+    from prune2deploy import listing
 
-    rows, lines = [], []
-    for profile in profiles.load_all():
-        backend = registry.for_target(profile)
-        there = backend.availability(profile)
-        builds = there.usable or backend.can_build(profile).usable
-        rows.append(
-            {
-                "name": profile.name,
-                "backend": profile.backend,
-                "device": profile.device,
-                "precision": profile.precision,
-                "description": profile.description,
-                "path": str(profile.path),
-                "builds": builds,
-                **dataclasses.asdict(there),
-            }
-        )
-        mark = "usable" if there.usable else ("can build" if builds else "not usable")
-        lines.append(f"{profile.name:<16} {mark:<11} {profile.description}")
-        if not there.usable:
-            lines += [f"{'':16} because {there.reason}", f"{'':16} fix: {there.fix}"]
-    return Reply("\n".join(lines), rows)
+    rows = listing.rows()
+    return Reply(listing.text(rows), rows)
 
 
 def report(arguments: argparse.Namespace, progress: Progress) -> Reply:
@@ -331,23 +320,24 @@ def _load(options: ModelOptions) -> LoadedModel:
     )
 
 
-def _data(options: RunOptions, loaded: LoadedModel, target: Target) -> Any:
-    """Open the recipe and check that it is for everything that the run does with its data."""
-    if options.data is None:
-        return None
-    from prune2deploy import calibration
+def _purposes(options: RunOptions | SweepOptions, target: Target) -> set[str]:
+    """What data is needed for, by precision and criterion."""
     from prune2deploy.importance import CRITERIA
 
-    batches = calibration.open_recipe(options.data, loaded)
     precision = options.model.precision or target.precision
-    for purpose, wanted in (
-        ("int8", precision == "int8"),
-        ("evaluate", options.max_drop is not None),
-        ("finetune", options.finetune_epochs > 0),
-        ("importance", CRITERIA[options.importance].needs_data),
-    ):
-        if wanted:
-            batches.need(purpose)
+    wanted = {"int8"} if precision == "int8" else set()
+    return wanted | ({"importance"} if CRITERIA[options.importance].needs_data else set())
+
+
+def _data(recipe: str | None, loaded: LoadedModel, purposes: set[str]) -> Any:
+    """Open the recipe and check that it is for everything that its data is needed for."""
+    if recipe is None:
+        return None
+    from prune2deploy import calibration
+
+    batches = calibration.open_recipe(recipe, loaded)
+    for purpose in sorted(purposes):
+        batches.need(purpose)
     return batches
 
 

@@ -113,8 +113,8 @@ class RunOptions:
         finetune_epochs: Epochs of the built-in fine-tuning; 0 leaves it out.
         max_builds: Engine builds allowed besides the baseline.
         probes: Of these, random plans that the latency model is fitted on.
-        max_drop: Largest top-1 accuracy to lose to int8, as a fraction of 1; ``None`` has the
-            difference of the outputs decide.
+        max_drop: Largest top-1 accuracy to lose to fp16 or int8, as a fraction of 1; ``None`` has
+            the difference of the outputs decide.
         max_size_mb: Greatest size of the weights in megabytes (10**6 bytes), or ``None``.
         max_macs: Greatest number of multiply-accumulates of one inference, or ``None``.
         cache: Whether timings of earlier runs on the device are used, and those of this one kept.
@@ -144,8 +144,6 @@ class RunOptions:
                 f"--max-drop: found {self.max_drop:g}, expected a fraction from 0 up to but not "
                 "including 1, such as 0.01 for one per cent"
             )
-        if self.max_drop is not None and self.data is None:
-            raise ConfigError("--max-drop needs labelled data: add --data RECIPE")
         if self.finetune_epochs and self.data is None:
             raise ConfigError(
                 f"--finetune {self.finetune_epochs}: found no data to train on, expected "
@@ -182,12 +180,14 @@ class SweepOptions:
         target: Name or path of the target profile.
         ratios: Fractions of the channels to remove, each in [0, 1).
         importance: Name of the criterion that chooses channels.
+        data: Calibration recipe by name or path, or ``None`` to work without data.
     """
 
     target: str
     ratios: tuple[float, ...]
     model: ModelOptions = field(default_factory=ModelOptions)
     importance: str = "l2"
+    data: str | None = None
 
     def identity(self) -> dict[str, object]:
         """Plain values that must agree for one sweep to go on from another."""
@@ -272,6 +272,19 @@ def one_of(what: str, found: str, choices: Iterable[str]) -> str:
     near = difflib.get_close_matches(found, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise ConfigError(f"{what}: found {found!r}; {hint}expected one of {', '.join(known)}")
+
+
+def check_max_drop(max_drop: float | None, precision: str, *, data: bool) -> None:
+    """Raise ConfigError where accuracy is to decide but cannot: no data, or nothing to decide."""
+    if max_drop is None:
+        return
+    if not data:
+        raise ConfigError("--max-drop needs labelled data: add --data RECIPE")
+    if precision == "fp32":
+        raise ConfigError(
+            f"--max-drop {max_drop:g}: found precision fp32, which costs no accuracy, expected "
+            "--precision fp16 or int8; leave --max-drop out otherwise"
+        )
 
 
 def _positive(what: str, value: float | None) -> None:

@@ -25,10 +25,10 @@ from torch import Tensor
 from prune2deploy import parity, precision
 from prune2deploy.atomic import scratch
 from prune2deploy.backends import onnx_file
-from prune2deploy.calibration import Batches, Preprocessing, notices, open_recipe
-from prune2deploy.errors import ConfigError
+from prune2deploy.calibration import Batches, Preprocessing, check_labels, notices, open_recipe
+from prune2deploy.errors import ConfigError, ParityError
 from prune2deploy.parity import Parity
-from prune2deploy.precision import Int8Options, PrecisionReport
+from prune2deploy.precision import Accuracy, Int8Options, PrecisionReport
 from prune2deploy.progress import Progress, tell
 from prune2deploy.ranges import feeds
 
@@ -48,8 +48,8 @@ class Wish:
         batches: Calibration data; needed for int8.
         keep: Nodes that stay in higher precision in any case.
         quick: Whether only its latency matters.
-        max_drop: Largest top-1 accuracy to lose to int8, as a fraction; without it the outputs'
-            difference decides.
+        max_drop: Largest top-1 accuracy to lose to the precision, as a fraction; without it the
+            outputs' difference decides.
         store: File that keeps the int8 ranges, or ``None``.
     """
 
@@ -103,6 +103,24 @@ class Lowered:
         return "; ".join(said)
 
 
+def require(made: Lowered, max_drop: float | None) -> None:
+    """Raise ParityError where a file loses more accuracy than it may.
+
+    Args:
+        made: The file that may be shipped.
+        max_drop: Largest top-1 accuracy to lose, or ``None`` where accuracy does not decide.
+    """
+    if max_drop is None or made.passed or made.quick or None in (made.top1, made.top1_fp32):
+        return
+    assert made.top1 is not None and made.top1_fp32 is not None
+    raise ParityError(
+        f"{made.precision} costs {made.top1_fp32 - made.top1:.2%} of top-1 accuracy "
+        f"({made.top1:.2%} against {made.top1_fp32:.2%} in fp32 on {made.scored} samples), "
+        f"--max-drop allows {max_drop:.2%}; {len(made.kept)} operators stayed in higher precision "
+        "already. Allow more, calibrate on more samples, or use a higher precision"
+    )
+
+
 def lower(path: Path, out: Path, wish: Wish) -> Lowered:
     """Write ``path`` in the wanted precision to ``out``.
 
@@ -113,7 +131,14 @@ def lower(path: Path, out: Path, wish: Wish) -> Lowered:
     if wish.precision == "fp16":
         tolerance = math.inf if wish.quick else None
         real = list(feeds(path, few(wish.batches))) if wish.batches is not None else None
-        report = precision.to_fp16(path, out, samples=real, keep=wish.keep, tolerance=tolerance)
+        report = precision.to_fp16(
+            path,
+            out,
+            samples=real,
+            keep=wish.keep,
+            tolerance=tolerance,
+            accuracy=_accuracy(path, wish),
+        )
         return _described(path, report, wish, 0)
     if wish.batches is None:
         raise ConfigError("precision int8 needs calibration data: add --data RECIPE")
@@ -127,16 +152,19 @@ def _int8_options(path: Path, wish: Wish) -> Int8Options:
     if wish.quick:
         return replace(base, max_error=math.inf)
     data = wish.batches.sha256 if isinstance(wish.batches, Batches) else ""
-    base = replace(base, data=data, store=wish.store)
-    if wish.max_drop is None:
-        return base
-    batches = wish.batches
-    if batches is None or top1(path, few(batches)) is None:
+    return replace(base, data=data, store=wish.store, accuracy=_accuracy(path, wish))
+
+
+def _accuracy(path: Path, wish: Wish) -> Accuracy | None:
+    """What decides where accuracy is to; ``None`` where the outputs' difference is."""
+    if wish.max_drop is None or wish.quick:
+        return None
+    if wish.batches is None or top1(path, few(wish.batches)) is None:
         raise ConfigError(
             "--max-drop: found no class labels in the data, or a model that gives no class scores "
             "of shape (batch, classes); leave it out, and the difference of the outputs decides"
         )
-    return replace(base, evaluate=_evaluate(batches), max_drop=wish.max_drop)
+    return Accuracy(_evaluate(wish.batches), wish.max_drop)
 
 
 def _evaluate(batches: Data) -> Callable[[Path], float]:
@@ -232,6 +260,7 @@ def file(path: Path, out: Path, wish: Wish, data: tuple[str | None, Progress]) -
             f"{path}: found an fp32 file and no calibration data, expected --data RECIPE for int8 "
             "(or a file that holds quantised operators already)"
         )
+    check_labels(batches, [spec.shape for spec in onnx_file.signature(path)[1]])
     tell(progress, notices(batches))
     made = out / f"{path.stem}.{wanted}.onnx"
     with scratch(out) as folder:  # takes its own name only when it is good enough

@@ -6,11 +6,13 @@ In: a :class:`~prune2deploy.job.Job` and the options of the model. Out: the
 
 from __future__ import annotations
 
-from prune2deploy import candidate, measure
+import torch
+
+from prune2deploy import candidate, export, measure
 from prune2deploy.backends import registry
-from prune2deploy.calibration import require
+from prune2deploy.calibration import check_labels, require
 from prune2deploy.candidate import Workshop
-from prune2deploy.config import ModelOptions
+from prune2deploy.config import ModelOptions, check_max_drop
 from prune2deploy.errors import ConfigError, MissingBackend, TraceError
 from prune2deploy.graph import trace
 from prune2deploy.job import Baseline, Job
@@ -22,6 +24,7 @@ def open_workshop(
 ) -> Workshop:
     """Check that the target is usable, and trace the model; ``builds`` is for progress."""
     target = candidate.with_precision(job.target, options.precision)
+    check_max_drop(max_drop, target.precision, data=job.batches is not None)
     if target.precision == "int8":
         if job.batches is None:
             raise ConfigError("precision int8 needs calibration data: add --data RECIPE")
@@ -37,6 +40,8 @@ def open_workshop(
             "the model has nothing to prune: every axis is frozen "
             f"({', '.join(reasons)}); `prune2deploy inspect` lists them"
         )
+    if job.batches is not None:
+        check_labels(job.batches, _output_shapes(job))
     return Workshop(
         job.module,
         job.example_inputs,
@@ -51,6 +56,12 @@ def open_workshop(
         job.batches,
         max_drop,
     )
+
+
+def _output_shapes(job: Job) -> list[tuple[int, ...]]:
+    with torch.no_grad():
+        outputs = export.flatten(job.module(*job.example_inputs))
+    return [tuple(tensor.shape) for tensor in outputs.values()]
 
 
 def measure_baseline(shop: Workshop) -> Baseline:

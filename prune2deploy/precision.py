@@ -69,6 +69,19 @@ class PrecisionReport:
 
 
 @dataclass(frozen=True)
+class Accuracy:
+    """What decides in place of the outputs' difference.
+
+    Attributes:
+        evaluate: Accuracy of a file.
+        max_drop: Largest accuracy to lose, in the unit of ``evaluate``.
+    """
+
+    evaluate: Evaluate
+    max_drop: float = 0.01
+
+
+@dataclass(frozen=True)
 class Int8Options:
     """Settings of ``to_int8``.
 
@@ -77,8 +90,7 @@ class Int8Options:
         method: ``minmax``, ``entropy`` or ``percentile``; see ``ranges``.
         keep: Nodes that stay in fp32 in any case.
         max_error: Largest ``Parity.rms_rel``; parity's own tolerance unless told.
-        evaluate: Accuracy of a file; then ``max_drop`` decides in place of ``max_error``.
-        max_drop: Largest accuracy to lose, in the unit of ``evaluate``.
+        accuracy: Decides in place of ``max_error``.
         data: What identifies the calibration data, for ``store``.
         store: JSON file that keeps the ranges.
     """
@@ -87,8 +99,7 @@ class Int8Options:
     method: str = "minmax"
     keep: tuple[str, ...] = ()
     max_error: float | None = None
-    evaluate: Evaluate | None = None
-    max_drop: float = 0.01
+    accuracy: Accuracy | None = None
     data: str = ""
     store: Path | None = None
 
@@ -109,11 +120,12 @@ def to_fp16(
     samples: Sequence[Mapping[str, Array]] | None = None,
     tolerance: float | None = None,
     keep: Sequence[str] = (),
+    accuracy: Accuracy | None = None,
 ) -> PrecisionReport:
     """Write ``path`` in half precision, inputs and outputs included, to ``out``.
 
     Nodes whose values leave the range of fp16 stay in fp32, and then, as long as the outputs
-    differ too much, the nodes that raise the error most.
+    differ too much or too much accuracy is lost, the nodes that raise the error most.
 
     Args:
         path: An fp32 file, or an int8 one with pairs of Q and DQ.
@@ -121,6 +133,7 @@ def to_fp16(
         samples: Inputs to judge by; random ones unless told.
         tolerance: Largest ``Parity.max_rel``; the one of fp16 unless told.
         keep: Nodes that stay in fp32 in any case.
+        accuracy: Decides in place of ``tolerance``.
 
     Raises:
         ExportError: The model cannot be converted.
@@ -131,9 +144,8 @@ def to_fp16(
     def convert(target: Path, kept: Collection[str]) -> None:
         _write_half(path, target, [*fixed, *kept])
 
-    found = _search(
-        path, out, convert, _Judge(path, chosen, "fp16", Int8Options(max_error=tolerance)), None
-    )
+    judge = _Judge(path, chosen, "fp16", (tolerance, accuracy))
+    found = _search(path, out, convert, judge, None)
     kept = (*fixed, *(name for name in found.kept if name not in set(fixed)))
     return _report(path, "fp16", found, kept)
 
@@ -163,7 +175,7 @@ def to_int8(
     def convert(target: Path, kept: Collection[str]) -> None:
         quantize.quantize(path, target, ranges, chosen.recipe, [*chosen.keep, *kept])
 
-    judge = _Judge(path, samples, "int8", chosen)
+    judge = _Judge(path, samples, "int8", (chosen.max_error, chosen.accuracy))
     found = _search(path, out, convert, judge, candidates)
     return _report(path, "int8", found, (*chosen.keep, *found.kept))
 
@@ -184,12 +196,13 @@ class _Judge:
         path: Path,
         samples: Sequence[Mapping[str, Array]],
         precision: str,
-        limits: Int8Options,
+        limits: tuple[float | None, Accuracy | None],
     ) -> None:
         self.samples = samples
         self._runner = parity.onnx_runner(path)
-        self._precision, self._limits = precision, limits
-        self._reference = limits.evaluate(path) if limits.evaluate else 0.0
+        self._precision = precision
+        self._max_error, self._accuracy = limits
+        self._reference = self._accuracy.evaluate(path) if self._accuracy else 0.0
 
     def compare(self, candidate: Path) -> Parity:
         return parity.compare(
@@ -197,15 +210,15 @@ class _Judge:
             parity.onnx_runner(candidate),
             self.samples,
             precision=self._precision,
-            tolerance=self._limits.max_error,
+            tolerance=self._max_error,
         )
 
     def __call__(self, candidate: Path) -> _Verdict:
         compared = self.compare(candidate)
-        if self._limits.evaluate is None:
+        if self._accuracy is None:
             return _Verdict(compared, None, compared.passed, compared.error)
-        drop = self._reference - self._limits.evaluate(candidate)
-        return _Verdict(compared, drop, drop <= self._limits.max_drop, drop)
+        drop = self._reference - self._accuracy.evaluate(candidate)
+        return _Verdict(compared, drop, drop <= self._accuracy.max_drop, drop)
 
 
 @dataclass(frozen=True)

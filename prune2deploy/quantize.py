@@ -9,7 +9,9 @@ Two recipes, because runtimes want different graphs:
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import contextlib
+import logging
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,9 +114,25 @@ def _with_pairs(model: Any, ranges: Ranges, recipe: Recipe, keep: Collection[str
             "QuantizeBias": recipe.quantize_bias,
         },
     )
-    quantizer.quantize_model()
+    with _quiet():
+        quantizer.quantize_model()
     quantizer.model.topological_sort()  # it appends its nodes at the end
     return quantizer.model.model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the quantiser's remarks on single weights, made through the root logger, to itself."""
+
+    def nothing(record: logging.LogRecord) -> bool:
+        return False
+
+    root = logging.getLogger()
+    root.addFilter(nothing)
+    try:
+        yield
+    finally:
+        root.removeFilter(nothing)
 
 
 def _all_operators() -> tuple[str, ...]:

@@ -52,7 +52,7 @@ def finish(job: Job, outcome: Outcome, seconds: float, name: str) -> RunReport:
     base = outcome.baseline.built
     _keep(run, base.onnx, "baseline.onnx")
     _keep(run, final.built.onnx, "model.onnx")
-    _keep(run, final.built.engine, "engine" + PurePath(final.built.engine).suffix)
+    _keep_engine(run, PurePath(final.built.engine))
     run.write_text("plan.json", final.built.plan.to_json() + "\n")
     run.write_text("target.toml", outcome.target.text)
     trouble = candidate.save_module(run, outcome.module, job.example_inputs)
@@ -66,6 +66,14 @@ def _keep(run: RunDir, source: str, name: str) -> None:
     """Copy a working file to its final place; a run that is rendered again has it there."""
     if (run / source).exists() or not (run / name).exists():
         run.copy(run / source, name)
+
+
+def _keep_engine(run: RunDir, source: PurePath) -> None:
+    """Copy the engine, with the manifest and the build log that some runtimes put beside it."""
+    _keep(run, str(source), f"engine{source.suffix}")
+    for ending in (f"{source.suffix}.json", ".build.log"):
+        if (run / str(source.with_suffix(ending))).exists():
+            _keep(run, str(source.with_suffix(ending)), f"engine{ending}")
 
 
 def describe(outcome: Outcome, seconds: float, name: str, notes: tuple[str, ...]) -> RunReport:
@@ -187,6 +195,8 @@ def _parity(built: Built) -> list[ParityLine]:
             border.parity.tolerance,
             border.parity.worst_output,
             border.parity.passed,
+            border.parity.error,
+            border.parity.judged,
         )
         for border in built.borders
     ]

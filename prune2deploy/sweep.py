@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from prune2deploy import candidate, measure, opening, probing, recall, summary
+from prune2deploy.calibration import notices
 from prune2deploy.candidate import Built, Workshop
 from prune2deploy.config import SweepOptions
 from prune2deploy.graph import Graph
@@ -69,6 +70,7 @@ def sweep(job: Job, options: SweepOptions, name: str) -> SweepReport:
         last.reference.p50_ms,
         tuple(points),
         summary.environment(shop.target, last.fingerprint),
+        notices(job.batches),
     )
     job.run.copy(job.run / baseline.onnx, "baseline.onnx")
     write.write(report, job.run)

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "prune2deploy"
 
 ORDER = [
-    {"errors", "units", "timing", "atomic", "progress"},
+    {"errors", "units", "timing", "atomic", "progress", "watched"},
     {"shipped"},
     {"target"},
     {"calibration"},
@@ -34,6 +34,7 @@ ORDER = [
         "candidate",
         "summary",
         "inspection",
+        "listing",
         "lowering",
         "payoff",
         "opening",

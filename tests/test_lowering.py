@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import PurePath
 
 import onnx
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 import prune2deploy
-from prune2deploy import calibration, lowering, parity, precision, target
+from prune2deploy import calibration, lowering, parity, precision, summary, target
 from prune2deploy.backends import registry
 from prune2deploy.calibration import from_dataset
 from prune2deploy.errors import ConfigError, ParityError
@@ -17,7 +18,7 @@ from prune2deploy.export import to_onnx
 from prune2deploy.lowering import Wish, few, lower, top1
 from prune2deploy.payoff import Payoff
 from prune2deploy.progress import NOTICE
-from prune2deploy.rundir import read_manifest
+from prune2deploy.rundir import RunDir, read_manifest
 
 FORMULA = """
 backend = "null"
@@ -177,6 +178,15 @@ def test_what_the_unpruned_model_keeps_in_fp32_every_other_one_keeps_too(
     assert all("/second/Conv" in wish for wish in wishes[1:])
 
 
+def test_what_lies_beside_an_engine_is_shipped_with_it(tmp_path):
+    with RunDir(tmp_path / "r", {}) as held:
+        for name in ("model.engine", "model.engine.json", "model.build.log", "model.other"):
+            held.write_text(f"builds/x/{name}", name)
+        summary._keep_engine(held, PurePath("builds/x/model.engine"))
+        found = {a.path for a in held.artefacts()} - {"run.json", "journal.jsonl"}
+    assert found == {"engine.engine", "engine.engine.json", "engine.build.log"}
+
+
 # --- does it pay? -------------------------------------------------------------------------------
 
 
@@ -291,6 +301,56 @@ def test_max_drop_decides_in_place_of_the_outputs_difference(small, tmp_path, ba
         lower(small, tmp_path / "c.onnx", Wish("int8", "cpu", unlabelled, max_drop=0.3))
 
 
+def test_fp16_is_held_to_max_drop_like_int8(small, tmp_path, batches, monkeypatch):
+    monkeypatch.setattr(parity, "TOLERANCE", {**parity.TOLERANCE, "fp16": 1e-9})
+    strict = lower(small, tmp_path / "a.onnx", Wish("fp16", batches=few(batches)))
+    lenient = lower(small, tmp_path / "b.onnx", Wish("fp16", batches=batches, max_drop=0.3))
+    assert not strict.passed and lenient.passed
+    assert lenient.kept == () and lenient.top1 is not None
+    lowering.require(lenient, 0.3)
+    broken = replace(lenient, passed=False, top1=0.5)
+    with pytest.raises(ParityError, match=r"fp16 costs 50.00%.*--max-drop allows 30.00%"):
+        lowering.require(broken, 0.3)
+    lowering.require(broken, None)
+    lowering.require(replace(broken, quick=True), 0.3)
+
+
+def test_a_run_that_loses_too_much_accuracy_says_how_much_and_ships_nothing(
+    net, profile, tmp_path, batches, monkeypatch
+):
+    real = lowering.top1
+    monkeypatch.setattr(
+        lowering,
+        "top1",
+        lambda path, data, *limit: (
+            real(path, data, *limit)[0] - 0.4 * ("Quan" in str(kinds(path))),
+            24,
+        ),
+    )
+    monkeypatch.setattr(precision, "ROUNDS", 1)
+    shop = {"precision": "int8", "batches": batches, "max_drop": 0.1}
+    with pytest.raises(
+        ParityError, match=r"int8 costs 4\d\.\d+% of top-1.*allows 10.00%"
+    ) as raised:
+        run(net, profile(), tmp_path / "r", **shop)
+    assert raised.value.exit_code == 5
+    assert not (tmp_path / "r/model.onnx").exists()
+
+
+def test_labels_of_other_classes_are_refused_before_anything_is_built(net, profile, tmp_path):
+    samples = Samples(8, net[0])
+    samples.labels = samples.labels + 5
+    batches = from_dataset(samples, (net[1],), batch=4)
+    with pytest.raises(ConfigError, match=r"Samples: sample \d: found label 1\d, expected 0 to 9"):
+        run(net, profile(), tmp_path / "r", batches=batches)
+    assert not (tmp_path / "r/builds").exists()
+
+
+def test_max_drop_means_nothing_in_fp32(net, profile, tmp_path, batches):
+    with pytest.raises(ConfigError, match=r"--max-drop 0.1: found precision fp32"):
+        run(net, profile(), tmp_path / "r", batches=batches, max_drop=0.1)
+
+
 def test_a_file_for_timing_is_not_searched_but_judged_all_the_same(
     small, tmp_path, batches, monkeypatch
 ):
@@ -336,6 +396,30 @@ def test_a_bare_file_is_lowered_beside_its_engine_and_says_so(small, tmp_path):
     with pytest.raises(ConfigError, match="--data"):
         lowering.file(small, out, Wish("int8"), (None, heard.append))
     assert {p.name for p in out.iterdir()} == {"small.int8.onnx"}
+
+
+def test_a_sweep_takes_data_for_int8_and_for_criteria_that_need_it(profile, tmp_path, capfd):
+    from prune2deploy import cli
+
+    (tmp_path / "mine.py").write_text(
+        "import torch\nfrom torch import nn\ndef net():\n"
+        "    torch.manual_seed(0)\n"
+        "    body = nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 16, 3), nn.Flatten()\n"
+        "    return nn.Sequential(*body).eval(), (torch.randn(1, 3, 8, 8),)\n"
+    )
+    line = ["sweep", "--model", f"{tmp_path / 'mine.py'}:net", "--target", str(profile())]
+    line += ["--ratios", "0.5", "--json"]
+    assert cli.run([*line, "--precision", "int8", "--out", str(tmp_path / "a")]) == 2
+    assert "--data" in capfd.readouterr().err
+    for extra in (["--precision", "int8"], ["--importance", "taylor"]):
+        out = str(tmp_path / extra[1])
+        assert cli.run([*line, *extra, "--data", "random", "--out", out]) == 0
+        told = json.loads(capfd.readouterr().out)
+        assert told["points"][0]["speedup"] > 1
+        assert any("RANDOM" in note for note in told["notes"])
+        quantised = "QuantizeLinear" in kinds(tmp_path / extra[1] / "baseline.onnx")
+        assert quantised == ("int8" in extra)
+        assert ("int8" in told["environment"]["target"]) == ("int8" in extra)
 
 
 def test_each_runtime_names_its_form_of_int8():

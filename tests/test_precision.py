@@ -13,7 +13,7 @@ from torch import nn
 from prune2deploy import activations, parity, precision, quantize, ranges
 from prune2deploy.errors import ExportError
 from prune2deploy.export import to_onnx
-from prune2deploy.precision import Int8Options, to_fp16, to_int8
+from prune2deploy.precision import Accuracy, Int8Options, to_fp16, to_int8
 
 
 class Small(nn.Module):
@@ -98,6 +98,25 @@ def test_a_tolerance_that_fp16_cannot_keep_is_reported_not_hidden(small, tmp_pat
     assert report.path.exists()
 
 
+def test_accuracy_decides_for_fp16_too_and_nodes_are_kept_for_it(small, tmp_path):
+    """By this evaluation every operator in half precision costs accuracy."""
+    asked = []
+
+    def evaluate(path):
+        halves = sum(
+            t.data_type == TensorProto.FLOAT16 for t in onnx.load(str(path)).graph.initializer
+        )
+        asked.append(halves)
+        return 0.9 - 0.01 * halves
+
+    report = to_fp16(small, tmp_path / "h.onnx", accuracy=Accuracy(evaluate, 0.045))
+    assert asked[0] == 0 and asked[1] >= 5, "the fp32 file, then everything in half precision"
+    assert report.passed and report.drop <= 0.045
+    assert report.kept and asked[-1] <= 4
+    lenient = to_fp16(small, tmp_path / "l.onnx", accuracy=Accuracy(evaluate, 0.5))
+    assert lenient.passed and lenient.kept == ()
+
+
 # --- int8 ---------------------------------------------------------------------------------------
 
 
@@ -131,6 +150,14 @@ def test_cpu_recipe_has_unsigned_activations(small, tmp_path):
     assert report.parity.rms_rel < parity.TOLERANCE["int8"]
 
 
+def test_remarks_of_the_quantiser_on_single_weights_are_not_passed_on(tmp_path, caplog):
+    net = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4))
+    path = to_onnx(net.eval(), (torch.randn(2, 8),), tmp_path / "norm.onnx")
+    rows = [((torch.randn(2, 8),), None)]
+    to_int8(path, tmp_path / "q.onnx", rows, Int8Options(recipe="cpu"))
+    assert caplog.records == []
+
+
 def test_sensitive_layer_is_found_and_kept_until_the_limit_holds(tmp_path):
     layers = []
     for i in range(6):
@@ -156,12 +183,12 @@ def test_accuracy_decides_where_it_can_be_evaluated(small, tmp_path):
         return 0.8 if path == small else 0.72
 
     report = to_int8(
-        small, tmp_path / "q.onnx", data(2), Int8Options(evaluate=evaluate, max_drop=0.05)
+        small, tmp_path / "q.onnx", data(2), Int8Options(accuracy=Accuracy(evaluate, 0.05))
     )
     assert report.drop == pytest.approx(0.08)
     assert not report.passed
     accepted = to_int8(
-        small, tmp_path / "q.onnx", data(2), Int8Options(evaluate=evaluate, max_drop=0.1)
+        small, tmp_path / "q.onnx", data(2), Int8Options(accuracy=Accuracy(evaluate, 0.1))
     )
     assert accepted.passed
     assert accepted.kept == ()

@@ -174,3 +174,21 @@ def test_runs_of_different_machines_are_not_compared(tmp_path):
 def test_a_chart_of_one_point_and_a_bar_of_nothing_are_drawn():
     assert "polyline" in svg.line_chart([svg.Point(0, 1, 1, 1)], "x", "y")
     assert 'width="0.00"' in svg.bar(0, 0)
+
+
+def test_parity_tells_the_figure_that_was_judged_and_when_accuracy_was():
+    plain = ParityLine("a and b", 0.5, 0.3, 0.1, "scores", True, 0.04, "rms_rel")
+    told = plain.text()
+    assert "root mean square difference 0.04" in told and "tolerance 0.1)" in told
+    assert "'scores'" in told and "accuracy" not in told
+    by_accuracy = replace(plain, error=0.2).text()
+    assert "accuracy decides" in by_accuracy
+    older = ParityLine("a and b", 0.5, 0.3, 0.4, "scores", True)
+    assert "largest difference 0.3" in older.text()
+
+
+def test_what_is_predicted_is_called_so_once():
+    report = replace(RUN, curve=((1.0, 0.1), (50.0, 0.9)))
+    lines = [line for line in text.run_text(report).splitlines() if line.startswith("predicted")]
+    assert lines
+    assert all(line.count("predicted") == 1 for line in lines)

@@ -1,284 +1,245 @@
-"""Everything that needs an NVIDIA GPU, in one go: build, run, time, profile, refuse.
+"""Everything that needs an NVIDIA GPU, in one go: build, run, time, profile, refuse, prune.
 
-    python tools/gpu_checks.py [--target trt] [--out gpu_checks.json]
+    python tools/gpu_checks.py [--target trt ...] [--only NAME ...] [--minutes M] [--out F.json]
 
-Writes a JSON file with the date, the machine's fingerprint and one entry per check, so that the
-result can be kept in the docs. Ends with 0 if all checks passed, 1 if one failed, and 3, after
-saying what is missing, on a machine without a GPU or without the target's library.
+Checks every target that is usable here (TensorRT, TensorRT for RTX, PyTorch, ONNX Runtime, unless
+told which). Each check is a process of its own with a time limit, so that a crash or a hang costs
+that check alone. The JSON file, with the date, the machine's fingerprint and one entry per check,
+is written anew after each; after ``--minutes`` no further check is begun, and ``--resume`` goes on
+with the file where it ended. Ends with 0 if every check was made and none failed, 1 otherwise, and
+3, after saying what is missing, where no target is usable.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
+import os
 import platform
-import statistics
+import signal
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
 
-from prune2deploy import export, parity, precision, simplify
 from prune2deploy import target as targets
 from prune2deploy.atomic import write_text
-from prune2deploy.backends import engine_store, gpu_driver, gpu_memory, registry
-from prune2deploy.backends.base import Backend, Engine
-from prune2deploy.backends.tensorrt import device_index
-from prune2deploy.backends.tensorrt_session import TensorRtSession
-from prune2deploy.errors import BackendError, Prune2DeployError
+from prune2deploy.backends import engine_store, gpu_driver, registry
+from prune2deploy.backends.base import Availability
 from prune2deploy.target import Target
 
-SCHEMA = 1  # 1: date, host, versions, target, checks
-SAMPLES = 50
-SIZE = 128
+SCHEMA = 2  # 1: date, host, versions, target, checks; 2: targets by name, each with its checks
+TARGETS = ("trt", "trt-rtx", "torch-cuda", "ort-cuda", "ort-trt")
+SECONDS = 400.0  # of one check
+LEFT = "not run"
+LOG_TAIL = 3000  # characters of what a failed check printed
 
 
-class Net(nn.Module):
-    """A residual net that is large enough to time and small enough to build in seconds."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 64, 3, 2, 1), nn.BatchNorm2d(64), nn.ReLU())
-        self.blocks = nn.ModuleList([nn.Conv2d(64, 64, 3, 1, 1) for _ in range(6)])
-        self.head = nn.Linear(64, 100)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Classify images (N, 3, H, W) into (N, 100)."""
-        x = self.stem(x)
-        for block in self.blocks:
-            x = torch.relu(x + 0.1 * block(x))
-        logits: torch.Tensor = self.head(x.mean((2, 3)))
-        return logits
+def load(name: str) -> Target:
+    """A target for the GPU that is here."""
+    found = targets.load(name)
+    options = tuple((k, v) for k, v in found.options if k != "compute_capability")
+    return replace(found, options=options)
 
 
-class Bench:
-    """The files, the target and the backend that all checks share."""
-
-    def __init__(self, folder: Path, target: Target) -> None:
-        torch.manual_seed(0)
-        options = {**dict(target.options), "cache": str(folder / "cache")}
-        options.pop("compute_capability", None)  # for the GPU that is here
-        self.folder = folder
-        self.target = replace(target, options=tuple(options.items()))
-        self.backend: Backend = registry.for_target(self.target)
-        self.example = torch.randn(1, 3, SIZE, SIZE)
-        raw = export.to_onnx(Net(), (self.example,), folder / "raw.onnx")
-        self.onnx = {"fp32": simplify.simplify(raw, folder / "fp32.onnx").path}
-        rows = [((torch.randn(1, 3, SIZE, SIZE),), None) for _ in range(8)]
-        self.onnx["fp16"] = precision.to_fp16(self.onnx["fp32"], folder / "fp16.onnx").path
-        self.onnx["int8"] = precision.to_int8(self.onnx["fp32"], folder / "int8.onnx", rows).path
-
-    def with_options(self, **changed: Any) -> Target:
-        """The target with some options changed."""
-        return replace(self.target, options=tuple({**dict(self.target.options), **changed}.items()))
-
-    def feeds(self) -> dict[str, Any]:
-        """The example as the engine's input."""
-        return parity.as_sample((self.example,))
-
-    def build(self, kind: str, target: Target | None = None) -> Engine:
-        """The engine of one precision."""
-        return self.backend.build(
-            self.onnx[kind], target or self.target, self.folder / "out" / kind
-        )
-
-    def open(self, engine: Engine, target: Target | None = None) -> TensorRtSession:
-        """Open an engine for running."""
-        session = self.backend.open(engine, target or self.target)
-        assert isinstance(session, TensorRtSession)
-        return session
-
-
-def check_precision(bench: Bench, kind: str) -> dict[str, Any]:
-    """Build, compare with ONNX Runtime, time with and without a graph, and profile."""
-    engine = bench.build(kind)
-    feeds = bench.feeds()
-    with bench.open(engine) as session:
-        found = parity.compare(
-            parity.onnx_runner(bench.onnx[kind]), cast(session), [feeds], precision=kind
-        )
-        parity.require(found, f"ONNX Runtime and the {kind} engine")
-        typed = typed_feeds(session, feeds)
-        session.prepare(typed)
-        captured = session.captured
-        samples = [session.time_once() for _ in range(SAMPLES)]
-        parts = session.time_parts()
-    layers = bench.backend.profile(engine, bench.target, typed, 10)
-    total = sum(layer.ns for layer in layers)
-    if not layers or total <= 0:
-        raise AssertionError("the profile has no layers or no time in it")
-    return {
-        "build_seconds": engine.seconds,
-        "engine_bytes": engine.path.stat().st_size,
-        "max_rel": found.max_rel,
-        "rms_rel": found.rms_rel,
-        "cuda_graph": captured,
-        "wall_p50_ms": statistics.median(s.wall_ns for s in samples) / 1e6,
-        "device_p50_ms": statistics.median(s.device_ns for s in samples) / 1e6,
-        "h2d_ms": parts.h2d_ns / 1e6,
-        "compute_ms": parts.compute_ns / 1e6,
-        "d2h_ms": parts.d2h_ns / 1e6,
-        "layers": len(layers),
-        "profile_ms": total / 1e6,
-        "layers_with_shapes": sum(bool(layer.output_shapes) for layer in layers),
-    }
-
-
-def check_memory(bench: Bench, name: str) -> dict[str, Any]:
-    """Run the same engine with one library for memory; outputs must be the same bit for bit."""
-    target = bench.with_options(memory=name)
-    engine = bench.build("fp32", target)
-    with bench.open(engine) as session:
-        expected = session.run(typed_feeds(session, bench.feeds()))
-    with bench.open(engine, target) as session:
-        found = session.run(typed_feeds(session, bench.feeds()))
-    for key, value in expected.items():
-        np.testing.assert_array_equal(found[key], value)
-    return {"outputs": len(expected)}
-
-
-def check_free_batch(bench: Bench) -> dict[str, Any]:
-    """One engine for batches 1 to 8; a batch of 9 is refused."""
-    path = export.to_onnx(
-        Net(), (torch.randn(2, 3, SIZE, SIZE),), bench.folder / "free.onnx", dynamic_batch=True
-    )
-    engine = bench.backend.build(path, bench.target, bench.folder / "out" / "free")
-    with bench.open(engine) as session:
-        for batch in (1, 3, 8):
-            feeds = {"input": np.ones((batch, 3, SIZE, SIZE), np.float32)}
-            assert session.run(feeds)["output"].shape == (batch, 100)
-        refused = raises(lambda: session.run({"input": np.ones((9, 3, SIZE, SIZE), np.float32)}))
-    return {"refused": refused}
-
-
-def check_same_answer_from_a_graph(bench: Bench) -> dict[str, Any]:
-    """A timed run of the captured graph leaves the outputs of a plain run."""
-    engine = bench.build("fp32")
-    with bench.open(engine) as session:
-        feeds = typed_feeds(session, bench.feeds())
-        expected = session.run(feeds)
-        session.prepare(feeds)
-        session.time_once()
-        session.time_parts()
-        found = session.run(feeds)
-    for key, value in expected.items():
-        np.testing.assert_array_equal(found[key], value)
-    return {"cuda_graph": session.captured}
-
-
-def check_mismatch(bench: Bench) -> dict[str, Any]:
-    """An engine of another version is refused, and building again makes it whole."""
-    engine = bench.build("fp32")
-    manifest = engine_store.read_manifest(engine.path)
-    replace(manifest, version="0.0").write(engine.path)
-    refused = raises(lambda: bench.open(engine))
-    with bench.open(bench.build("fp32")) as session:
-        session.run(typed_feeds(session, bench.feeds()))
-    return {"refused": refused}
-
-
-def raises(call: Callable[[], object]) -> str:
-    """Return the message of the BackendError that ``call`` must raise."""
+def usable(name: str) -> Availability:
+    """Whether a target can be checked here; what its look-up raises is a reason too."""
     try:
-        call()
-    except BackendError as error:
-        return str(error)
-    raise AssertionError("expected a BackendError, and there was none")
+        target = load(name)
+        return registry.for_target(target).availability(target)
+    except Exception as error:  # noqa: BLE001  the other targets still have to be checked
+        return Availability(False, f"{type(error).__name__}: {error}")
 
 
-def cast(session: TensorRtSession) -> parity.Runner:
-    """Run a session on inputs of any floating-point type."""
-    return lambda feeds: session.run(typed_feeds(session, feeds))
-
-
-def typed_feeds(session: TensorRtSession, feeds: Mapping[str, Any]) -> dict[str, Any]:
-    """Inputs in the engine's own types."""
-    return {spec.name: feeds[spec.name].astype(spec.dtype) for spec in session.inputs}
-
-
-def checks(bench: Bench) -> dict[str, Callable[[], dict[str, Any]]]:
-    """Name to check, in the order in which they run."""
-    found: dict[str, Callable[[], dict[str, Any]]] = {}
-    for kind in ("fp32", "fp16", "int8"):
-        found[kind] = lambda kind=kind: check_precision(bench, kind)  # type: ignore[misc]
-    for name in gpu_memory.installed():
-        found[f"memory {name}"] = lambda name=name: check_memory(bench, name)  # type: ignore[misc]
-    found["free batch"] = lambda: check_free_batch(bench)
-    found["graph"] = lambda: check_same_answer_from_a_graph(bench)
-    found["mismatch"] = lambda: check_mismatch(bench)
-    return found
-
-
-def run_one(check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Run one check; what it raises is its result."""
+def run_check(name: str, target: str, folder: Path, seconds: float) -> dict[str, Any]:
+    """Run one check in a process of its own; how that ends is the result."""
     started = time.perf_counter()
+    answer, log = folder / "answer.json", folder / "log.txt"
+    answer.unlink(missing_ok=True)
+    line = [sys.executable, __file__, "--child", name, "--target", target, "--work", str(folder)]
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            line,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=engine_store._environment(),
+            start_new_session=True,
+        )
+        try:
+            code: int | str = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            code = f"nothing within {seconds:g} s"
+        finally:
+            _end(process)
     try:
-        facts = {"passed": True, **check()}
-    except Exception as error:  # noqa: BLE001  the other checks still have to run
-        facts = {"passed": False, "error": repr(error), "trace": traceback.format_exc()}
-    return {**facts, "seconds": time.perf_counter() - started}
+        facts = json.loads(answer.read_text())
+    except (OSError, ValueError):
+        facts = {"result": "crashed", "error": f"the check ended with {code}"}
+    if facts["result"] not in ("passed", "skipped"):
+        facts["log"] = log.read_text(errors="replace")[-LOG_TAIL:]
+    return {**facts, "seconds": round(time.perf_counter() - started, 2)}
 
 
-def fingerprint(target: Target, backend: Backend) -> dict[str, Any]:
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Stop a check with everything that it started."""
+    with contextlib.suppress(ProcessLookupError):  # all have ended already
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def child(name: str, target: str, folder: Path) -> None:
+    """Make one check and leave its answer in ``folder``."""
+    try:
+        import gpu_check_list as listed
+
+        try:
+            facts = listed.CHECKS[name].work(listed.Bench(folder, load(target)))
+            answer = {"result": "passed", **facts}
+        except listed.Skip as reason:
+            answer = {"result": "skipped", "reason": str(reason)}
+    except Exception as error:  # noqa: BLE001  whatever it raises is its result
+        answer = {"result": "failed", "error": f"{type(error).__name__}: {error}"}
+        traceback.print_exc()
+    write_text(folder / "answer.json", json.dumps(answer, default=str))
+
+
+def fingerprint() -> dict[str, Any]:
     """What the figures belong to."""
-    gpu = gpu_driver.facts(device_index(target))
-    assert not isinstance(gpu, str)
+    gpu = gpu_driver.facts(0)
+    facts = {"gpu": gpu} if isinstance(gpu, str) else vars(gpu)
     return {
-        "gpu": gpu.name,
-        "compute_capability": gpu.capability,
-        "gpu_memory_bytes": gpu.memory_bytes,
+        **facts,
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        **backend.versions(),
+        "torch": str(torch.__version__),
+        "nvidia_smi": _nvidia_smi(),
     }
+
+
+def _nvidia_smi() -> str:
+    """Driver, power limit and clocks as the driver's own tool tells them; empty without it."""
+    fields = "name,driver_version,power.limit,clocks.sm,clocks.max.sm,mig.mode.current"
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip()
+
+
+def versions(name: str) -> dict[str, str]:
+    """Versions of a target's runtime, or why they are not known."""
+    try:
+        return registry.for_target(load(name)).versions()
+    except Exception as error:  # noqa: BLE001  a library that does not import may raise anything
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def check_target(report: dict[str, Any], name: str, arguments: argparse.Namespace) -> None:
+    """Run those checks of one target that are still to be made; write the report after each."""
+    checks = report["targets"].setdefault(name, {"versions": versions(name), "checks": {}})[
+        "checks"
+    ]
+    with tempfile.TemporaryDirectory(prefix="p2d-gpu-") as folder:
+        for check in wanted(name, arguments):
+            if check in checks and checks[check]["result"] != LEFT:
+                continue
+            result: dict[str, Any] = {"result": LEFT}
+            if time.monotonic() < arguments.until:
+                result = run_check(check, name, Path(folder), arguments.seconds)
+            checks[check] = result
+            write_text(arguments.out, json.dumps(report, indent=2))
+            told = result.get("error") or result.get("reason") or ""
+            print(
+                f"{result['result']:8} {name}: {check}  {told[:200]}", file=sys.stderr, flush=True
+            )
+
+
+def wanted(name: str, arguments: argparse.Namespace) -> list[str]:
+    """Names of the checks that are for a target."""
+    import gpu_check_list as listed
+
+    target = load(name)
+    fitting = [check for check, found in listed.CHECKS.items() if found.fits(target)]
+    return [check for check in fitting if check in (arguments.only or fitting)]
+
+
+def failures(report: Mapping[str, Any]) -> list[str]:
+    """Target, name and result of every check that neither passed nor was skipped."""
+    return [
+        f"{result['result']}: {name}: {check}"
+        for name, entry in report["targets"].items()
+        for check, result in entry.get("checks", {}).items()
+        if result["result"] not in ("passed", "skipped")
+    ]
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--target", nargs="+", default=list(TARGETS), help="profiles to check")
+    parser.add_argument("--only", nargs="+", help="names of checks")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="time limit of a check")
+    parser.add_argument("--minutes", type=float, default=600.0, help="of all checks")
+    parser.add_argument("--resume", action="store_true", help="go on with the file of --out")
+    parser.add_argument("--out", type=Path, default=Path("gpu_checks.json"))
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def begin(arguments: argparse.Namespace, known: Mapping[str, Availability]) -> dict[str, Any]:
+    """The report so far: that of an earlier call, or an empty one, which is written at once."""
+    if arguments.resume and arguments.out.is_file():
+        report: dict[str, Any] = json.loads(arguments.out.read_text())
+        if report.get("schema") == SCHEMA:
+            return report
+    report = {
+        "schema": SCHEMA,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "host": fingerprint(),
+        "targets": {n: {"skipped": f.reason} for n, f in known.items() if not f.usable},
+    }
+    write_text(arguments.out, json.dumps(report, indent=2))
+    return report
 
 
 def main() -> int:
     """Run all checks; see the module's text for the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--target", default="trt", help="a profile of the tensorrt backend")
-    parser.add_argument("--out", type=Path, default=Path("gpu_checks.json"))
-    arguments = parser.parse_args()
-    try:
-        target = targets.load(arguments.target)
-        here = replace(
-            target, options=tuple((k, v) for k, v in target.options if k != "compute_capability")
-        )
-        backend = registry.for_target(here)
-    except Prune2DeployError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    known = backend.availability(here)
-    if not known.usable:
-        print(f"nothing was checked: {known.reason}", file=sys.stderr)
-        print(f"to run these checks: {known.fix}", file=sys.stderr)
+    arguments = parse()
+    if arguments.child:
+        child(arguments.child, arguments.target[0], arguments.work)
+        return 0
+    known = {name: usable(name) for name in arguments.target}
+    for name, found in known.items():
+        if not found.usable:
+            print(f"not checked: {name}: {found.reason}; {found.fix}", file=sys.stderr)
+    if not any(found.usable for found in known.values()):
+        print("nothing was checked", file=sys.stderr)
         return 3
-    with tempfile.TemporaryDirectory(prefix="p2d-gpu-") as folder:
-        bench = Bench(Path(folder), here)
-        results = {}
-        for name, check in checks(bench).items():
-            results[name] = run_one(check)
-            print(f"{'ok  ' if results[name]['passed'] else 'FAIL'} {name}", file=sys.stderr)
-    report = {
-        "schema": SCHEMA,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "host": fingerprint(here, backend),
-        "target": arguments.target,
-        "checks": results,
-    }
-    write_text(arguments.out, json.dumps(report, indent=2))
+    arguments.until = time.monotonic() + 60 * arguments.minutes
+    report = begin(arguments, known)
+    for name, found in known.items():
+        if found.usable:
+            check_target(report, name, arguments)
     print(arguments.out)
-    return 0 if all(result["passed"] for result in results.values()) else 1
+    for failed in failures(report):
+        print(failed, file=sys.stderr)
+    return 1 if failures(report) else 0
 
 
 if __name__ == "__main__":

@@ -134,6 +134,10 @@ class Backend(ABC):
         """Name the form of int8 graph that runs best here: a key of ``quantize.RECIPES``."""
         return "tensorrt"
 
+    def arithmetic(self, target: Target) -> str:
+        """Name what engines of ``target`` compute in: a key of ``parity.TOLERANCE``."""
+        return target.precision
+
     @abstractmethod
     def build(self, onnx: Path, target: Target, out: Path) -> Engine:
         """Build an engine from ``onnx`` into the folder ``out``; raises BuildError."""

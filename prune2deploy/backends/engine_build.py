@@ -21,6 +21,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from prune2deploy.backends import gpu_driver
+from prune2deploy.errors import BackendError
+
 ANSWER = "answer.json"
 
 
@@ -38,6 +41,7 @@ class BuildRequest:
         tf32: Let fp32 contractions use TF32 tensor cores.
         batch: Least, best and largest batch of inputs whose batch is free.
         timing_cache: File with kernel timings to reuse and extend, or empty.
+        gpu: Number of the GPU to build on.
     """
 
     module: str
@@ -48,6 +52,7 @@ class BuildRequest:
     tf32: bool = True
     batch: tuple[int, int, int] = (1, 1, 8)
     timing_cache: str = ""
+    gpu: int = 0
 
     def to_json(self) -> str:
         """Write the request as JSON text."""
@@ -72,6 +77,8 @@ def build(request: BuildRequest) -> dict[str, Any]:
             out, or TensorRT gave nothing back.
     """
     started = time.perf_counter()
+    if request.gpu:  # 0 is what CUDA begins with
+        gpu_driver.use(request.gpu)
     trt = importlib.import_module(request.module)
     heard = _Heard(trt)  # must outlive the builder, which reports to it until it is gone
     facts = _build(trt, heard, request)
@@ -87,8 +94,9 @@ def _build(trt: Any, heard: _Heard, request: BuildRequest) -> dict[str, Any]:
     config = builder.create_builder_config()
     _configure(trt, config, request)
     _optimization_profile(builder, network, config, request.batch)
-    cache = _load_timing_cache(config, request.timing_cache)
     heard.check("setting up the build")
+    cache = _load_timing_cache(config, request.timing_cache)
+    heard.forget()  # a damaged cache is complained about, and only costs time
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise BuildFailed(f"TensorRT built no engine: {heard.text()}")
@@ -107,18 +115,29 @@ def _configure(trt: Any, config: Any, request: BuildRequest) -> None:
         config.set_flag(trt.BuilderFlag.TF32)
     else:
         config.clear_flag(trt.BuilderFlag.TF32)
+    if request.module == "tensorrt_rtx":
+        _target_gpu(trt, config, request)
+
+
+def _target_gpu(trt: Any, config: Any, request: BuildRequest) -> None:
+    """Build for the GPU that was asked for; one that the library lacks is refused by name."""
+    wanted, named = request.capability, "compute capability"
+    if not wanted:
+        gpu = gpu_driver.facts(request.gpu)
+        if isinstance(gpu, str):
+            raise BuildFailed(gpu)
+        wanted, named = gpu.capability, f"the GPU here, {gpu.name}, of compute capability"
+    known = trt.ComputeCapability.__members__
+    if f"SM{wanted}" not in known:
+        choices = ", ".join(n.removeprefix("SM") for n in known if n.startswith("SM"))
+        raise BuildFailed(
+            f"{named} {wanted!r} is not known to {request.module} {trt.__version__}; "
+            f"expected one of {choices}"
+        )
     if request.capability:
-        name = f"SM{request.capability}"
-        known = trt.ComputeCapability.__members__
-        if name not in known:
-            choices = ", ".join(n.removeprefix("SM") for n in known if n.startswith("SM"))
-            raise BuildFailed(
-                f"compute capability {request.capability!r} is not known to {request.module} "
-                f"{trt.__version__}; expected one of {choices}"
-            )
         config.num_compute_capabilities = 1
-        if not config.set_compute_capability(known[name], 0):
-            raise BuildFailed(f"{request.module} does not take compute capability {name}")
+        if not config.set_compute_capability(known[f"SM{wanted}"], 0):
+            raise BuildFailed(f"{request.module} does not take compute capability {wanted}")
 
 
 def _optimization_profile(
@@ -190,6 +209,10 @@ class _Heard:
         """Return everything that went wrong, once each."""
         return "; ".join(dict.fromkeys(self._said)) or "it gave no reason"
 
+    def forget(self) -> None:
+        """Drop what was reported so far; it stays in the log."""
+        self._said.clear()
+
     def check(self, step: str) -> None:
         """Raise BuildFailed if anything was reported."""
         if self._said:
@@ -201,7 +224,7 @@ def main(arguments: list[str]) -> int:
     request = BuildRequest.from_json(Path(arguments[0]).read_text())
     try:
         answer = build(request)
-    except (BuildFailed, OSError, MemoryError, ImportError) as error:
+    except (BuildFailed, BackendError, OSError, MemoryError, ImportError) as error:
         answer = {"error": str(error) or type(error).__name__}
     Path(request.engine).with_name(ANSWER).write_text(json.dumps(answer))
     return 1 if "error" in answer else 0

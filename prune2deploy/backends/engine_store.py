@@ -14,7 +14,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import prune2deploy
+from prune2deploy import watched
 from prune2deploy.atomic import replacing, scratch, write_text
 from prune2deploy.backends import onnx_file
 from prune2deploy.backends.engine_build import ANSWER, BuildRequest
@@ -31,6 +31,7 @@ from prune2deploy.errors import BackendError, BuildError
 SCHEMA = 1  # 1: what Manifest holds
 LOG_TAIL = 12  # lines of the builder's log that go into an error
 POLL_SECONDS = 0.1
+MEMORY_WORDS = ("bad_alloc", "outofmemory", "out of memory", "could not be allocated")
 
 
 @dataclass(frozen=True)
@@ -246,6 +247,7 @@ def run_builder(request: BuildRequest, folder: Path, seconds: float) -> dict[str
     with log.open("wb") as file:
         process = subprocess.Popen(
             command(order),
+            stdin=subprocess.PIPE,
             stdout=file,
             stderr=subprocess.STDOUT,
             env=_environment(),
@@ -283,7 +285,7 @@ def _answer(request: BuildRequest, code: int, answer: Path, log: Path) -> dict[s
 
 
 def _memory_hint(error: str) -> str:
-    if not any(word in error.lower() for word in ("bad_alloc", "outofmemory", "out of memory")):
+    if not any(word in error.lower() for word in MEMORY_WORDS):
         return ""
     return (
         "; there was not enough memory: free some, lower batch_max, or set workspace_mb in the "
@@ -293,7 +295,7 @@ def _memory_hint(error: str) -> str:
 
 def command(order: Path) -> list[str]:
     """Command line of the builder's process."""
-    return [sys.executable, "-m", "prune2deploy.backends.engine_build", str(order)]
+    return watched.command("prune2deploy.backends.engine_build", order)
 
 
 def _environment() -> dict[str, str]:
@@ -309,6 +311,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+    if process.stdin is not None:
+        process.stdin.close()
 
 
 def _crash_hint(name: str) -> str:

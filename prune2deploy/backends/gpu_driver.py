@@ -52,6 +52,24 @@ def facts(index: int) -> GpuFacts | str:
     return GpuFacts(name.value.decode(), f"{major.value}{minor.value}", memory.value)
 
 
+def use(index: int) -> None:
+    """Make GPU number ``index`` the one that CUDA libraries work on in this thread.
+
+    Raises:
+        BackendError: There is no such GPU, or the driver refuses.
+    """
+    found = facts(index)
+    if isinstance(found, str):
+        raise BackendError(f"GPU {index}: {found}")
+    cuda = ctypes.CDLL(LIBRARY)
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    cuda.cuDeviceGet(ctypes.byref(device), index)
+    code = cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
+    code = code or cuda.cuCtxSetCurrent(context)
+    if code:
+        raise BackendError(f"GPU {index} cannot be used: {_error_name(cuda, code)}")
+
+
 def versions() -> dict[str, str]:
     """CUDA version that the driver supports; empty without a driver."""
     try:

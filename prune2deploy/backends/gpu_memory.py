@@ -84,6 +84,7 @@ class CudaPythonMemory(GpuMemory):
         self.stream = int(self._handle)
         self._buffers: list[int] = []
         self._hosts: list[int] = []
+        self._events: list[Any] = []
 
     def _do(self, function: str, *arguments: Any) -> Any:
         code, *results = getattr(self._rt, function)(*arguments)
@@ -122,7 +123,8 @@ class CudaPythonMemory(GpuMemory):
 
     def event(self) -> Any:
         """See the base class."""
-        return self._do("cudaEventCreate")
+        self._events.append(self._do("cudaEventCreate"))
+        return self._events[-1]
 
     def record(self, event: Any) -> None:
         """See the base class."""
@@ -142,7 +144,9 @@ class CudaPythonMemory(GpuMemory):
             self._do("cudaFree", address)
         for address in self._hosts:
             self._do("cudaFreeHost", address)
-        self._buffers, self._hosts = [], []
+        for event in self._events:
+            self._do("cudaEventDestroy", event)
+        self._buffers, self._hosts, self._events = [], [], []
 
 
 class PyCudaMemory(GpuMemory):
@@ -155,7 +159,7 @@ class PyCudaMemory(GpuMemory):
         self._drv.init()
         self._context = self._drv.Device(index).retain_primary_context()
         self._context.push()
-        self._queue = self._drv.Stream(self._drv.event_flags.DEFAULT)
+        self._queue = self._drv.Stream()
         self.stream = int(self._queue.handle)
         self._buffers: list[Any] = []
 

@@ -77,6 +77,11 @@ class OrtBackend(Backend):
         """Unsigned activations on the CPU, whose kernels are made for them."""
         return "cpu" if target.option("provider", CPU) == CPU else "tensorrt"
 
+    def arithmetic(self, target: Target) -> str:
+        """TF32 in place of fp32 where TensorRT computes; the CUDA provider is told not to."""
+        by_tensorrt = target.option("provider", CPU) == TENSORRT
+        return "tf32" if target.precision == "fp32" and by_tensorrt else target.precision
+
     def build(self, onnx: Path, target: Target, out: Path) -> Engine:
         """Check and copy the model, open it once, and assert where its operators run."""
         started = time.perf_counter()

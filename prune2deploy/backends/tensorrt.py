@@ -83,6 +83,10 @@ class TensorRtBackend(Backend):
             return Availability(False, facts, _GPU_FIX)
         return Availability(True)
 
+    def arithmetic(self, target: Target) -> str:
+        """TF32 in place of fp32, unless the profile forbids it."""
+        return "tf32" if target.precision == "fp32" and _uses_tf32(target) else target.precision
+
     def build(self, onnx: Path, target: Target, out: Path) -> Engine:
         """Build in a process of its own, or take the engine from the cache."""
         started = time.perf_counter()
@@ -121,8 +125,13 @@ class TensorRtBackend(Backend):
         known = self.availability(target)
         if not known.usable:
             raise MissingBackend(f"{target.name}: {known.reason}; {known.fix}")
+        trt = import_module(module)
         memory = gpu_memory.choose(_option_text(target, "memory"), device_index(target))
-        return TensorRtSession(import_module(module), engine.path, memory, target)
+        try:
+            return TensorRtSession(trt, engine.path, memory, target)
+        except BaseException:
+            memory.close()
+            raise
 
     def profile(
         self, engine: Engine, target: Target, feeds: Mapping[str, Array], runs: int
@@ -199,6 +208,10 @@ def _profile_problem(target: Target) -> str:
     return ""
 
 
+def _uses_tf32(target: Target) -> bool:
+    return bool(target.option("tf32", True))
+
+
 def _option_text(target: Target, name: str) -> str:
     return str(target.option(name, TensorRtBackend.options[name]))
 
@@ -240,9 +253,10 @@ def _request(onnx: Path, target: Target, cache: Path) -> BuildRequest:
         engine="",
         capability=capability,
         workspace_mb=int(target.option("workspace_mb", 0)),
-        tf32=bool(target.option("tf32", True)),
+        tf32=_uses_tf32(target),
         batch=(sizes[0], sizes[1], sizes[2]),
         timing_cache=timing,
+        gpu=0 if capability else device_index(target),
     )
 
 

@@ -148,15 +148,22 @@ class TensorRtSession(Session):
     def close(self) -> None:
         """Free the graph, the buffers and the engine."""
         self._drop_graph()
-        self._memory.close()
+        self._context = self._engine = None  # before the buffers and the GPU context they need
         self._bound = {}
-        self._context = self._engine = None
+        self._memory.close()
 
     def _is_input(self, name: str) -> bool:
         return bool(self._engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT)
 
     def _spec(self, name: str) -> TensorSpec:
-        dtype = np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(name)))
+        kind = self._engine.get_tensor_dtype(name)
+        try:
+            dtype = np.dtype(self._trt.nptype(kind))
+        except TypeError as error:  # bfloat16 and what is smaller than a byte
+            raise BackendError(
+                f"tensor {name!r} of the engine is {kind}, which numpy lacks; build it from a "
+                "model whose inputs and outputs are fp32, fp16 or integers"
+            ) from error
         return TensorSpec(name, tuple(self._engine.get_tensor_shape(name)), dtype.name)
 
     def _bind(self, feeds: Mapping[str, Array]) -> None:
@@ -223,7 +230,7 @@ def layer_timings(inspected: str, least_ns: Mapping[str, float]) -> tuple[Operat
         least_ns: Layer name to nanoseconds, from the profiler.
     """
     layers = json.loads(inspected).get("Layers", [])
-    facts = {layer["Name"]: layer for layer in layers if isinstance(layer, dict)}
+    facts = {layer.get("Name"): layer for layer in layers if isinstance(layer, dict)}
     return tuple(
         OperatorTiming(
             name=name,

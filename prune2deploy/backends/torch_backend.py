@@ -63,6 +63,11 @@ class TorchBackend(Backend):
                 return Availability(False, reason, fix)
         return _sees_gpu() if on_gpu else Availability(True)
 
+    def arithmetic(self, target: Target) -> str:
+        """TF32 in place of fp32 on a GPU, where PyTorch lets convolutions use it."""
+        on_gpu = target.device.startswith("cuda")
+        return "tf32" if target.precision == "fp32" and on_gpu else target.precision
+
     def build(self, onnx: Path, target: Target, out: Path) -> Engine:
         """Copy the exported program that lies beside ``onnx``, and open it once."""
         started = time.perf_counter()

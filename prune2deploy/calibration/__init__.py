@@ -3,6 +3,7 @@
 from prune2deploy.calibration.batches import (
     Batch,
     Batches,
+    check_labels,
     from_dataset,
     notices,
     open_recipe,
@@ -17,6 +18,7 @@ __all__ = [
     "Batches",
     "Preprocessing",
     "Recipe",
+    "check_labels",
     "from_dataset",
     "load_recipe",
     "notices",

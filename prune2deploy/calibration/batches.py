@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -110,6 +110,21 @@ class Batches:
             raise ConfigError(_unlabelled(self.name, self._reader, purpose))
         return self
 
+    def check_labels(self, classes: int) -> None:
+        """Check every label against a model that gives scores for ``classes`` classes.
+
+        Raises:
+            ConfigError: A label is none of 0 to ``classes - 1``; names the sample.
+        """
+        for number in self.chosen if self.labelled else ():
+            label = self._reader.label(number)
+            if label is not None and not 0 <= label < classes:
+                raise ConfigError(
+                    f"{self._reader.name(number)}: found label {label}, expected 0 to "
+                    f"{classes - 1}, as the model gives {classes} scores; classes are counted "
+                    "from 0, and data of another set of classes is better given without labels"
+                )
+
     def _collate(self, numbers: tuple[int, ...]) -> Batch:
         inputs: list[list[Tensor]] = [[] for _ in self._shapes]
         labels: list[int] = []
@@ -139,6 +154,21 @@ class Batches:
         for array in arrays:
             if array.dtype.kind == "f" and not np.isfinite(array).all():
                 raise ConfigError(f"{self._reader.name(number)}: holds values that are not finite")
+
+
+def check_labels(data: object, outputs: Sequence[tuple[int, ...]]) -> None:
+    """Check the labels of a recipe's data against a model's outputs.
+
+    Args:
+        data: What came of a recipe; a caller's own batches are not looked at.
+        outputs: Shapes of the outputs; labels count classes only where the first is
+            (batch, classes).
+
+    Raises:
+        ConfigError: A label is none of the model's classes.
+    """
+    if isinstance(data, Batches) and outputs and len(outputs[0]) == 2 and outputs[0][1] > 1:
+        data.check_labels(outputs[0][1])
 
 
 def require(data: object, purpose: str) -> None:
@@ -243,7 +273,20 @@ def _batches(
     )
     arrays, _ = reader.read(chosen[0])
     opened._check(arrays, chosen[0])
-    return opened
+    return replace(opened, notices=(*notices, *_unscaled(reader, arrays, examples)))
+
+
+def _unscaled(
+    reader: Reader, arrays: tuple[Array, ...], examples: tuple[Tensor, ...]
+) -> tuple[str, ...]:
+    """What to tell of whole numbers that a model takes as floating-point ones: pixels, likely."""
+    return tuple(
+        f"{reader.place}: holds {array.dtype}, from {array.min()} to {array.max()} in one sample; "
+        "the model takes floating-point numbers and is fed these as they are: scale them as in "
+        "its training"
+        for array, example in zip(arrays, examples, strict=True)
+        if array.dtype.kind in "iu" and example.is_floating_point()
+    )
 
 
 def _preprocessing(recipe: Recipe, model: ForModel) -> tuple[Preprocessing, tuple[str, ...]]:

@@ -50,6 +50,10 @@ class Reader(ABC):
     def read(self, number: int) -> Sample:
         """Return sample ``number``; raises ConfigError, naming the file, where it is wrong."""
 
+    def label(self, number: int) -> int | None:
+        """Return the label of sample ``number``, without its inputs where that is cheaper."""
+        return self.read(number)[1]
+
     def name(self, number: int) -> str:
         """Return what to call sample ``number`` in a message."""
         return f"{self.place}: sample {number}"
@@ -82,6 +86,10 @@ class PictureReader(Reader):
         return str(self._files[number][0])
 
     @override
+    def label(self, number: int) -> int | None:
+        return self._files[number][1]
+
+    @override
     def read(self, number: int) -> Sample:
         path, label = self._files[number]
         return (pictures.read(path, self._how),), label
@@ -93,7 +101,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _class_files(folder: Path) -> list[tuple[Path, int | None]]:
-    classes = sorted(path for path in folder.iterdir() if path.is_dir())
+    classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     return [(file, label) for label, place in enumerate(classes) for file in _files(place)]
 
 
@@ -133,9 +141,12 @@ class ArrayReader(Reader):
         return len(self._inputs[0])
 
     @override
+    def label(self, number: int) -> int | None:
+        return None if self._labels is None else int(self._labels[number])
+
+    @override
     def read(self, number: int) -> Sample:
-        label = None if self._labels is None else int(self._labels[number])
-        return tuple(np.array(array[number]) for array in self._inputs), label
+        return tuple(np.array(array[number]) for array in self._inputs), self.label(number)
 
 
 def _arrays(path: Path) -> dict[str, Array]:

@@ -2,7 +2,7 @@
 
 In: a specification in plain values. Out: the last message of the child. The child writes one JSON
 document per line: progress, a result, or an error that is raised again here. It ends when this
-process does, however that ends, because it notices that its standard input closes.
+process does, however that ends (see ``watched``).
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import os
 import queue
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import prune2deploy
-from prune2deploy import errors
+from prune2deploy import errors, watched
 from prune2deploy.errors import MeasureError, Prune2DeployError
 
 Progress = Callable[[str, float], None]
@@ -51,7 +50,7 @@ def run(
         path.write_text(json.dumps(spec), encoding="utf-8")
         with (Path(folder) / "stderr").open("w+b") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", module, str(path)],
+                watched.command(module, path),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

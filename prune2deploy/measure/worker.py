@@ -1,10 +1,9 @@
-"""The child process that holds the engines: ``python -m prune2deploy.measure.worker SPEC.json``.
+"""The child process that holds the engines, started through ``watched`` on a specification.
 
 The specification has ``task`` (``"compare"`` or ``"profile"``), ``target`` (``Target.to_dict``),
 ``engines`` (path, onnx, backend of each: candidate, reference), and for comparing ``raw`` (where
 the samples go) and ``stop_at``, for profiling ``runs``; ``scratch`` lists folders to remove should
-the parent be killed. Messages go to standard output, one JSON
-document a line.
+the parent be killed. Messages go to standard output, one JSON document a line.
 """
 
 from __future__ import annotations
@@ -12,10 +11,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +29,14 @@ def main(argv: list[str]) -> int:
     """Do what the specification asks; return the exit status."""
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a library prints must not mix with the messages
-    path = Path(argv[0])
-    spec = json.loads(path.read_text(encoding="utf-8"))
-    folders = [path.parent, *map(Path, spec.get("scratch", ()))]
-    watch = threading.Thread(target=_end_with_parent, args=(folders,), daemon=True)
-    watch.start()
+    spec = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
 
     def say(message: dict[str, Any]) -> None:
         try:
             channel.write(json.dumps(message) + "\n")
             channel.flush()
-        except BrokenPipeError:  # nobody listens any more
-            watch.join()
+        except BrokenPipeError:  # nobody listens any more, and the watch is about to end this
+            threading.Event().wait()
 
     try:
         say({"result": _TASKS[spec["task"]](spec, say)})
@@ -50,14 +44,6 @@ def main(argv: list[str]) -> int:
         say({"error": type(error).__name__, "message": str(error)})
         return error.exit_code
     return 0
-
-
-def _end_with_parent(folders: Sequence[Path]) -> None:
-    """Wait until the parent is gone, remove its temporary folders, and leave at once."""
-    sys.stdin.buffer.read()
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
-    os._exit(1)
 
 
 def _context(spec: Mapping[str, Any]) -> tuple[Target, Backend, list[Engine]]:

@@ -45,7 +45,12 @@ class Row:
 
 @dataclass(frozen=True)
 class ParityLine:
-    """Agreement of two stages: largest absolute and relative difference of the worst output."""
+    """Agreement of two stages on ``output``, the worst one; see ``parity.Parity``.
+
+    Attributes:
+        error: The figure that is held against ``tolerance``; ``None`` for ``max_rel``.
+        judged: Which figure that is: ``max_rel`` or ``rms_rel``.
+    """
 
     border: str
     max_abs: float
@@ -53,6 +58,19 @@ class ParityLine:
     tolerance: float
     output: str
     passed: bool
+    error: float | None = None
+    judged: str = "max_rel"
+
+    def text(self) -> str:
+        """One line for the report."""
+        error = self.max_rel if self.error is None else self.error
+        kind = "root mean square" if self.judged == "rms_rel" else "largest"
+        by_accuracy = ", but accuracy decides" if self.passed != (error <= self.tolerance) else ""
+        return (
+            f"{self.border}: {kind} difference {error:.2g} of the output's scale "
+            f"(tolerance {self.tolerance:g}{by_accuracy}), {self.max_abs:.2g} absolute at most, "
+            f"worst output {self.output!r}"
+        )
 
 
 @dataclass(frozen=True)

@@ -83,12 +83,7 @@ def _result(report: RunReport) -> str:
     rows = [[escape(cell) for cell in row] for row in result_rows(report)]
     share = report.final.p50_ms / report.budget_ms
     mark = "good" if report.met else "bad"
-    parity = "".join(
-        f"<p>Parity {escape(p.border)}: largest difference {p.max_abs:.2g} absolute, "
-        f"{p.max_rel:.2g} relative (tolerance {p.tolerance:g}, worst output "
-        f"{escape(p.output) or 'the only one'}).</p>"
-        for p in report.parity
-    )
+    parity = "".join(f"<p>Parity {escape(line.text())}.</p>" for line in report.parity)
     return (
         f'<p class="{mark}"><strong>{escape(report.verdict)}</strong>: measured p50 '
         f"{milliseconds(report.final.p50_ms)} ms is {share:.1%} of the budget of "
@@ -140,7 +135,9 @@ def _curve(report: RunReport) -> str:
     if len(report.curve) < 2:
         return ""
     points = [svg.Point(at, 100 * worth, 100 * worth, 100 * worth) for at, worth in report.curve]
-    told = "".join(f"<p>{escape(line)}.</p>" for line in (*gains(report), *gap_text(report)))
+    told = "".join(
+        f"<p>Predicted: {escape(line)}.</p>" for line in (*gains(report), *gap_text(report))
+    )
     return (
         "<h2>What one more millisecond would buy, predicted</h2>"
         '<p class="mute">Retained worth of the best plan that the latency model allows at each '

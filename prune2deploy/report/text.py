@@ -83,7 +83,7 @@ def _intervals(report: RunReport) -> tuple[tuple[float, float], tuple[float, flo
 def run_text(report: RunReport) -> str:
     """The result of a run as a terminal shows it."""
     lines = [
-        f"{report.model} on {report.target}",
+        f"{report.model} on {report.environment.get('target', report.target)}",
         "",
         table(["", "baseline", "pruned", "change"], result_rows(report)),
         "",
@@ -95,11 +95,7 @@ def run_text(report: RunReport) -> str:
         f"widths    multiples of {report.limits.channel_multiple} "
         f"({report.limits.multiple_source})",
     ]
-    lines += [
-        f"parity    {p.border}: max |difference| {p.max_abs:.2g}, relative {p.max_rel:.2g} "
-        f"(tolerance {p.tolerance:g})"
-        for p in report.parity
-    ]
+    lines += [f"parity    {line.text()}" for line in report.parity]
     lines += [f"predicted {line}" for line in (*gains(report), *gap_text(report))]
     if report.removed:
         lines.append(f"removed   {removed_text(report)}")
@@ -160,7 +156,8 @@ def sweep_text(report: SweepReport) -> str:
         for p in report.points
     ]
     head = ["ratio", "MACs", "params", "measured p50 (ms)", "95 %", "speed-up", "95 %"]
-    title = f"{report.model} on {report.target}, widths in steps of {report.channel_multiple}"
+    target = report.environment.get("target", report.target)
+    title = f"{report.model} on {target}, widths in steps of {report.channel_multiple}"
     return "\n".join([title, "", table(head, rows), *report.notes])
 
 

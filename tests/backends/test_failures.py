@@ -11,14 +11,27 @@ import pytest
 from onnx import TensorProto, helper
 
 from prune2deploy import target
-from prune2deploy.backends import engine_store, gpu_driver, registry
-from prune2deploy.errors import BuildError
+from prune2deploy.backends import engine_build, engine_store, gpu_driver, registry
+from prune2deploy.backends.engine_build import BuildFailed, BuildRequest
+from prune2deploy.errors import BackendError, BuildError
 
 DRIVER = """
 int cuInit(unsigned flags) {{ return {init}; }}
 int cuGetErrorName(int code, const char **text) {{ *text = "CUDA_ERROR_STUB"; return 0; }}
-int cuDeviceGetCount(int *count) {{ *count = 1; return 0; }}
+int cuDeviceGetCount(int *count) {{ *count = 2; return 0; }}
 int cuDriverGetVersion(int *version) {{ *version = 11080; return 0; }}
+int cuDeviceGet(int *device, int index) {{ *device = index; return 0; }}
+int cuDeviceGetName(char *name, int size, int device) {{ name[0] = 'H'; name[1] = 0; return 0; }}
+int cuDeviceGetAttribute(int *value, int what, int device) {{
+    *value = what == 75 ? 9 : 0;
+    return 0;
+}}
+int cuDeviceTotalMem_v2(unsigned long *bytes, int device) {{ *bytes = 1024; return 0; }}
+int cuDevicePrimaryCtxRetain(void **context, int device) {{
+    *context = (void *)(7L + device);
+    return 0;
+}}
+int cuCtxSetCurrent(void *context) {{ return context == (void *)8 ? 0 : 201; }}
 """
 
 
@@ -89,7 +102,33 @@ def test_a_driver_without_a_gpu_or_of_the_wrong_version_is_told(driver, rtx, cod
 
 def test_a_gpu_number_that_is_not_there_is_told(driver):
     driver(0)
-    assert gpu_driver.facts(3) == "there is no GPU number 3 (the driver sees 1)"
+    assert gpu_driver.facts(3) == "there is no GPU number 3 (the driver sees 2)"
+
+
+def test_the_gpu_of_the_profile_is_the_one_that_is_built_on(driver, rtx, make_onnx, monkeypatch):
+    driver(0)
+    gpu_driver.use(1)
+    with pytest.raises(BackendError, match=r"GPU 0 cannot be used: CUDA_ERROR_STUB \(201\)"):
+        gpu_driver.use(0)
+    with pytest.raises(BackendError, match="no GPU number 2"):
+        gpu_driver.use(2)
+    options = tuple((k, v) for k, v in rtx.options if k != "compute_capability")
+    second = replace(rtx, device="cuda:1", options=options)
+    asked = []
+    monkeypatch.setattr(
+        engine_store, "obtain", lambda cache, wanted, request, s: asked.append(request) or 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        registry.for_target(second).build(make_onnx(), second, rtx.path.parent)
+    assert asked[0].gpu == 1 and asked[0].capability == ""
+
+
+@pytest.mark.rtx
+def test_a_gpu_that_the_library_does_not_know_is_named(driver, rtx, make_onnx, tmp_path):
+    driver(0)
+    order = BuildRequest("tensorrt_rtx", str(make_onnx()), str(tmp_path / "m.engine"))
+    with pytest.raises(BuildFailed, match=r"the GPU here, H, of compute capability '90'.*75"):
+        engine_build.build(order)
 
 
 # --- builds -------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 from torch import nn
 
 from prune2deploy import precision, simplify, target
-from prune2deploy.backends import engine_store, gpu_driver, gpu_memory, registry
+from prune2deploy.backends import engine_build, engine_store, gpu_driver, gpu_memory, registry
 from prune2deploy.backends.engine_build import BuildRequest
 from prune2deploy.backends.tensorrt_session import layer_timings
 from prune2deploy.errors import BuildError, MissingBackend
@@ -237,6 +237,39 @@ def test_builder_that_hangs_is_stopped_with_what_it_started(tmp_path, monkeypatc
     assert not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z"
 
 
+def test_a_builder_does_not_outlive_the_process_that_wants_its_engine(tmp_path):
+    """The builder's folder, which lies in the cache, goes with it."""
+    folder = tmp_path / "build"
+    folder.mkdir()
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from prune2deploy.backends import engine_store\n"
+        "from prune2deploy.backends.engine_build import BuildRequest\n"
+        "from prune2deploy import watched\n"
+        "engine_store.command = lambda order: watched.command('hanging', order)\n"
+        "order = BuildRequest('tensorrt_rtx', 'm.onnx', sys.argv[1] + '/m.engine')\n"
+        "engine_store.run_builder(order, Path(sys.argv[1]), 300)\n"
+    )
+    (tmp_path / "hanging.py").write_text(
+        f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
+        "time.sleep(300)\n"
+    )
+    env = engine_store._environment()
+    env["PYTHONPATH"] += f":{tmp_path}"
+    wanting = subprocess.Popen([sys.executable, "-c", code, str(folder)], env=env)
+    deadline = time.monotonic() + 60
+    while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()):
+        assert time.monotonic() < deadline and wanting.poll() is None
+        time.sleep(0.05)
+    wanting.kill()
+    wanting.wait()
+    state = Path(f"/proc/{int((tmp_path / 'pid').read_text())}/stat")
+    while state.exists() and state.read_text().rsplit(")", 1)[1].split()[0] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert not folder.exists()
+
+
 def test_builder_that_ends_without_an_answer_is_an_error(tmp_path, monkeypatch):
     run_as(monkeypatch, "raise SystemExit(7)")
     with pytest.raises(BuildError, match="code 7 and no answer"):
@@ -269,6 +302,42 @@ def test_builder_that_cannot_write_its_engine_says_so(tmp_path, rtx, model, monk
 def test_build_request_survives_its_file():
     order = BuildRequest("tensorrt", "a.onnx", "b.engine", batch=(1, 2, 3), timing_cache="t")
     assert BuildRequest.from_json(order.to_json()) == order
+
+
+def test_a_damaged_timing_cache_counts_as_empty_and_its_complaint_is_no_failure(tmp_path):
+    trt = needs_rtx()
+    heard = engine_build._Heard(trt)
+
+    class Config:
+        def create_timing_cache(self, data):
+            if data == b"garbage":
+                heard.logger.log(trt.ILogger.Severity.ERROR, "the cache is damaged")
+                return None
+            return data
+
+        def set_timing_cache(self, cache, ignore_mismatch):
+            return not ignore_mismatch
+
+    (tmp_path / "timing.bin").write_bytes(b"garbage")
+    assert engine_build._load_timing_cache(Config(), str(tmp_path / "timing.bin")) == b""
+    with pytest.raises(engine_build.BuildFailed, match="damaged"):
+        heard.check("reading")
+    heard.forget()
+    heard.check("reading")
+    assert engine_build._load_timing_cache(Config(), "") is None
+
+
+def test_tf32_is_held_to_its_own_tolerance_and_only_where_it_is_used(make_target):
+    def judged(name, **changed):
+        profile = replace(target.load(name), **changed)
+        return registry.for_target(profile).arithmetic(profile)
+
+    assert judged("trt") == judged("trt-rtx") == judged("torch-cuda") == "tf32"
+    assert judged("ort-trt", precision="fp32") == "tf32"
+    exact = with_options(target.load("trt"), tf32=False)
+    assert registry.for_target(exact).arithmetic(exact) == "fp32"
+    assert judged("ort") == judged("ort-cuda") == judged("torch") == judged("openvino") == "fp32"
+    assert (judged("trt-fp16"), judged("trt-int8")) == ("fp16", "int8")
 
 
 # --- what is there and what is not --------------------------------------------------------------
@@ -365,3 +434,37 @@ def test_gpu_checks_say_that_there_is_no_gpu_and_end_with_3(tmp_path):
     assert "nothing was checked" in done.stderr
     assert done.stdout == ""
     assert not list(tmp_path.iterdir())
+
+
+# --- the tool that a machine with a GPU runs ----------------------------------------------------
+
+
+def gpu_checks(tmp_path, *arguments):
+    """Run the tool; its exit code and its report."""
+    out = tmp_path / "report.json"
+    tool = Path(__file__).resolve().parents[2] / "tools" / "gpu_checks.py"
+    done = subprocess.run(
+        [sys.executable, str(tool), "--out", str(out), *arguments],
+        env=engine_store._environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done, json.loads(out.read_text())["targets"]["ort"]["checks"]
+
+
+def test_gpu_checks_are_real_checks_each_by_itself_and_go_on_where_they_ended(tmp_path):
+    pytest.importorskip("onnxruntime")
+    here = ("--target", "ort", "no-such-target", "--only", "fp32", "int8")
+    done, found = gpu_checks(tmp_path, *here, "--seconds", "0.2")
+    assert done.returncode == 1 and "no-such-target" in done.stderr
+    assert [found[name]["result"] for name in ("fp32", "int8")] == ["crashed"] * 2
+    assert "within 0.2 s" in found["fp32"]["error"] and "log" in found["fp32"]
+    done, found = gpu_checks(tmp_path, *here, "--minutes", "0")
+    assert done.returncode == 1
+    assert {found[name]["result"] for name in ("fp32", "int8")} == {"not run"}
+    done, found = gpu_checks(tmp_path, *here, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert [found[name]["result"] for name in ("fp32", "int8")] == ["passed"] * 2
+    assert found["int8"]["engine_bytes"] < 0.5 * found["fp32"]["engine_bytes"]
+    assert found["fp32"]["layers"] > 5 and found["fp32"]["wall_p50_ms"] > 0

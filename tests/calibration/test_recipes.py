@@ -9,7 +9,13 @@ import torch
 from PIL import Image
 
 from prune2deploy import shipped
-from prune2deploy.calibration import Preprocessing, from_dataset, load_recipe, open_recipe
+from prune2deploy.calibration import (
+    Preprocessing,
+    check_labels,
+    from_dataset,
+    load_recipe,
+    open_recipe,
+)
 from prune2deploy.errors import ConfigError
 
 
@@ -222,6 +228,36 @@ def test_arrays_that_do_not_fit_are_named(tmp_path):
     (tmp_path / "data.npz").write_bytes(b"PK\x03\x04 cut off")
     with pytest.raises(ConfigError, match=r"data\.npz: cannot be read as numpy arrays"):
         open_recipe(path, model())
+
+
+def test_labels_that_are_no_class_of_the_model_are_named(tmp_path):
+    text = 'reader = "arrays"\npath = "d.npz"\nbatch = 2'
+    for wrong in (-1, 10):
+        labels = np.array([0, 9, wrong])
+        np.savez(tmp_path / "d.npz", x=np.zeros((3, 3, 16, 16), np.float32), labels=labels)
+        batches = open_recipe(recipe(tmp_path, text), model())
+        with pytest.raises(
+            ConfigError, match=rf"d.npz: sample 2: found label {wrong}, expected 0 to 9"
+        ):
+            check_labels(batches, [(1, 10)])
+        check_labels(batches, [(1, 3, 80)])  # no class scores
+        check_labels([1, 2], [(1, 10)])
+    colours(tmp_path / "pictures")
+    (tmp_path / "pictures" / ".hidden").mkdir()
+    text = 'reader = "class-folders"\npath = "pictures"\ncount = 12'
+    batches = open_recipe(recipe(tmp_path, text), model())
+    check_labels(batches, [(1, 3)])
+    with pytest.raises(ConfigError, match=r"cat.*\.png: found label 2, expected 0 to 1"):
+        check_labels(batches, [(1, 2)])
+
+
+def test_pixels_that_are_not_scaled_are_told(tmp_path):
+    text = 'reader = "arrays"\npath = "d.npy"'
+    np.save(tmp_path / "d.npy", np.full((4, 3, 16, 16), 200, np.uint8))
+    (notice,) = [n for n in open_recipe(recipe(tmp_path, text), model()).notices if "uint8" in n]
+    assert "d.npy" in notice and "from 200 to 200" in notice
+    tokens = open_recipe(recipe(tmp_path, text), model(dtype=torch.int64))
+    assert not any("uint8" in notice for notice in tokens.notices)
 
 
 def test_purposes_are_kept_to(tmp_path):

@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -134,26 +135,30 @@ def test_an_interrupt_kills_the_child(worker, tmp_path):
     assert not alive(int((tmp_path / "pid").read_text()))
 
 
-def test_the_worker_ends_when_its_parent_is_killed(tmp_path):
-    code = f"""
-import os, subprocess, sys, time
-spec = {str(tmp_path / "scratch")!r}
-os.mkdir(spec)
-stand_in = (
-    "import sys, threading, time, os\\n"
-    "from pathlib import Path\\n"
-    "from prune2deploy.measure import worker\\n"
-    "args = ([Path(sys.argv[1])],)\\n"
-    "threading.Thread(target=worker._end_with_parent, args=args, daemon=True).start()\\n"
-    "open(sys.argv[1] + '.pid', 'w').write(str(os.getpid()))\\n"
-    "time.sleep(600)\\n"
-)
-subprocess.Popen([sys.executable, "-c", stand_in, spec], stdin=subprocess.PIPE)
-time.sleep(600)
-"""
-    root = str(Path(child.__file__).parents[2])
-    parent = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": root})
-    pid_file = tmp_path / "scratch.pid"
+def test_the_worker_ends_when_its_parent_is_killed_even_while_it_still_imports(tmp_path):
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "order").mkdir()
+    order = tmp_path / "order" / "spec.json"
+    order.write_text(json.dumps({"scratch": [str(tmp_path / "scratch")]}))
+    (tmp_path / "slow.py").write_text(  # as far as this has come, nothing of ours is imported
+        "import os, sys, time\n"
+        "assert not [name for name in sys.modules if name.startswith('prune2deploy')]\n"
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
+        "time.sleep(600)\n"
+    )
+    code = (
+        "import subprocess, sys, time\n"
+        "from pathlib import Path\n"
+        "from prune2deploy import watched\n"
+        "line = watched.command('slow', Path(sys.argv[1]))\n"
+        "subprocess.Popen(line, stdin=subprocess.PIPE)\n"
+        "time.sleep(600)\n"
+    )
+    path = os.pathsep.join([str(Path(child.__file__).parents[2]), str(tmp_path)])
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code, str(order)], env={**os.environ, "PYTHONPATH": path}
+    )
+    pid_file = tmp_path / "pid"
     deadline = time.monotonic() + 60
     while not (pid_file.exists() and pid_file.read_text()):
         assert time.monotonic() < deadline
@@ -165,3 +170,4 @@ time.sleep(600)
         time.sleep(0.05)
     assert not alive(pid)
     assert not (tmp_path / "scratch").exists()
+    assert not order.parent.exists()
