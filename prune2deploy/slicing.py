@@ -259,24 +259,46 @@ def runs_as_planned(
 ) -> bool:
     """Whether the module runs these operators, each with the shapes that the plan implies.
 
-    With ``shapes`` it is run as it was recorded, on shapes without values.
+    With ``shapes`` it is run as it was recorded, on shapes without values. Code that keeps what it
+    has computed (anchors, masks) computes it again when widths have changed: where other operators
+    are met in a first pass, a second one decides.
     """
-    seen = _Shapes()
+    inputs = outlined(example) if shapes else example
+    known = list(itertools.takewhile(_known_size, operations))
+    returned: list[list[torch.Size]] = []
     try:
-        with quiet(module), on_shapes(module, shapes), seen:
-            run(module, outlined(example) if shapes else example, forward_fn)
+        with quiet(module), on_shapes(module, shapes):
+            for _ in range(2):
+                watch = _Shapes()
+                with watch:
+                    result = run(module, inputs, forward_fn)
+                returned.append([tensor.shape for tensor in tensors_in(result)])
+                if _same_operators(watch.seen, operations, known):
+                    return returned[0] == returned[-1] and _same_shapes(watch.seen, known, widths)
     except Exception:  # noqa: BLE001  the user's code may fail in any way when widths change
         return False
-    known = list(itertools.takewhile(_known_size, operations))
-    if len(known) == len(operations) != len(seen.seen):
+    return False
+
+
+Seen = Sequence[tuple[str, tuple[tuple[int, ...], ...]]]
+
+
+def _same_operators(
+    seen: Seen, operations: Sequence[Operation], known: Sequence[Operation]
+) -> bool:
+    """Whether the operators are those recorded, as far as values have no say in them."""
+    if len(known) == len(operations) != len(seen):
         return False
-    for (name, found), operation in zip(seen.seen, known, strict=False):
-        if name != operation.func._schema.name:
-            return False
-        planned = tuple(widths.shape(dims) for dims in operation.layouts)
-        if found != planned:
-            return False
-    return True
+    pairs = zip(seen, known, strict=False)
+    return all(name == operation.func._schema.name for (name, _), operation in pairs)
+
+
+def _same_shapes(seen: Seen, known: Sequence[Operation], widths: Widths) -> bool:
+    pairs = zip(seen, known, strict=False)
+    return all(
+        found == tuple(widths.shape(dims) for dims in operation.layouts)
+        for (_, found), operation in pairs
+    )
 
 
 def _known_size(operation: Operation) -> bool:

@@ -325,3 +325,26 @@ def test_parameters_that_nothing_uses_stay_and_do_no_harm():
     pruned = apply(model, graph, Plan({"a": (0, 1)}))
     assert pruned.eval()(x).shape == (1, 2)
     assert pruned.idle.weight.shape == (3, 3)
+
+
+def test_code_that_keeps_what_it_computed_is_still_pruned_as_a_module():
+    class Kept(nn.Module):
+        """Makes its grid anew whenever the shape of its features changes."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+            self.shape, self.grid = None, None
+
+        def forward(self, x):
+            x = self.first(x)
+            if self.shape != x.shape:
+                self.shape, self.grid = x.shape, torch.arange(x.shape[-1]).to(x.dtype) + 1
+            return self.last(x * self.grid)
+
+    model, x = Kept().eval(), torch.randn(1, 3, 8, 8)
+    model(x)
+    graph = trace(model, x)
+    pruned = apply(model, graph, halves(graph))
+    assert type(pruned) is Kept and pruned.first.out_channels == 4
+    assert pruned(x).shape == model(x).shape

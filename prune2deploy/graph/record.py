@@ -1,4 +1,4 @@
-"""Record one real forward pass: operators, values, module calls, and a layout per dimension.
+"""Record one forward pass: operators, values, module calls, and a layout per dimension.
 
 In: a module, its example inputs. Out: a ``Recording``, which ``axes`` turns into the frozen graph
 and ``capture`` into a module of its own. A ``TorchDispatchMode`` sees every ATen operator, so

@@ -17,7 +17,8 @@ def trace(model: nn.Module, example_inputs: Any, *, forward_fn: Forward | None =
 
     Args:
         model: Any module; wrappers of ``torch.compile`` and ``DistributedDataParallel`` are
-            looked through. It runs once in evaluation mode and is left as it was.
+            looked through. It runs once in evaluation mode and is left as it was. The pass runs
+            on shapes, without arithmetic, and on values where the code looks at some.
         example_inputs: One tensor, a tuple of positional arguments, or a dict of keywords.
         forward_fn: ``forward_fn(model, example_inputs)`` where calling the model takes more.
 

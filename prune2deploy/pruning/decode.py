@@ -25,11 +25,9 @@ def whole_channels(idxs: Channels, channel: Channels) -> Channels:
 
 def run_length(channel: Channels) -> int:
     """Length of the shortest run of positions of one channel: above one for outer factors."""
-    inside = channel >= 0
-    change = np.flatnonzero(np.diff(channel) != 0) + 1
-    runs = np.split(np.arange(len(channel)), change)
-    lengths = [len(run) for run in runs if inside[run[0]]]
-    return min(lengths, default=1)
+    starts = np.flatnonzero(np.diff(channel, prepend=-2) != 0)
+    lengths = np.diff(starts, append=len(channel))[channel[starts] >= 0]
+    return int(lengths.min()) if len(lengths) else 1
 
 
 def to_channels(

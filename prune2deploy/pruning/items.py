@@ -43,7 +43,11 @@ class _Draft:
     def add(self, tensor: str, dim: int, idxs: Channels, root_idxs: Channels) -> None:
         if (tensor, dim) not in self.tensors:
             self.tensors.append((tensor, dim))
-        if self.tensors[0] == (tensor, dim):
+        if self.tensors[0] != (tensor, dim):
+            return
+        if not self.idxs:
+            self.idxs, self.root_idxs = idxs.tolist(), root_idxs.tolist()
+        else:
             known = set(self.idxs)
             for idx, root in zip(idxs.tolist(), root_idxs.tolist(), strict=True):
                 if idx not in known:
@@ -213,16 +217,19 @@ class _Lookup:
         self, gone: Channels, channel: Channels | None, order: Mapping[int, int], count: int
     ) -> None:
         self._places: dict[int, list[int]] = {}
-        if channel is None:  # an axis that the root lacks: paired by order
-            self._places = {int(c): [min(n, max(count - 1, 0))] for n, c in enumerate(gone)}
-        else:
-            for place in to_positions(gone, channel).tolist():
-                self._places.setdefault(int(channel[place]), []).append(order[place])
         self._single: Channels | None = None
-        if all(len(places) == 1 for places in self._places.values()):
+        if channel is None:  # an axis that the root lacks: paired by order
+            owners, numbers = gone, np.minimum(np.arange(len(gone)), max(count - 1, 0))
+        else:
+            places = to_positions(gone, channel)
+            owners = channel[places]
+            numbers = np.array([order[place] for place in places.tolist()], dtype=np.int64)
+        if len(np.unique(owners)) == len(owners):
             self._single = np.zeros(int(gone.max(initial=-1)) + 1, dtype=np.int64)
-            for owner, places in self._places.items():
-                self._single[owner] = places[0]
+            self._single[owners] = numbers
+            return
+        for owner, number in zip(owners.tolist(), numbers.tolist(), strict=True):
+            self._places.setdefault(owner, []).append(number)
 
     def __call__(self, channels: Channels) -> Channels:
         """The root's listing for each channel; repeated ones go through theirs in turn."""

@@ -113,15 +113,16 @@ class GroupMagnitudeImportance(Importance):
 
     def _rows(self, group: Group, items: Sequence[Item]) -> Iterator[Tensor]:
         """Scores of each layer's tensors, moved to the root's positions."""
-        parameters = dict(group._DG.model.named_parameters(remove_duplicate=False))
+        modules = group._DG._builder().modules
         for item in items:
             for name, dim in item.tensors:
-                parameter = parameters.get(name)
+                path, _, leaf = name.rpartition(".")
+                parameter = modules[path]._parameters.get(leaf)
                 if parameter is None or not (self.bias or not name.endswith("bias")):
                     continue
                 found = self.positions(item, parameter, dim)
                 if found is not None and len(found) >= len(item.idxs) > 0:
-                    values = found.float().cpu()[item.idxs]
+                    values = found.float().cpu()[torch.tensor(item.idxs)]
                     root = torch.tensor(item.root_idxs)
                     yield torch.zeros(len(group[0].idxs)).index_add_(0, root, values)
 
