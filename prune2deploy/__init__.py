@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prune2deploy.api import Extras, Result, prune, prune_to_budget, trace
+    from prune2deploy.api import Extras, Result, load_pruned, prune, prune_to_budget, trace
     from prune2deploy.errors import (
         BackendError,
         BudgetUnreachable,
@@ -51,6 +51,7 @@ __all__ = [
     "Result",
     "TraceError",
     "Unstable",
+    "load_pruned",
     "prune",
     "prune_to_budget",
     "trace",
@@ -62,6 +63,7 @@ _HOME = {
     "Graph": "prune2deploy.graph.axes",
     "Plan": "prune2deploy.plan.plan",
     "Result": "prune2deploy.api",
+    "load_pruned": "prune2deploy.api",
     "prune": "prune2deploy.api",
     "prune_to_budget": "prune2deploy.api",
     "trace": "prune2deploy.api",

@@ -22,6 +22,7 @@ from prune2deploy.graph import trace as trace_graph
 from prune2deploy.importance import NAMES, score
 from prune2deploy.job import Job
 from prune2deploy.measure import Comparison
+from prune2deploy.models.weights import load_weights
 from prune2deploy.plan.allocate import channels
 from prune2deploy.plan.choices import importance_curves
 from prune2deploy.plan.plan import Plan
@@ -143,6 +144,33 @@ def prune(
     curves = importance_curves(graph, scores)
     counts = uniform_counts(graph, curves, ratio, channel_multiple)
     return apply_plan(model, graph, channels(graph, scores, counts), example_inputs)
+
+
+def load_pruned(model: nn.Module, example_inputs: Any, run_dir: Path | str) -> nn.Module:
+    """Load the pruned model of a run with its original code: ``plan.json`` and ``weights.pt``.
+
+    No code is unpickled. Without the original code, load ``model.pt2`` with ``torch.export.load``.
+
+    Args:
+        model: The model as it was before pruning; its weights do not matter and do not change.
+        example_inputs: One tensor, a tuple of positional arguments, or a dict of keywords.
+        run_dir: A run directory, or any folder with these two files.
+
+    Returns:
+        The pruned module, in evaluation mode.
+
+    Raises:
+        ConfigError: There is no ``plan.json``.
+        PlanError: The plan is of another model, or not a plan.
+        ModelError: The weights are missing, or of another model.
+    """
+    file = Path(run_dir) / "plan.json"
+    if not file.is_file():
+        raise ConfigError(f"no file {str(file)!r} found; expected a run directory with a plan")
+    graph = trace_graph(model, example_inputs)
+    pruned = apply_plan(model, graph, Plan.from_json(file.read_text("utf-8")), example_inputs)
+    load_weights(pruned, file.with_name("weights.pt"))
+    return pruned.eval()
 
 
 def prune_to_budget(

@@ -4,31 +4,34 @@ In: a copy of the model whose stored tensors and standard modules are already pr
 the plan. Out: a ``torch.fx.GraphModule`` with the same parameter names in which every width that
 the code computed or spelt out (views, expands, splits, slices, groups) is computed from the
 layouts. Calls of plain ``torch.nn`` modules stay calls of those modules, so that dropout and
-batch normalisation keep following ``train()`` and ``eval()``; the rest are the recorded ATen
-operators, which have gradients and export like any other. The batch dimension stays dynamic.
+batch normalisation keep following ``train()`` and ``eval()``; so do modules that do nothing in
+evaluation (stochastic depth), and dropout that is called as a function. The rest are the recorded
+ATen operators, which have gradients and export like any other. The batch dimension stays dynamic.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from prune2deploy.errors import TraceError
+from prune2deploy.errors import PruneError, TraceError
 from prune2deploy.folding import PREFIX, fold
 from prune2deploy.graph.axes import Graph
 from prune2deploy.graph.build import build
-from prune2deploy.graph.calling import tensors_in, twice
+from prune2deploy.graph.calling import stored_tensors, tensors_in, twice
 from prune2deploy.graph.layout import CAT, LEAF, Layout, Node, find, leaves
 from prune2deploy.graph.record import record
 from prune2deploy.graph.recording import ModuleCall, Operation, Recording, Ref, Struct
 from prune2deploy.graph.rules import VARYING
 from prune2deploy.plan.plan import Plan
-from prune2deploy.spellings import FIRST_ONLY, SPELLINGS, Argument, as_recorded
+from prune2deploy.spellings import FIRST_ONLY, POOLS, SPELLINGS, Argument, as_recorded
 from prune2deploy.widths import Widths
+from prune2deploy.writes import make_functional
 
 
 def capture(
@@ -45,7 +48,7 @@ def capture(
             that the batch dimension can be told from others of size one and stays free.
 
     Raises:
-        PruneError: an operator cannot be written down.
+        PruneError: the model has a part whose name a captured module cannot give it.
     """
     if free_batch:
         graph = with_batch(source, graph)
@@ -78,6 +81,7 @@ class _Writer:
         self.nodes: dict[int, Argument] = {}
         self.names = {number: name for name, number in reversed(recording.stored.items())}
         self.varying: dict[int, tuple[int, int]] = {}
+        self.reads = recording.reads()
 
     def write(self, source: nn.Module, removed: Sequence[str] = ()) -> fx.GraphModule:
         """Placeholders, operators in order, output; removed blocks hand their input on."""
@@ -101,10 +105,12 @@ class _Writer:
                 self._operator(operations[at])
                 self._note_varying(operations[at])
             at += 1
-        self.graph.output(self.argument(self.recording.outputs))
-        device = next((t.device for _, t in _stored(self.pruned)), torch.device("cpu"))
+        self.graph.output(self.argument(_writable(self.recording.outputs)))
+        device = next((t.device for _, t in stored_tensors(self.pruned)), torch.device("cpu"))
         fold(self.graph, self.pruned, device)
+        make_functional(self.graph)
         self.graph.lint()
+        _check_names(self.pruned)
         module = fx.GraphModule(self.pruned, self.graph, type(source).__name__)
         _keep_unused(module, self.pruned, self.recording.stored)
         module.train(source.training)
@@ -135,8 +141,13 @@ class _Writer:
                     self._enter(entry[key], self.graph.call_function(_item, (node, key)))
 
     def _call_module(self, call: ModuleCall) -> None:
-        given = [self.value(number) for number in call.inputs]
-        self.nodes[call.outputs[0]] = self.graph.call_module(call.name, tuple(given))
+        given = self.value(call.inputs[0])
+        if call.first == call.last and not _standard(call.module):
+            part = self.graph.get_attr(call.name)
+            node = self.graph.call_function(_while_training, (part, given))
+        else:
+            node = self.graph.call_module(call.name, (given,))
+        self.nodes[call.outputs[0]] = node
 
     def _operator(self, operation: Operation) -> None:
         if not operation.outputs:  # a question about values, answered when it was recorded
@@ -147,7 +158,7 @@ class _Writer:
         if len(operation.outputs) == 1 and not _returns_list(operation):
             self.nodes[operation.outputs[0]] = node
             return
-        if name in FIRST_ONLY:
+        if name in FIRST_ONLY and not (name in POOLS and self.reads[operation.outputs[1]]):
             self.nodes[operation.outputs[0]] = node
             return
         for place, number in enumerate(operation.outputs):
@@ -215,14 +226,24 @@ class _Writer:
         )
 
 
+def _check_names(module: nn.Module) -> None:
+    taken = set(dir(fx.GraphModule)) - set(dir(nn.Module))
+    names = {name.partition(".")[0] for name in (*module._modules, *module._parameters)}
+    if names & taken:
+        raise PruneError(
+            f"{type(module).__name__} has a part called {min(names & taken)!r}, a name that "
+            "modules of torch.fx keep for themselves; rename it, or wrap the model"
+        )
+
+
 def _keep_unused(module: fx.GraphModule, pruned: nn.Module, names: Iterable[str]) -> None:
     """Give the state the keys that it had: unused tensors too, constants of the code not."""
-    wanted, kept = set(names), dict(_stored(module))
+    wanted, kept = set(names), dict(stored_tensors(module))
     for name, _ in list(module.named_buffers(remove_duplicate=False)):
         path, _, leaf = name.rpartition(".")
         if name not in wanted or leaf in pruned.get_submodule(path)._non_persistent_buffers_set:
             module.get_submodule(path)._non_persistent_buffers_set.add(leaf)
-    for name, tensor in _stored(pruned):
+    for name, tensor in stored_tensors(pruned):
         if name in kept or name not in wanted:
             continue
         path, _, leaf = name.rpartition(".")
@@ -234,11 +255,6 @@ def _keep_unused(module: fx.GraphModule, pruned: nn.Module, names: Iterable[str]
         else:
             persistent = leaf not in pruned.get_submodule(path)._non_persistent_buffers_set
             owner.register_buffer(leaf, tensor, persistent=persistent)
-
-
-def _stored(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)
 
 
 def _has_submodule(module: nn.Module, path: str) -> bool:
@@ -260,6 +276,26 @@ def _item(values: Any, place: Any) -> Any:
     return values[place]
 
 
+def _while_training(module: nn.Module, x: torch.Tensor) -> Any:
+    return module(x) if module.training else x
+
+
+def _writable(tree: Any) -> Any:
+    """A model's result without objects that source text cannot hold (caches of past keys)."""
+    if isinstance(tree, Struct):
+        return Struct(((key, _writable(item)) for key, item in tree.items()), kind=tree.kind)
+    if isinstance(tree, Mapping):
+        return {key: _writable(item) for key, item in tree.items()}
+    if isinstance(tree, list | tuple):
+        items = [_writable(item) for item in tree]
+        return items if isinstance(tree, list) else tuple(items)
+    return tree if isinstance(tree, WRITABLE) else None
+
+
+WRITABLE = (Ref, bool, int, float, complex, str, type(None), torch.dtype, torch.device)
+"""What a captured module's source can spell in its result."""
+
+
 def _returns_list(operation: Operation) -> bool:
     returns = operation.func._schema.returns
     return len(returns) != 1 or "List" in str(returns[0].type) or "[]" in str(returns[0].type)
@@ -274,18 +310,32 @@ def _parameter_names(source: nn.Module, count: int) -> list[str]:
 
 
 def _plain_calls(recording: Recording, removed: Sequence[str]) -> dict[int, list[ModuleCall]]:
-    """Calls of childless ``torch.nn`` modules with one tensor in and one out, by first operator."""
+    """Calls that stay calls, by first operator: of childless modules, one tensor in and one out.
+
+    These are the modules of ``torch.nn``, and those that do nothing in evaluation.
+    """
     found: dict[int, list[ModuleCall]] = {}
+    reads = recording.reads()
     inside = tuple(f"{name}." for name in removed)
     for call in recording.calls:
-        if call.name.startswith(inside):
+        if call.name.startswith(inside) or call.module._modules:
             continue
         single = call.plain and len(call.inputs) == 1 and len(call.outputs) == 1
-        standard = type(call.module).__module__.startswith("torch.nn.modules")
-        childless = not call.module._modules
-        if single and standard and childless and not isinstance(call.module, SHAPED):
+        kept = _standard(call.module) and not isinstance(call.module, SHAPED)
+        if single and (kept or _idle(call, reads)):
             found.setdefault(call.first, []).append(call)
     return found
+
+
+def _standard(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.modules")
+
+
+def _idle(call: ModuleCall, reads: Counter[int]) -> bool:
+    """Whether a module without state hands its input on to a single reader."""
+    silent = call.first == call.last and call.inputs == call.outputs
+    stored = next(stored_tensors(call.module), None)
+    return silent and stored is None and reads[call.inputs[0]] == 1
 
 
 SHAPED = (nn.Unflatten, nn.ChannelShuffle, nn.Fold, nn.Upsample)

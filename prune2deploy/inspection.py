@@ -12,6 +12,7 @@ from prune2deploy.report.text import table
 from prune2deploy.units import readable
 
 TEXT = (0, 5, 6)  # columns of words
+LAYERED = frozenset({"weight", "bias", "running_mean", "running_var"})
 PLACES = 3  # members named in the table; the document names all
 
 
@@ -37,6 +38,8 @@ def text(name: str, graph: Graph) -> str:
         "",
         table(["axis", "width", "params", "MACs", "tie", "state", "lives in"], rows, TEXT),
     ]
+    if graph.ties:
+        lines += ["", "axes with the same number under tie keep equally many channels"]
     if graph.blocks:
         lines += ["", "removable blocks: " + ", ".join(block.name for block in graph.blocks)]
     if graph.unknown:
@@ -85,6 +88,12 @@ def _axis(graph: Graph, axis: Axis) -> dict[str, Any]:
 
 
 def _places(axis: Axis) -> str:
-    places = list(dict.fromkeys(member.tensor.rpartition(".")[0] for member in axis.members))
+    places = list(dict.fromkeys(_place(member.tensor) for member in axis.members))
     more = f" and {len(places) - PLACES} more" if len(places) > PLACES else ""
     return ", ".join(places[:PLACES]) + more
+
+
+def _place(tensor: str) -> str:
+    """The layer of a stored tensor; a bare parameter by its own name."""
+    path, _, name = tensor.rpartition(".")
+    return path if path and name in LAYERED else tensor

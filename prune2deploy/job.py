@@ -18,6 +18,7 @@ from prune2deploy.config import Budget
 from prune2deploy.graph import Graph
 from prune2deploy.measure import Comparison, Measurement
 from prune2deploy.payoff import Payoff
+from prune2deploy.plan.allocate import Gap
 from prune2deploy.plan.latency_model import LatencyModel
 from prune2deploy.progress import Progress, silent
 from prune2deploy.rundir import RunDir
@@ -117,6 +118,7 @@ class Outcome:
         notes: What a reader of the report should know.
         curve: ``((predicted milliseconds, retained worth 0..1), ...)``, in baseline milliseconds.
         multiple_source: Where the channel multiple is from.
+        gap: What other widths of the same predicted latency could keep at most beyond the plan.
         whole: The latency model of all blocks, where some were taken out.
         paid: The precision against fp32 on the unpruned model; ``None`` for fp32.
     """
@@ -137,6 +139,7 @@ class Outcome:
     curve: tuple[tuple[float, float], ...] = ()
     whole: LatencyModel | None = None
     multiple_source: str = "detected on this machine"
+    gap: Gap | None = None
 
 
 def judge(comparison: Comparison, budget: Budget) -> tuple[float, float, str]:

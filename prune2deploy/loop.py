@@ -23,25 +23,23 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from prune2deploy import candidate, depth, measure, payoff, planning, probing, recall, worth
+from prune2deploy import candidate, depth, measure, payoff, planning, worth
 from prune2deploy.calibration import notices
 from prune2deploy.candidate import Built, Workshop
 from prune2deploy.config import FILL, RunOptions
 from prune2deploy.graph.axes import Graph
 from prune2deploy.importance import score
 from prune2deploy.job import Attempt, Baseline, Job, Outcome, aim, best, judge
+from prune2deploy.learning import COVERED, Lessons, half_width
 from prune2deploy.measure import Comparison
 from prune2deploy.opening import measure_baseline, open_workshop
 from prune2deploy.payoff import Payoff
-from prune2deploy.plan import latency_model
-from prune2deploy.plan.allocate import Curve, channels
+from prune2deploy.plan.allocate import Curve, Gap, channels, optimality_gap
 from prune2deploy.plan.choices import Choice, Problem, choices
-from prune2deploy.plan.costs import Point
 from prune2deploy.plan.latency_model import LatencyModel
 from prune2deploy.plan.plan import Plan
 from prune2deploy.plan.probes import probes
 from prune2deploy.planning import Question, Wanted
-from prune2deploy.recall import Recalled
 from prune2deploy.recover.batchnorm import reestimate_batchnorm
 from prune2deploy.slicing import apply as apply_plan
 
@@ -68,30 +66,18 @@ def prune_to_budget(job: Job, options: RunOptions) -> Outcome:
 
 
 class Search:
-    """The search of one run: what has been built and measured so far, and what comes next."""
+    """The search of one run: what it has learnt so far, and what it builds next."""
 
     def __init__(self, job: Job, options: RunOptions, shop: Workshop, baseline: Baseline) -> None:
         self.job, self.options, self.shop, self.baseline = job, options, shop, baseline
         self.budget = options.budget
-        self.graph = shop.graph
-        self.probes: list[Built] = []
-        self.attempts: list[Attempt] = []
-        self.model: LatencyModel | None = None
+        self.lessons = Lessons(shop, baseline, cache=options.cache)
         self.floor_missed = False
         self.notes = list(notices(job.batches))
         self.paid: Payoff | None = None
-        here = recall.context(shop.target, shop.backend)
-        self.timings = recall.Timings(recall.folder() if options.cache else None, here)
-        self.recalled = Recalled()
-        self._step = shop.run.journal.once(
-            "channel multiple", tuple[int, str], lambda: probing.multiple(shop.target, self.timings)
-        )
-        self.multiple = self._step[0]
-        self.removed: tuple[str, ...] = ()
-        self.whole: LatencyModel | None = None
+        self.model: LatencyModel | None = None
         self.curve: Curve = ()
-        self.anchors: tuple[tuple[float, float], ...] = ()
-        self.known: tuple[Point, ...] = ()
+        self.ranked = 0
 
     def unpruned(self) -> None:
         """Where the budget is in milliseconds, see first whether the model as it is meets it."""
@@ -111,6 +97,16 @@ class Search:
         )
 
     @property
+    def graph(self) -> Graph:
+        """The model, without the blocks that were taken out."""
+        return self.lessons.graph
+
+    @property
+    def attempts(self) -> list[Attempt]:
+        """Every measured candidate."""
+        return self.lessons.attempts
+
+    @property
     def done(self) -> bool:
         """Whether an attempt meets the budget and fills it, or needs no pruning at all."""
         return any(
@@ -121,8 +117,7 @@ class Search:
     def builds_left(self) -> int:
         """Builds that the search may still use; recovery needs one at the end."""
         spare = 1 if self._recovers else 0
-        used = len(self.probes) + sum(a.built.number > 0 for a in self.attempts)
-        return self.options.max_builds - spare - used
+        return self.options.max_builds - spare - self.lessons.builds
 
     @property
     def _recovers(self) -> bool:
@@ -130,32 +125,47 @@ class Search:
 
     def probe(self) -> None:
         """Build and profile random aligned plans: the latency model is learnt from them."""
+        lessons = self.lessons
         self.scores = score(self.options.importance, self.job.module, self.graph, self.job.batches)
-        self.worth = worth.find(self.shop, self.scores, self.multiple, self.timings.losses)
-        self.notes.append(self.worth.note)
+        self.worth = worth.find(self.shop, self.scores, lessons.multiple, lessons.timings.losses)
+        self.rank = worth.ranking(self.shop, self.scores, self.worth)
         self.choices = self._offer(self.graph)
-        self._recall()
-        known = len({tuple(sorted(b.counts.items())) for b in self.recalled.builds})
+        self.notes += [note for note in (self.worth.note, lessons.recall()) if note]
+        known = len({tuple(sorted(b.counts.items())) for b in lessons.recalled.builds})
         wanted = max(0, min(self.options.probes - known, self.builds_left - 1))
-        seed = self.options.model.seed
-        drawn = probes(self.graph, wanted, multiple=self.multiple, seed=seed)
-        for number, counts in enumerate(drawn, start=1):
-            self._probe(number, counts)
-        self._keep()
+        wanted = wanted if self.baseline.profile else 0  # probes are profiled, not measured
+        self._draw(wanted, number=1)
+        lessons.keep()
+
+    def _draw(self, wanted: int, number: int) -> None:
+        """Build up to ``wanted`` probes; the last is spared where other models taught enough."""
+        drawn = probes(
+            self.graph, wanted, multiple=self.lessons.multiple, seed=self.options.model.seed
+        )
+        for place, counts in enumerate(drawn):
+            if place and place == wanted - 1:
+                covered = self.lessons.siblings()
+                if covered >= COVERED:
+                    self.notes.append(
+                        f"a probe build was spared: timings of other models on this device cover "
+                        f"{covered:.0%} of the time of this one"
+                    )
+                    return
+            self._probe(number + place, counts)
 
     @property
     def _next(self) -> int:
         """Number of the next build."""
-        return len(self.probes) + len(self.attempts) + 1
+        return len(self.lessons.probes) + len(self.attempts) + 1
 
     def _plan(self, counts: Mapping[str, int]) -> Plan:
         """The plan that keeps the best channels, without the blocks that were taken out."""
-        return replace(channels(self.graph, self.scores, counts), removed=self.removed)
+        return replace(channels(self.graph, self.scores, counts), removed=self.lessons.removed)
 
     def _probe(self, number: int, counts: Mapping[str, int]) -> None:
         built = candidate.build(self.shop, number, "probe", self._plan(counts))
         candidate.profile(self.shop, built)
-        self.probes.append(built)
+        self.lessons.probes.append(built)
 
     def _shorten(self) -> bool:
         """Take out blocks, since the narrowest widths miss the budget; False if none are left.
@@ -165,19 +175,15 @@ class Search:
         left = depth.removable(self.graph)
         if not left or not self.builds_left or not self.baseline.profile:
             return False
-        self._learn()
-        assert self.model is not None
-        self._keep()
-        names = [block.name for block in left] if self.removed else self._expendable()
+        self.model = self.lessons.fit()
+        names = [block.name for block in left] if self.lessons.removed else self._expendable()
         if not names:
             return False
-        self.anchors, self.known = self.model.anchors, self._points()
-        self.whole = self.whole or self.model
-        self.removed = (*self.removed, *names)
-        self.graph = self.shop.graph.without(self.removed)
+        self.lessons.take_out(names)
         self.choices = self._offer(self.graph)
         self.floor_missed = False
-        drawn = probes(self.graph, 1, multiple=self.multiple, seed=self.options.model.seed)
+        seed = self.options.model.seed
+        drawn = probes(self.graph, 1, multiple=self.lessons.multiple, seed=seed)
         for counts in ({}, *drawn)[: max(1, self.builds_left - 1)]:
             self._probe(self._next, counts)
         return True
@@ -193,7 +199,7 @@ class Search:
         return depth.choose(aimed, depth.ordered(saves, value), losses, self._offer)
 
     def _offer(self, graph: Graph) -> tuple[Choice, ...]:
-        return choices(graph, self.worth.curves, multiple=self.multiple)
+        return choices(graph, self.worth.curves, multiple=self.lessons.multiple)
 
     def _problem(self) -> Problem:
         assert self.model is not None
@@ -201,32 +207,13 @@ class Search:
         caps = params, self.options.max_macs
         return Problem(self.graph, self.model, self.choices, self._limit(), *caps)
 
-    def _points(self) -> tuple[Point, ...]:
-        return latency_model.points_of(self.graph, self._builds(), multiple=self.multiple)
-
-    def _recall(self) -> None:
-        """Take over what earlier runs of this model measured on this device, if anything."""
-        journal = self.shop.run.journal
-        self.recalled = journal.once(
-            "recalled", Recalled, lambda: Recalled(self.timings.builds(self.graph))
-        )
-        if self.recalled.builds:
-            self.notes.append(
-                f"{len(self.recalled.builds)} builds of earlier runs on this device were recalled"
-            )
-
-    def _keep(self) -> None:
-        """Add what this run has built to what later ones may recall."""
-        if not self.removed:
-            self.timings.keep(self.graph, self._builds(), self.baseline.p50_ms, self.multiple)
-
     def correct(self) -> None:
         """Allocate, build, measure and learn until the budget is met and filled."""
         while not self.done and self.builds_left > 0:
             if self.floor_missed and not self._shorten():
                 break
             number = self._next
-            self._learn()
+            self.model = self.lessons.fit()
             wanted = self._wanted(number)
             if wanted is None:
                 break
@@ -234,41 +221,16 @@ class Search:
             attempt = self._measure(built, wanted.predicted_ms)
             self.attempts.append(attempt)
             self.curve = wanted.curve or self.curve
+            self.ranked += wanted.ranked if wanted.ranked > 1 else 0
             self.floor_missed = wanted.floor and attempt.verdict != "met"
-            self._keep()
-        self._learn()
-        self.notes += self.timings.notes
-
-    def _learn(self) -> None:
-        """Fit the latency model on everything that was profiled and measured.
-
-        One profile alone cannot tell which axis an operator's width belongs to; the whole
-        model's latency by its multiply-accumulates has to do until there is a second.
-        """
-        base, recalled = self.baseline, self.recalled.builds
-        builds = self._builds()
-        if len(builds) + len(recalled) == 1 and not self.removed:
-            builds = [replace(builds[0], profile=())]
-        for build in () if self.removed else recalled:
-            share = build.measured_ms
-            builds.append(replace(build, measured_ms=share and share * base.p50_ms))
-        model = latency_model.fit(self.graph, builds, multiple=self.multiple, known=self.known)
-        self.model = replace(model, anchors=(*self.anchors, *model.anchors))
-
-    def _builds(self) -> list[latency_model.Build]:
-        """Everything that this run has profiled, the unpruned model first."""
-        base = self.baseline
-        builds = [] if self.removed else [latency_model.Build({}, base.profile, base.p50_ms)]
-        builds += [
-            latency_model.Build(b.plan.counts, candidate.profile(self.shop, b))
-            for b in self.probes
-            if b.plan.removed == self.removed
-        ]
-        return builds + [
-            latency_model.Build(a.built.plan.counts, a.profile, a.comparison.ratio * base.p50_ms)
-            for a in self.attempts
-            if a.built.plan.removed == self.removed
-        ]
+            self.lessons.keep()
+        self.model = self.lessons.fit()
+        self.notes += self.lessons.timings.notes
+        if self.ranked:
+            self.notes.append(
+                f"{self.ranked} plans of nearly equal worth were compared by their loss on "
+                f"{self.worth.samples} samples, without building them"
+            )
 
     def _limit(self) -> float:
         """The budget for the median in baseline milliseconds, as of the last session."""
@@ -297,20 +259,21 @@ class Search:
 
     def _allocate(self) -> Wanted | None:
         """The best plan that was not tried; ``None`` when there is no other worth a build."""
-        problem = self._problem()
-        tried = [a.built.plan.counts for a in self.attempts if a.built.plan.removed == self.removed]
-        up = bool(self.attempts) and self.attempts[-1].verdict == "met"
+        problem, rank = self._problem(), self.rank
         return planning.propose(
-            Question(problem, aim(problem.budget_ms, self._half_width()), tried, up)
+            Question(
+                problem,
+                aim(problem.budget_ms, self._half_width()),
+                self.lessons.tried,
+                up=bool(self.attempts) and self.attempts[-1].verdict == "met",
+                rank=rank and (lambda counts: rank(self._plan(counts))),
+            )
         )
 
     def _half_width(self) -> float:
         """Half-width to expect of the next interval, as a fraction."""
         policy = self.shop.target.measure.half_width
-        if not self.attempts:
-            return policy
-        low, high = self.attempts[-1].comparison.ratio_ci95
-        return max(policy, (high - low) / (high + low))
+        return max([policy, *(half_width(a.comparison) for a in self.attempts[-1:])])
 
     def _measure(self, built: Built, predicted_ms: float) -> Attempt:
         """Profile a build and measure it interleaved with the baseline.
@@ -335,8 +298,7 @@ class Search:
     def recover(self) -> Outcome:
         """Get accuracy back on the best plan, and measure what is shipped."""
         found = best(self.attempts)
-        shop, plan = self.shop, found.built.plan
-        _, source = self._step
+        shop, plan, lessons = self.shop, found.built.plan, self.lessons
         module = apply_plan(shop.module, shop.graph, plan, shop.example_inputs)
         if self._recovers and found.verdict == "met" and found.built.number:
             module, attempt = self._recovered(module, found)
@@ -348,18 +310,26 @@ class Search:
             found,
             self.baseline,
             tuple(self.attempts),
-            tuple(self.probes),
+            tuple(lessons.probes),
             self.model,
             shop.graph,
-            self.multiple,
+            lessons.multiple,
             shop.target,
             found.value_ms if self._out_of_reach else None,
             tuple(self.notes),
             self.paid,
             self.curve,
-            self.whole,
-            source,
+            lessons.whole,
+            lessons.multiple_source,
+            self._gap(plan),
         )
+
+    def _gap(self, plan: Plan) -> Gap | None:
+        """How far the plan is from the best one of its predicted latency."""
+        if self.model is None or not plan.kept or plan.removed != self.lessons.removed:
+            return None
+        self.shop.say("bounding what other widths could keep", self._next - 1)
+        return optimality_gap(self._problem(), plan.counts)
 
     @property
     def _out_of_reach(self) -> bool:
@@ -372,8 +342,7 @@ class Search:
         return found.verdict
 
     def _recovered(self, module: nn.Module, found: Attempt) -> tuple[nn.Module, Attempt]:
-        number = len(self.probes) + len(self.attempts) + 1
-        name = "weights.pt"
+        number, name = self._next, "weights.pt"
         key = f"{number:02d}-final/recovered"
         if key in self.shop.run.journal:
             state = torch.load(self.shop.run / name, weights_only=True)

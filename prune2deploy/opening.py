@@ -17,7 +17,6 @@ from prune2deploy.errors import ConfigError, MissingBackend, TraceError
 from prune2deploy.graph import trace
 from prune2deploy.job import Baseline, Job
 from prune2deploy.measure import Measurement
-from prune2deploy.target import Target
 
 
 def open_workshop(
@@ -63,11 +62,6 @@ def _output_shapes(job: Job) -> list[tuple[int, ...]]:
     with torch.no_grad():
         outputs = export.flatten(job.module(*job.example_inputs))
     return [tuple(tensor.shape) for tensor in outputs.values()]
-
-
-def channel_multiple(target: Target) -> int:
-    """The width step of the target: its profile's, else this machine's."""
-    return target.channel_multiple or measure.native_channel_multiple()
 
 
 def measure_baseline(shop: Workshop) -> Baseline:

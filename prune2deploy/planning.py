@@ -2,23 +2,33 @@
 
 In: a :class:`Question` (the problem, where to aim, plans tried before). Out: :class:`Wanted`, or
 ``None`` where nothing else is worth a build. Plain arithmetic on predictions.
+
+The objective adds up what each axis is worth alone, so plans that are nearly as good by it may
+differ in what they are worth together. Where the question can tell (``rank``), several of them
+are compared by that, which costs no build.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
 
 from prune2deploy.config import FILL
 from prune2deploy.graph.axes import Graph
 from prune2deploy.plan.allocate import Allocation, Curve, SmallestMisses, allocate
-from prune2deploy.plan.choices import Problem
+from prune2deploy.plan.choices import Choice, Problem
+
+Flags = npt.NDArray[np.bool_]
 
 NUDGES = 12  # times that the aim is moved to find a plan that was not tried before
 NUDGE = 0.005
 POINTS = 40  # of a curve, about
-HELD = 6  # axes held wider in turn to fill a budget
+HELD = 6  # axes held wider in turn to fill a budget, or moved to find plans nearly as good
+NEAR = 0.03  # of what widths are worth in all: how much worse a plan nearly as good may be
 
 
 @dataclass(frozen=True)
@@ -31,12 +41,14 @@ class Wanted:
         floor: Whether it is the smallest plan there is.
         curve: ``((predicted milliseconds, retained worth), ...)`` of plans that were considered;
             0 is the worth of the narrowest widths, 1 that of the full ones.
+        ranked: How many plans of nearly equal objective it was the best of.
     """
 
     counts: Mapping[str, int]
     predicted_ms: float
     floor: bool = False
     curve: Curve = ()
+    ranked: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,12 +60,15 @@ class Question:
         aim_ms: Where to aim below that, so that the measured interval will fit.
         tried: Counts of the plans measured so far, without the axes that keep all.
         up: Whether the last one met the budget, so that the next may be larger.
+        rank: What widths lose together, e.g. the measured loss of the model that has them; lower
+            is better. ``None`` leaves the decision to the objective.
     """
 
     problem: Problem
     aim_ms: float
     tried: Sequence[Mapping[str, int]]
     up: bool
+    rank: Callable[[Mapping[str, int]], float] | None = None
 
 
 def propose(question: Question) -> Wanted | None:
@@ -71,18 +86,36 @@ def propose(question: Question) -> Wanted | None:
             found = allocate(problem)
         except SmallestMisses as floor:
             return _untried(question, Wanted(floor.counts, floor.floor_ms, floor=True))
-        if question.up and found.predicted_ms < FILL * whole.budget_ms:
-            near = fuller(problem, found)
-            enough = [plan for plan in near if plan.predicted_ms >= FILL * whole.budget_ms]
-            if enough:
-                found = max(enough, key=lambda plan: plan.objective)
-        wanted = Wanted(found.counts, found.predicted_ms, curve=retained(problem, found.curve))
+        among = _among(question, problem, found)
+        best = among[0] if question.rank is None else min(among, key=_ranking(question.rank))
+        wanted = Wanted(
+            best.counts,
+            best.predicted_ms,
+            curve=retained(problem, found.curve),
+            ranked=1 if question.rank is None else len(among),
+        )
         if _untried(question, wanted):
             return wanted
         aim_ms *= 1 + NUDGE if question.up else 1 - NUDGE
         if aim_ms > whole.budget_ms:
             return None
     return None
+
+
+def _among(question: Question, problem: Problem, found: Allocation) -> list[Allocation]:
+    """The plans to choose from, the worthiest first: never empty, tried ones only if all are."""
+    whole, plans = question.problem, [found]
+    if question.up and found.predicted_ms < FILL * whole.budget_ms:
+        enough = [p for p in fuller(problem, found) if p.predicted_ms >= FILL * whole.budget_ms]
+        plans = sorted(enough, key=lambda plan: -plan.objective) or plans
+    if question.rank is not None:
+        filled = min(FILL * problem.budget_ms, plans[0].predicted_ms)
+        plans += [p for p in near(problem, plans[0]) if p.predicted_ms >= filled]
+    return [p for p in plans if pruned(whole.graph, p.counts) not in question.tried] or plans[:1]
+
+
+def _ranking(rank: Callable[[Mapping[str, int]], float]) -> Callable[[Allocation], float]:
+    return lambda plan: rank(plan.counts)
 
 
 def retained(problem: Problem, curve: Curve) -> Curve:
@@ -115,18 +148,49 @@ def fuller(problem: Problem, found: Allocation) -> list[Allocation]:
     Wide steps of one costly axis can leave a gap below the budget that no worthier plan fills.
     Each of the costliest axes is therefore held one step wider in turn, and the others give way.
     """
+    plans = []
+    for number, choice in _costliest(problem, found):
+        plans += _with_options(problem, number, choice.options > found.counts[choice.axes[0]])
+    return [plan for plan in plans if plan.predicted_ms > found.predicted_ms]
+
+
+def near(problem: Problem, found: Allocation) -> list[Allocation]:
+    """Other plans of nearly the same objective, the worthiest first.
+
+    Each of the costliest axes is kept in turn from the width that it has in ``found``, once to
+    the wider and once to the narrower side, and the others are allocated anew.
+    """
+    least = problem.worth([0] * len(problem.choices))
+    most = problem.worth([len(choice.options) - 1 for choice in problem.choices])
+    enough = found.objective - NEAR * (most - least)
+    plans: list[Allocation] = []
+    for number, choice in _costliest(problem, found):
+        width = found.counts[choice.axes[0]]
+        for allowed in (choice.options > width, choice.options < width):
+            plans += _with_options(problem, number, allowed)
+    distinct = {tuple(sorted(p.counts.items())): p for p in plans if p.objective >= enough}
+    distinct.pop(tuple(sorted(found.counts.items())), None)
+    return sorted(distinct.values(), key=lambda plan: -plan.objective)[:HELD]
+
+
+def _costliest(problem: Problem, found: Allocation) -> list[tuple[int, Choice]]:
+    """The choices of which one step more costs most time, with their numbers."""
     steps = []
     for number, choice in enumerate(problem.choices):
-        wider = choice.options > found.counts[choice.axes[0]]
-        if wider.any():
-            width = int(choice.options[wider][0])
-            cost = problem.model.predict({**found.counts, **dict.fromkeys(choice.axes, width)})
-            steps.append((cost, number, wider))
-    plans = []
-    for _, number, wider in sorted(steps, key=lambda s: -s[0])[:HELD]:
-        held = list(problem.choices)
-        choice = held[number]
-        held[number] = replace(choice, options=choice.options[wider], worth=choice.worth[wider])
-        with contextlib.suppress(SmallestMisses):
-            plans.append(allocate(replace(problem, choices=tuple(held))))
-    return [plan for plan in plans if plan.predicted_ms > found.predicted_ms]
+        wider = choice.options[choice.options > found.counts[choice.axes[0]]]
+        if wider.size:
+            more = dict.fromkeys(choice.axes, int(wider[0]))
+            steps.append((problem.model.predict({**found.counts, **more}), number, choice))
+    return [(number, choice) for _, number, choice in sorted(steps, key=lambda s: -s[0])[:HELD]]
+
+
+def _with_options(problem: Problem, number: int, allowed: Flags) -> list[Allocation]:
+    """The best plan where one choice may take some of its options only; none if none is left."""
+    if not allowed.any():
+        return []
+    held = list(problem.choices)
+    choice = held[number]
+    held[number] = replace(choice, options=choice.options[allowed], worth=choice.worth[allowed])
+    with contextlib.suppress(SmallestMisses):
+        return [allocate(replace(problem, choices=tuple(held)))]
+    return []

@@ -16,8 +16,9 @@ from typing import Any
 from prune2deploy import atomic, measure
 from prune2deploy.backends.base import Backend, Session
 from prune2deploy.backends.feeds import random_feeds
+from prune2deploy.candidate import Workshop
 from prune2deploy.plan import alignment
-from prune2deploy.plan.alignment import FAMILIES, Staircase
+from prune2deploy.plan.alignment import Staircase
 from prune2deploy.progress import Progress, Step
 from prune2deploy.recall import Timings
 from prune2deploy.report import plots
@@ -61,15 +62,32 @@ def least_ns(session: Session) -> float:
     return float(min(one.device_ns or one.wall_ns for one in taken))
 
 
-def multiple(target: Target, timings: Timings) -> tuple[int, str]:
-    """The width step to plan with, and where it is from: the profile, a probe, or the CPU."""
+def multiple(
+    target: Target, backend: Backend, timings: Timings, progress: Progress
+) -> tuple[int, str]:
+    """The width step to plan with, and where it is from.
+
+    That of the profile counts where it names one. Else the device is probed, once: the result is
+    kept in the cache. Without a cache it is what this machine's CPU is known to do.
+
+    Raises:
+        BackendError: A probe model could not be built or run.
+    """
     if target.channel_multiple is not None:
         return target.channel_multiple, "given by the target profile"
-    known = {family: timings.staircase(family) for family in FAMILIES}
-    found = [alignment.read_staircase(family, times) for family, times in known.items() if times]
-    if len(found) == len(FAMILIES):
-        return alignment.channel_multiple(found), "probed on this device"
-    return measure.native_channel_multiple(), "detected on this machine"
+    if not timings.kept:
+        return measure.native_channel_multiple(), "detected on this machine"
+    found = probe(target, backend, timings, progress)
+    return alignment.channel_multiple(found), "probed on this device"
+
+
+def settle(shop: Workshop, timings: Timings) -> tuple[int, str]:
+    """The width step of a run, decided once, and where it is from; see ``multiple``."""
+    return shop.run.journal.once(
+        "channel multiple",
+        tuple[int, str],
+        lambda: multiple(shop.target, shop.backend, timings, shop.progress),
+    )
 
 
 def text(target: Target, found: Sequence[Staircase]) -> str:

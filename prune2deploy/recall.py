@@ -68,6 +68,11 @@ def context(target: Target, backend: Backend) -> Context:
     )
 
 
+def timings(target: Target, backend: Backend, *, cache: bool = True) -> Timings:
+    """The cache of this user's as a run for ``target`` sees it; none where ``cache`` is false."""
+    return Timings(folder() if cache else None, context(target, backend))
+
+
 @dataclass(frozen=True)
 class Recalled:
     """What earlier runs left for this one, as the journal keeps it.
@@ -98,6 +103,11 @@ class Timings:
         self.losses = None if place is None else place / LOSSES
         self._here = here
         self.notes: list[str] = []
+
+    @property
+    def kept(self) -> bool:
+        """Whether there is a cache at all."""
+        return self._path is not None
 
     def builds(self, graph: Graph) -> tuple[Build, ...]:
         """The latest builds of this model; ``measured_ms`` is a multiple of the unpruned one's."""

@@ -9,9 +9,9 @@ operators are handed back as a captured module instead (``capture``).
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -21,12 +21,14 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prune2deploy.capture import capture
+from prune2deploy.copying import copied
 from prune2deploy.errors import PruneError
 from prune2deploy.graph.axes import Graph
-from prune2deploy.graph.calling import Forward, quiet, run, tensors_in
+from prune2deploy.graph.calling import Forward, quiet, run, stored_tensors, tensors_in
 from prune2deploy.graph.layout import find
-from prune2deploy.graph.recording import Operation, Recording, Ref
+from prune2deploy.graph.recording import Operation, Recording, refs_in
 from prune2deploy.graph.rules import VARYING
+from prune2deploy.graph.shapes import on_shapes, outlined
 from prune2deploy.graph.trace import unwrap
 from prune2deploy.plan.plan import Plan
 from prune2deploy.widths import Widths
@@ -56,16 +58,25 @@ def apply(model: nn.Module, graph: Graph, plan: Plan, example_inputs: Any = None
     recording: Recording = graph.recording
     example = recording.example if example_inputs is None else example_inputs
     kept = kept_positions(graph, plan)
-    pruned = copy.deepcopy(source)
-    slice_tensors(pruned, kept)
+    pruned = sliced_copy(source, kept)
     widths = Widths(graph, plan)
     update_attributes(pruned, recording, widths)
-    for name in plan.removed:
-        pruned.set_submodule(name, nn.Identity())
+    for call in recording.spans(plan.removed).values():
+        pruned.set_submodule(call.name, nn.Identity() if call.plain else Skipped())
     operations = recording.without(plan.removed)
-    if runs_as_planned(pruned, operations, widths, example, recording.forward_fn):
+    if runs_as_planned(
+        pruned, operations, widths, example, recording.forward_fn, shapes=recording.on_shapes
+    ):
         return pruned
     return _captured(pruned, source, graph, plan, example)
+
+
+class Skipped(nn.Module):
+    """In place of a removed block that takes more than one argument: hands on the first."""
+
+    def forward(self, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """The first argument."""
+        return x
 
 
 def _captured(
@@ -103,6 +114,16 @@ def kept_positions(graph: Graph, plan: Plan) -> dict[str, list[npt.NDArray[np.in
     }
 
 
+def sliced_copy(module: nn.Module, kept: Kept) -> nn.Module:
+    """A deep copy whose stored tensors are sliced; what goes is never copied."""
+    done: dict[int, Any] = {}
+    for name, tensor in stored_tensors(module):
+        dims = kept[name]
+        if id(tensor) not in done and any(positions is not None for positions in dims):
+            done[id(tensor)] = sliced(tensor, dims, with_gradient=False)
+    return copied(module, done)
+
+
 def slice_tensors(module: nn.Module, kept: Kept) -> None:
     """Slice parameters and buffers in place; tensors that are shared stay shared."""
     done: dict[int, torch.Tensor] = {}
@@ -120,13 +141,18 @@ def slice_tensors(module: nn.Module, kept: Kept) -> None:
         table[leaf] = done[id(old)]
 
 
-def sliced(tensor: torch.Tensor, dims: list[npt.NDArray[np.int64] | None]) -> torch.Tensor:
+def sliced(
+    tensor: torch.Tensor,
+    dims: list[npt.NDArray[np.int64] | None],
+    *,
+    with_gradient: bool = True,
+) -> torch.Tensor:
     """Keep the given positions of each dimension; a parameter stays one, its gradient follows."""
     result = _pick(tensor.detach(), dims)
     if not isinstance(tensor, nn.Parameter):
         return result
     parameter = nn.Parameter(result, requires_grad=tensor.requires_grad)
-    if tensor.grad is not None:
+    if with_gradient and tensor.grad is not None:
         parameter.grad = _pick(tensor.grad, dims)
     return parameter
 
@@ -161,6 +187,8 @@ def update_attributes(module: nn.Module, recording: Recording, widths: Widths) -
                 _follow_weight(part, attributes)
         if isinstance(part, nn.RNNBase):
             _follow_recurrent(part)
+        elif isinstance(part, nn.RNNCellBase):
+            part.input_size, part.hidden_size = part.weight_ih.shape[1], part.weight_hh.shape[1]
         if isinstance(part, CONVOLUTIONS):
             _follow_convolution(part, widths.of(symbols.get(name, {}).get("groups", ())))
         elif isinstance(part, nn.GroupNorm) and name in symbols:
@@ -188,6 +216,9 @@ def _follow_recurrent(part: nn.RNNBase) -> None:
     part._flat_weights = [getattr(part, name) for name in part._flat_weights_names]
     part.input_size = part._parameters["weight_ih_l0"].shape[1]  # type: ignore[union-attr]
     part.hidden_size = part._parameters["weight_hh_l0"].shape[1]  # type: ignore[union-attr]
+    if part.proj_size:  # what comes back is the projection of the hidden units
+        projection = part.get_parameter("weight_hr_l0")
+        part.proj_size, part.hidden_size = projection.shape
 
 
 def _follow_convolution(part: nn.modules.conv._ConvNd, groups: int | None) -> None:
@@ -223,18 +254,23 @@ def runs_as_planned(
     widths: Widths,
     example: Any,
     forward_fn: Forward | None = None,
+    *,
+    shapes: bool = False,
 ) -> bool:
-    """Whether the module runs these operators, each with the shapes that the plan implies."""
-    shapes = _Shapes()
+    """Whether the module runs these operators, each with the shapes that the plan implies.
+
+    With ``shapes`` it is run as it was recorded, on shapes without values.
+    """
+    seen = _Shapes()
     try:
-        with quiet(module), shapes:
-            run(module, example, forward_fn)
+        with quiet(module), on_shapes(module, shapes), seen:
+            run(module, outlined(example) if shapes else example, forward_fn)
     except Exception:  # noqa: BLE001  the user's code may fail in any way when widths change
         return False
     known = list(itertools.takewhile(_known_size, operations))
-    if len(known) == len(operations) != len(shapes.seen):
+    if len(known) == len(operations) != len(seen.seen):
         return False
-    for (name, found), operation in zip(shapes.seen, known, strict=False):
+    for (name, found), operation in zip(seen.seen, known, strict=False):
         if name != operation.func._schema.name:
             return False
         planned = tuple(widths.shape(dims) for dims in operation.layouts)
@@ -251,8 +287,7 @@ def _known_size(operation: Operation) -> bool:
 def check_outputs(module: nn.Module, recording: Recording, widths: Widths, example: Any) -> None:
     """Raise PruneError unless the module runs and returns the shapes that the original returns."""
     try:
-        with quiet(module):
-            result = run(module, example, recording.forward_fn)
+        result = _result(module, recording, example)
     except Exception as error:
         raise PruneError(
             f"the pruned model does not run: {type(error).__name__}: {error}. Expected it to run "
@@ -267,10 +302,10 @@ def check_outputs(module: nn.Module, recording: Recording, widths: Widths, examp
         raise PruneError(f"the pruned model returns shapes {found}, expected {planned}")
 
 
-def refs_in(tree: Any) -> list[Any]:
-    """The value references of a nested result, in order."""
-    if isinstance(tree, Mapping):
-        tree = list(tree.values())
-    if isinstance(tree, list | tuple):
-        return [ref for item in tree for ref in refs_in(item)]
-    return [tree] if isinstance(tree, Ref) else []
+def _result(module: nn.Module, recording: Recording, example: Any) -> Any:
+    """What the module returns, in shapes where the recording shows that these will do."""
+    if recording.on_shapes:
+        with suppress(Exception), quiet(module), on_shapes(module, True):
+            return run(module, outlined(example), recording.forward_fn)
+    with quiet(module):
+        return run(module, example, recording.forward_fn)

@@ -6,6 +6,7 @@ export to ONNX and have every width computed from the layouts instead of spelt o
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ class Writer(Protocol):
 
     graph: fx.Graph
     recording: Recording
+    reads: Counter[int]
 
     def value(self, number: int) -> Argument:
         """The node of a recorded value."""
@@ -191,9 +193,9 @@ def _softmax(writer: Writer, operation: Operation) -> fx.Node:
 def _max_pool(writer: Writer, operation: Operation) -> fx.Node:
     function = F.max_pool3d if "3d" in operation.func._schema.name else F.max_pool2d
     names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
-    return writer.call(
-        function, operation.args[0], *(given(operation, n) or _none(n) for n in names)
-    )
+    found = (given(operation, n) or _none(n) for n in names)
+    indices = bool(writer.reads[operation.outputs[1]])
+    return writer.call(function, operation.args[0], *found, return_indices=indices)
 
 
 def _none(name: str) -> Any:
@@ -232,6 +234,12 @@ def _sampled(writer: Writer, operation: Operation) -> fx.Node:
     return writer.call(F.grid_sample, x, grid, modes[mode], paddings[padding], corners)
 
 
+def _dropout(writer: Writer, operation: Operation) -> fx.Node:
+    """Drops again while the captured module trains."""
+    x, p, kind = operation.args
+    return writer.call(getattr(F, kind), x, p, writer.graph.get_attr("training"))
+
+
 def _identity(writer: Writer, operation: Operation) -> Argument:
     return writer.argument(operation.args[0])
 
@@ -254,7 +262,7 @@ _RESIZING = (
     "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
 )  # fmt: skip
 
-SPELLINGS: dict[str, Callable[[Writer, Operation], Argument]] = {
+_ATEN: dict[str, Callable[[Writer, Operation], Argument]] = {
     f"aten::{name}": spelling
     for names, spelling in (
         (("view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy"), _view),
@@ -279,13 +287,14 @@ SPELLINGS: dict[str, Callable[[Writer, Operation], Argument]] = {
     )
     for name in names
 }
+
+SPELLINGS = {**_ATEN, "prune2deploy::dropout": _dropout}
 """Operators written in the form that has gradients, exporters and size arguments."""
 
-FIRST_ONLY = frozenset(
-    f"aten::{name}"
-    for name in (
-        *_NORMS, *_ATTENTIONS, "native_layer_norm", "native_group_norm",
-        "max_pool2d_with_indices", "max_pool3d_with_indices",
-    )
-)  # fmt: skip
+POOLS = frozenset({"aten::max_pool2d_with_indices", "aten::max_pool3d_with_indices"})
+"""Operators whose second result is there where something reads it."""
+
+FIRST_ONLY = POOLS | frozenset(
+    f"aten::{name}" for name in (*_NORMS, *_ATTENTIONS, "native_layer_norm", "native_group_norm")
+)
 """Operators of which only the first result is used once they are spelt as functions."""

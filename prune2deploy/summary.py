@@ -18,6 +18,7 @@ from prune2deploy.job import Attempt, Job, Outcome
 from prune2deploy.journal import encode
 from prune2deploy.measure import LatencyStats
 from prune2deploy.plan.choices import grid
+from prune2deploy.plan.latency_model import numbers
 from prune2deploy.report import write
 from prune2deploy.report.content import (
     AxisLine,
@@ -217,7 +218,22 @@ def _limits(outcome: Outcome) -> Limits:
         overhead_ms=_overhead(outcome),
         channel_multiple=outcome.multiple,
         multiple_source=outcome.multiple_source,
+        memory_share=memory_share(outcome),
+        gap=outcome.gap.share if outcome.gap else None,
+        gap_exact=outcome.gap is None or outcome.gap.exact,
     )
+
+
+def memory_share(outcome: Outcome) -> float | None:
+    """Share of the baseline's operator time that goes with elements moved, by the fitted costs."""
+    model = outcome.whole or outcome.model
+    if model is None or model.method != "profiles":
+        return None
+    moved = 0.0
+    for operator in model.operators:
+        _, read, written = numbers(operator.work, model.sizes)
+        moved += operator.share * ms(operator.cost[1] * read + operator.cost[2] * written)
+    return min(1.0, moved / max(model.operators_ms({}), 1e-12))
 
 
 def _overhead(outcome: Outcome) -> float | None:

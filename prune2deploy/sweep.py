@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from prune2deploy import candidate, measure, opening, summary
+from prune2deploy import candidate, measure, opening, probing, recall, summary
 from prune2deploy.calibration import notices
 from prune2deploy.candidate import Built, Workshop
 from prune2deploy.config import SweepOptions
@@ -49,7 +49,7 @@ def sweep(job: Job, options: SweepOptions, name: str) -> SweepReport:
     """
     job.run.journal.open_session()
     shop = opening.open_workshop(job, options.model, len(options.ratios))
-    multiple = opening.channel_multiple(shop.target)
+    multiple, _ = probing.settle(shop, recall.timings(shop.target, shop.backend))
     scores = score(options.importance, job.module, shop.graph, job.batches)
     curves = importance_curves(shop.graph, scores)
     baseline = candidate.baseline(shop)

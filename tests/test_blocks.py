@@ -84,3 +84,77 @@ def test_a_plan_survives_json():
         Plan.from_json('{"schema": 99, "kept": {}}')
     with pytest.raises(PlanError, match="not a plan"):
         Plan.from_json("[]")
+
+
+class Masked(nn.Module):
+    """Blocks that take a mask besides what they change, as transformers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.blocks = nn.ModuleList(MaskedBlock() for _ in range(2))
+
+    def forward(self, x):
+        mask = x.sum(-1, keepdim=True) > 0
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x, mask=mask)
+        return self.head(x)
+
+
+class MaskedBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x, mask):
+        return x + self.inner(x) * mask
+
+
+def test_blocks_are_found_whatever_the_batch():
+    for batch in (1, 3):
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        model = nn.Sequential(nn.Linear(4, 8), layer, nn.Linear(8, 2)).eval()
+        layer.norm_first = True
+        assert [b.name for b in trace(model, torch.randn(batch, 5, 4)).blocks] == ["1"]
+
+
+class Windowed(nn.Module):
+    """Adds in one view of its input and in another."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        n, h, w, c = x.shape
+        x = (x + self.a(x)).reshape(n, h * w, c)
+        return (x + self.b(x)).view(n, h, w, c)
+
+
+def test_blocks_that_add_in_another_view_are_found_and_those_that_turn_are_not():
+    class Turned(Windowed):
+        def forward(self, x):
+            return super().forward(x).transpose(1, 2)
+
+    x = torch.randn(1, 3, 3, 4)
+    for block, found in ((Windowed(), ["1"]), (Turned(), [])):
+        model = nn.Sequential(nn.Linear(4, 8), block, nn.Linear(8, 2)).eval()
+        graph = trace(model, x)
+        assert [b.name for b in graph.blocks] == found
+        for name in found:
+            pruned = apply(model, graph, Plan({}, removed=(name,)))
+            torch.testing.assert_close(pruned(x), model[2](model[0](x)))
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_blocks_with_more_than_one_argument_are_removable_too(captured):
+    model, x = Masked().eval(), torch.randn(3, 4)
+    graph = trace(model, x)
+    assert [b.name for b in graph.blocks] == ["blocks.0", "blocks.1"]
+    plan = Plan({}, removed=("blocks.0",))
+    pruned = apply(model, graph, plan)
+    if captured:
+        pruned = capture(copy.deepcopy(pruned), model, graph, plan)
+    mask = x.sum(-1, keepdim=True) > 0
+    torch.testing.assert_close(pruned(x), model.head(model.blocks[1](model.stem(x), mask)))

@@ -19,7 +19,7 @@ ORDER = [
     {"graph"},
     {"importance"},
     {"plan"},
-    {"slicing", "capture", "folding", "spellings", "widths"},
+    {"slicing", "capture", "copying", "folding", "spellings", "widths", "writes"},
     {"recover"},
     {"export", "simplify", "precision", "parity", "activations", "quantize", "ranges"},
     {"backends", "lowering"},
@@ -28,6 +28,7 @@ ORDER = [
     {"report"},
     {
         "loop",
+        "learning",
         "job",
         "sweep",
         "candidate",

@@ -1,11 +1,13 @@
 """The staircase of a device is found, kept, shown, and used by later runs."""
 
+import dataclasses
 import json
 
 import pytest
 
 from prune2deploy import cli, probing, recall, target
 from prune2deploy.backends import registry
+from prune2deploy.measure import native_channel_multiple
 from prune2deploy.plan.alignment import FAMILIES
 from prune2deploy.progress import silent
 from prune2deploy.recall import Timings
@@ -40,16 +42,28 @@ def timings_of(path):
 
 
 @pytest.mark.parametrize("step", [8, 16, 32])
-def test_the_step_of_the_formula_is_found_and_used(tmp_path, place, step):
+def test_the_step_of_the_formula_is_found_kept_and_used(tmp_path, place, step):
     one, backend, timings = timings_of(profile(tmp_path, step))
-    before = probing.multiple(one, timings)
-    assert before[1] == "detected on this machine"
-    found = probing.probe(one, backend, timings, silent)
+    heard = []
+    assert probing.multiple(one, backend, timings, heard.append) == (step, "probed on this device")
+    assert len(heard) == 4 * 12
+    found = probing.probe(one, backend, timings, heard.append)
     assert {s.family for s in found} == set(FAMILIES)
     assert all(s.step == step for s in found if s.family != "depthwise")
-    assert probing.multiple(one, timings) == (step, "probed on this device")
-    other = timings_of(profile(tmp_path, 64))
-    assert probing.multiple(other[0], other[2])[1] == "detected on this machine"
+    assert probing.multiple(one, backend, timings, heard.append)[0] == step
+    assert len(heard) == 4 * 12  # from the cache
+
+
+def test_the_profile_overrides_and_without_a_cache_the_cpu_decides(tmp_path, place):
+    path = profile(tmp_path, 32)
+    one, backend, timings = timings_of(path)
+    named = dataclasses.replace(one, channel_multiple=4)
+    given = (4, "given by the target profile")
+    assert probing.multiple(named, backend, timings, silent) == given
+    off = Timings(None, recall.context(one, backend))
+    detected = (native_channel_multiple(), "detected on this machine")
+    assert probing.multiple(one, backend, off, silent) == detected
+    assert not place.exists()
 
 
 def test_what_is_known_is_not_timed_again(tmp_path, place):

@@ -11,8 +11,8 @@ import prune2deploy
 EXPECTED = {
     "Axis", "BackendError", "BudgetUnreachable", "BuildError", "ConfigError", "ExportError",
     "Extras", "Graph", "MeasureError", "MissingBackend", "ModelError", "ParityError", "Plan",
-    "PlanError", "Prune2DeployError", "PruneError", "Result", "TraceError", "Unstable", "prune",
-    "prune_to_budget", "trace",
+    "PlanError", "Prune2DeployError", "PruneError", "Result", "TraceError", "Unstable",
+    "load_pruned", "prune", "prune_to_budget", "trace",
 }  # fmt: skip
 
 

@@ -59,11 +59,11 @@ def place(tmp_path, monkeypatch):
 def run(tmp_path):
     """Prune a net to a speed-up on a device of known latency."""
 
-    def start(name, speedup, threads=1, **more):
+    def start(name, speedup, threads=1, widths=(64, 96, 48, 64), **more):
         target = tmp_path / f"formula{threads}.toml"
         target.write_text(FORMULA.format(threads=threads))
         torch.manual_seed(0)
-        net, example = Net().eval(), torch.randn(1, 3, 8, 8)
+        net, example = Net(widths).eval(), torch.randn(1, 3, 8, 8)
         more = {"target": target, "run_dir": tmp_path / name, **more}
         return prune2deploy.prune_to_budget(net, example, speedup=speedup, **more)
 
@@ -84,6 +84,16 @@ def test_a_second_budget_needs_no_probes(run, place):
     assert "recalled" in " ".join(second.report.notes)
     third = run("c", 3.0, cache=False)
     assert steps(third).count("probe") == 3
+
+
+def test_a_sibling_model_needs_fewer_probes(run, place):
+    run("a", 1.5)
+    sibling = run("b", 1.8, widths=(64, 96, 64, 48, 80))
+    assert sibling.met and steps(sibling).count("probe") == 2
+    assert 0.97 <= sibling.report.final.p50_ms / sibling.report.budget_ms <= 1
+    assert "other models on this device" in " ".join(sibling.report.notes)
+    stranger = run("c", 1.8, widths=(64, 96, 64, 48, 80), threads=2)
+    assert steps(stranger).count("probe") == 3
 
 
 def test_another_thread_count_shares_nothing(run, place):

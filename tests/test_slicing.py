@@ -144,10 +144,37 @@ def test_slicing_in_place_takes_gradients_along():
     assert not model[2].bias.requires_grad
 
 
-def test_forward_pass_keeps_working_under_wrappers():
+def distributed(module):
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    return nn.parallel.DistributedDataParallel(module)
+
+
+@pytest.fixture
+def alone():
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+WRAPPERS = {
+    "parallel": nn.DataParallel,
+    "distributed": distributed,
+    "compiled": torch.compile,
+    "compiled and distributed": lambda module: torch.compile(distributed(module)),
+}
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_wrappers_are_looked_through(wrapper):
     inner = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
-    graph = trace(nn.DataParallel(inner), torch.randn(1, 4))
+    wrapped, x = WRAPPERS[wrapper](inner), torch.randn(1, 4)
+    graph = trace(wrapped, x)
     assert [a.name for a in graph.prunable] == ["0"]
+    pruned = apply(wrapped, graph, Plan({"0": (1, 4)}))
+    assert type(pruned) is nn.Sequential and pruned[0].out_features == 2
+    assert pruned(x).shape == (1, 2) and inner[0].out_features == 6
 
 
 @pytest.mark.parametrize(
@@ -254,6 +281,33 @@ def test_branches_that_run_in_training_only_are_pruned_along():
     main, extra = pruned(torch.randn(2, 3, 6, 6))
     (main.sum() + extra.sum()).backward()
     assert pruned.extra.weight.grad is not None
+
+
+class HalfWay(Auxiliary):
+    """Its second head has two layers, and training stops between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.extra, self.after = nn.Linear(8, 6), nn.Linear(6, 2)
+        self.between = nn.BatchNorm1d(6)
+
+    def forward(self, x, labels=None):
+        x = self.norm(self.stem(x)).mean((2, 3))
+        if not self.training:
+            return self.head(x)
+        y = self.between(self.extra(x))
+        assert labels is not None, "training needs labels"
+        return self.head(x), self.after(y)
+
+
+def test_a_branch_that_was_seen_half_way_still_trains():
+    model, x = HalfWay().eval(), torch.randn(1, 3, 6, 6)
+    graph = trace(model, x)
+    assert graph["extra"].frozen == "its branch cannot run in training on these inputs"
+    pruned = apply(model, graph, halves(graph)).train()
+    assert (pruned.extra.in_features, pruned.extra.out_features) == (4, 6)
+    main, extra = pruned(torch.randn(2, 3, 6, 6), labels=1)
+    (main.sum() + extra.sum()).backward()
 
 
 def test_parameters_that_nothing_uses_stay_and_do_no_harm():

@@ -80,13 +80,13 @@ def test_data_finds_the_branch_that_does_not_matter(target, tmp_path, batches):
 def test_losses_are_not_measured_again(target, tmp_path, batches, monkeypatch):
     monkeypatch.setenv(recall.PLACE, str(tmp_path / "cache"))
     calls = []
-    real = Loss.of
+    real = Loss.__call__
 
-    def of(self, plan):
-        calls.append(plan)
-        return real(self, plan)
+    def lost(self, counts):
+        calls.append(counts)
+        return real(self, counts)
 
-    monkeypatch.setattr(Loss, "of", of)
+    monkeypatch.setattr(Loss, "__call__", lost)
     seen = []
 
     def stop(step):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,11 @@ from prune2deploy.slicing import apply
 from prune2deploy.worth import TIE
 
 SIDE, WIDTHS, BLOCKS = 16, (64, 128), (2, 2)
-TRAIN, FEW = 800, 512
+TRAIN, FEW, DRAWS = 800, 512, 5
 EXAMPLE = (torch.zeros(1, 1, SIDE, SIDE),)
 PEERS = ("tp uniform", "tp uniform round_to", "tp global", "tp global round_to")
 OURS = ("ours", "ours, scores only")
-METHODS = (OURS[0], *PEERS, OURS[1])
+METHODS = (*OURS, *PEERS)
 
 
 class Block(nn.Module):
@@ -100,7 +100,11 @@ class Case:
 
 
 def digits(seed: int) -> tuple[TensorDataset, TensorDataset]:
-    """Digits at 16x16, each turned, moved, scaled and covered with noise; 800 to train on."""
+    """Digits at 16x16, each turned, moved, scaled and covered with noise.
+
+    Returns:
+        800 to train on, and the other 997 to test with, each of these in five distortions.
+    """
     from sklearn.datasets import load_digits
 
     raw = load_digits()
@@ -108,17 +112,20 @@ def digits(seed: int) -> tuple[TensorDataset, TensorDataset]:
     order = torch.randperm(len(raw.images), generator=dice)
     pictures = torch.tensor(raw.images, dtype=torch.float32)[order, None] / 16
     labels = torch.tensor(np.asarray(raw.target), dtype=torch.int64)[order]
+    learn = TensorDataset(distorted(pictures[:TRAIN], dice), labels[:TRAIN])
+    draws = [distorted(pictures[TRAIN:], dice) for _ in range(DRAWS)]
+    return learn, TensorDataset(torch.cat(draws), labels[TRAIN:].repeat(DRAWS))
+
+
+def distorted(pictures: Tensor, dice: torch.Generator) -> Tensor:
+    """(n, 1, side, side) in 0..1 to (n, 1, 16, 16)."""
     draw = torch.rand(len(pictures), 4, generator=dice) * 2 - 1
     angle, scale = 0.35 * draw[:, 0], 1 + 0.15 * draw[:, 1]
     turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
     matrix = torch.cat([turn * scale[:, None, None], 0.15 * draw[:, 2:, None]], 2)
     grid = F.affine_grid(matrix, [len(pictures), 1, SIDE, SIDE], align_corners=False)
     seen = F.grid_sample(pictures, grid, mode="bilinear", align_corners=False)
-    seen = seen + 0.25 * torch.randn(seen.shape, generator=dice)
-    return (
-        TensorDataset(seen[:TRAIN], labels[:TRAIN]),
-        TensorDataset(seen[TRAIN:], labels[TRAIN:]),
-    )
+    return seen + 0.25 * torch.randn(seen.shape, generator=dice)
 
 
 def train(seed: int, epochs: int, folder: Path) -> Case:
@@ -139,15 +146,15 @@ def train(seed: int, epochs: int, folder: Path) -> Case:
     return Case(module, data, test, few, seed, evaluate(module, test).top1)
 
 
-def recovered(case: Case, module: nn.Module, epochs: int) -> tuple[float, float]:
-    """Accuracy after BatchNorm re-estimation, and after the fine-tuning that all methods get."""
+def recovered(case: Case, module: nn.Module, epochs: Sequence[int]) -> dict[int, float]:
+    """Top-1 after BatchNorm re-estimation (0), and after fine-tuning for so many epochs each."""
     reestimate_batchnorm(module, case.few)
-    before = evaluate(module, case.test).top1
-    if not epochs:
-        return before, before
-    options = FinetuneOptions(epochs=epochs, lr=0.02, seed=case.seed, device="cpu")
-    trained = finetune(module, case.module, case.train, options).module
-    return before, evaluate(trained, case.test).top1
+    found = {0: evaluate(module, case.test).top1}
+    for many in epochs:
+        options = FinetuneOptions(epochs=many, lr=0.02, seed=case.seed, device="cpu")
+        trained = finetune(module, case.module, case.train, options).module
+        found[many] = evaluate(trained, case.test).top1
+    return found
 
 
 class Pruner:
@@ -155,6 +162,7 @@ class Pruner:
 
     def __init__(self, method: str, case: Case, yard: Yard) -> None:
         self.method, self.case, self.yard = method, case, yard
+        self._losses: dict[tuple[tuple[str, int], ...], float] = {}
         if method in OURS:
             self.scores = score("taylor", case.module, yard.graph, case.few)
             curves = importance_curves(yard.graph, self.scores)
@@ -172,7 +180,8 @@ class Pruner:
     def search(self, limit: float, most: int) -> list[Trial]:
         """Builds on the way to ``limit``, a fraction of the dense latency."""
         if self.method in OURS:
-            return correct(self.yard, self.choices, limit, most)
+            rank = self._loss if self.method == "ours" else None
+            return correct(self.yard, self.choices, limit, most, rank)
         return bisect(self._peer, self.yard, limit, most)
 
     def module(self, trial: Trial) -> nn.Module:
@@ -186,9 +195,12 @@ class Pruner:
         return apply(self.case.module, self.yard.graph, plan, EXAMPLE)
 
     def _loss(self, counts: Mapping[str, int]) -> float:
-        module = self._cut(counts) if counts else copy.deepcopy(self.case.module)
-        reestimate_batchnorm(module, self.case.few)
-        return evaluate(module, self.case.few).loss
+        key = tuple(sorted(counts.items()))
+        if key not in self._losses:
+            module = self._cut(counts) if counts else copy.deepcopy(self.case.module)
+            reestimate_batchnorm(module, self.case.few)
+            self._losses[key] = evaluate(module, self.case.few).loss
+        return self._losses[key]
 
     def _peer(self, ratio: float) -> nn.Module:
         module = copy.deepcopy(self.case.module)

@@ -149,7 +149,13 @@ def bisect(
     return trials
 
 
-def correct(yard: Yard, among: tuple[Choice, ...], limit: float, most: int = 6) -> list[Trial]:
+def correct(
+    yard: Yard,
+    among: tuple[Choice, ...],
+    limit: float,
+    most: int = 6,
+    rank: Callable[[Mapping[str, int]], float] | None = None,
+) -> list[Trial]:
     """Fit, allocate, build and measure until a build lies in the window."""
     trials: list[Trial] = []
     limit_ms = limit * yard.base_ms
@@ -157,7 +163,7 @@ def correct(yard: Yard, among: tuple[Choice, ...], limit: float, most: int = 6) 
         problem = Problem(yard.graph, yard.fit(), among, limit_ms)
         up = bool(trials) and trials[-1].share <= limit
         tried = [pruned(yard.graph, t.setting) for t in trials if isinstance(t.setting, Mapping)]
-        found = propose(Question(problem, aim(limit_ms, NUDGE), tried, up))
+        found = propose(Question(problem, aim(limit_ms, NUDGE), tried, up, rank))
         if found is None:
             break
         if all(build.counts != found.counts for build in yard.builds):

@@ -219,7 +219,9 @@ of the same batch size, but narrower ones (all YOLO heads do); a captured model 
 original returns in evaluation mode, and is not compared. `params`: as many parameters as the
 graph's formulas say, fewer than before. `nothing`: the captured form of the untouched model
 computes what the model computes (1e-3 relative). `onnx`, `parity`: TorchScript export, and ONNX
-Runtime within 1e-3 of the largest output. A dash marks a check that the *original* model does not
+Runtime within 1e-3 of the largest output; where a model ranks what it returns (top-k, sort,
+non-maximum suppression), rounding decides between near ties, and rows that come in another order
+are compared with the row most like them. A dash marks a check that the *original* model does not
 pass either. `share`: parameters that a prunable axis cuts, over all parameters of rank two and
 more. `captured`: the model's own code holds widths as constants, so that the pruned model is a
 captured graph.

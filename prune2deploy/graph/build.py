@@ -208,11 +208,16 @@ def _blocks(recording: Recording) -> Iterable[Block]:
     for call in recording.calls:
         once[call.name] = once.get(call.name, 0) + 1
     for call in recording.calls:
-        if not (call.plain and call.name and len(call.inputs) == 1 and once[call.name] == 1):
+        if not (call.leads and call.name and once[call.name] == 1):
             continue
         before, after = (recording.values[n[0]] for n in (call.inputs, call.outputs))
-        same = [find(n) for n in before.dims] == [find(n) for n in after.dims]
+        same = _term_by_term(before.dims) == _term_by_term(after.dims)
         if same and call.inputs[0] in after.residual:
             weights = tuple(name for name in stored if name.startswith(call.name + "."))
             if weights:
                 yield Block(call.name, weights)
+
+
+def _term_by_term(dims: Layout) -> list[Node | None]:
+    """The terms of a layout; all dimensions of size one are alike."""
+    return [find(node) if node.size > 1 else None for node in dims]

@@ -11,19 +11,26 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from prune2deploy.graph.dropout import VisibleDropout
+
 Inputs = tuple[Any, ...] | dict[str, Any]
 Forward = Callable[[nn.Module, Any], Any]
+
+PLAIN = frozenset({type(None), bool, int, float, str, torch.dtype, torch.device})
+"""Types of which most arguments are, and in which nothing is nested."""
 
 
 def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
     """Every tensor of nested lists, tuples, dicts and dataclass-like mappings, in order."""
     if isinstance(tree, torch.Tensor):
         yield tree
-    elif isinstance(tree, Mapping):
-        for item in tree.values():
-            yield from tensors_in(item)
+    elif type(tree) in PLAIN:
+        return
     elif isinstance(tree, list | tuple):
         for item in tree:
+            yield from tensors_in(item)
+    elif isinstance(tree, Mapping):
+        for item in tree.values():
             yield from tensors_in(item)
     elif is_dataclass(tree) and not isinstance(tree, type):
         for _, item in items_of(tree):
@@ -37,23 +44,32 @@ def items_of(record: Any) -> list[tuple[str, Any]]:
 
 def stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters and buffers under all their names, shared ones repeatedly."""
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
+    owners = list(model.named_modules(remove_duplicate=False))
+    for tables in ("_parameters", "_buffers"):
+        for path, owner in owners:
+            prefix = f"{path}." if path else ""
+            for leaf, tensor in getattr(owner, tables).items():
+                if tensor is not None:
+                    yield prefix + leaf, tensor
 
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients or fused attention fast path; all restored on leaving.
 
+    Dropout that is called as a function shows as an operator.
+
     Attributes that the forward pass sets (caches of anchors, masks, positions) are set back too:
     the model is left as it was, and each later pass sees what the first one saw.
     """
-    saved = [(module, _Attributes(module)) for module in model.modules()]
+    modules = list(model.modules())
+    saved = [(module, _Attributes(module)) for module in modules]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     model.eval()
     try:
-        with torch.no_grad(), _Answered() if _meta(model) else nullcontext():
+        answers = _Answered() if _meta(modules) else nullcontext()
+        with torch.no_grad(), VisibleDropout(), answers:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -73,8 +89,9 @@ class _Answered(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _meta(model: nn.Module) -> bool:
-    return any(tensor.is_meta for _, tensor in stored_tensors(model))
+def _meta(modules: list[nn.Module]) -> bool:
+    tables = (table for m in modules for table in (m._parameters, m._buffers) if table)
+    return any(t.is_meta for table in tables for t in table.values() if t is not None)
 
 
 class _Attributes:

@@ -19,6 +19,7 @@ from prune2deploy.errors import TraceError
 from prune2deploy.graph import layout as algebra
 from prune2deploy.graph import rules_layers, rules_pick, rules_shape, rules_space  # noqa: F401  fill the table
 from prune2deploy.graph.calling import (
+    PLAIN,
     Forward,
     Inputs,
     as_inputs,
@@ -31,17 +32,25 @@ from prune2deploy.graph.calling import (
 from prune2deploy.graph.layout import Layout, leaf
 from prune2deploy.graph.recording import Contraction, ModuleCall, Operation, Recording, Ref, Struct
 from prune2deploy.graph.rules import Call, Value, apply_rule
+from prune2deploy.graph.shapes import on_shapes, outlined
 from prune2deploy.graph.training import couple_training_branches
 
 
 class Recorder(TorchDispatchMode):
     """The dispatch mode that fills a ``Recording``."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Any,
+        forward_fn: Forward | None = None,
+        *,
+        on_shapes: bool = False,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-        self.recording = Recording()
+        self.recording = Recording(example=example, forward_fn=forward_fn, on_shapes=on_shapes)
         self._numbers: dict[int, int] = {}
-        self._used: set[int] = set()
+        self.used: set[int] = set()
         self._alive: list[torch.Tensor] = []  # keeps ids unique while recording
         self._names = {id(m): name for name, m in model.named_modules()}
         self._scopes: list[tuple[str, int]] = [("", 0)]
@@ -76,13 +85,15 @@ class Recorder(TorchDispatchMode):
             numbers.append(self._add(tensor, Value(dims)))
         self.recording.inputs = tuple(numbers)
 
-    def leave_outputs(self, result: Any) -> None:
+    def freeze_outputs(self, result: Any) -> None:
         """Freeze what the model returns."""
         for tensor in tensors_in(result):
-            value = self.recording.values[self.number(tensor)]
-            algebra.freeze(value.dims, "model output")
+            algebra.freeze(self.value(tensor).dims, "model output")
+
+    def leave_outputs(self, result: Any) -> None:
+        """Freeze what the model does not use, and settle what must stay equally wide."""
         self.recording.outputs = self.refer(result)
-        for number in set(self.recording.stored.values()) - self._used:
+        for number in set(self.recording.stored.values()) - self.used:
             algebra.freeze(self.recording.values[number].dims, "not used in the forward pass")
         algebra.settle_ties(self.recording.ties)
 
@@ -96,9 +107,11 @@ class Recorder(TorchDispatchMode):
 
     def refer(self, tree: Any) -> Any:
         """Replace the tensors of nested arguments by references."""
+        if type(tree) in PLAIN:
+            return tree
         if isinstance(tree, torch.Tensor):
             number = self.number(tree)
-            self._used.add(number)
+            self.used.add(number)
             return Ref(number)
         if isinstance(tree, list | tuple) and not isinstance(tree, torch.Size):
             items = [self.refer(item) for item in tree]
@@ -164,44 +177,72 @@ class Recorder(TorchDispatchMode):
             return
         given = tuple(self.number(t) for t in tensors_in((args, kwargs)))
         made = tuple(self.number(t) for t in tensors_in(result))
+        leads = isinstance(result, torch.Tensor) and isinstance((*args, None)[0], torch.Tensor)
         plain = isinstance(result, torch.Tensor) and len(args) == 1 and not kwargs
         last = len(self.recording.operations)
-        self.recording.calls.append(ModuleCall(name, module, given, made, first, last, plain))
+        call = ModuleCall(name, module, given, made, first, last, plain, leads)
+        self.recording.calls.append(call)
 
 
 def record(model: nn.Module, example: Any, forward_fn: Forward | None = None) -> Recording:
     """Run ``model`` once on ``example`` and record what it does.
 
+    The pass runs on shapes where these alone decide what the code does, else on values.
+
     Raises:
         TraceError: the forward pass fails, or returns no tensor.
     """
-    inputs = as_inputs(example)
-    recorder = Recorder(model)
-    recorder.enter_inputs(inputs)
-    recorder.recording.example, recorder.recording.forward_fn = example, forward_fn
-    handles = (
-        nn.modules.module.register_module_forward_pre_hook(recorder.before),
-        nn.modules.module.register_module_forward_hook(recorder.after, with_kwargs=True),
+    recorder, result = _on_shapes(model, example, forward_fn) or _on_values(
+        model, example, forward_fn
     )
-    try:
-        with quiet(model), recorder:
-            result = run(model, example, forward_fn)
-    except TraceError:
-        raise
-    except Exception as error:
-        shapes = [tuple(t.shape) for t in tensors_in(inputs)]
-        raise TraceError(
-            f"the forward pass of {type(model).__name__} failed on inputs of shapes {shapes}: "
-            f"{type(error).__name__}: {error}. Check that the example inputs fit the model."
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
     if next(tensors_in(result), None) is None:
         raise TraceError(
             f"{type(model).__name__} returned {type(result).__name__}, which holds no tensor; "
             "expected a tensor, or a tuple, list or dict of tensors"
         )
+    recorder.freeze_outputs(result)
     couple_training_branches(model, recorder)
     recorder.leave_outputs(result)
     return recorder.recording
+
+
+Watched = tuple[Recorder, Any]
+
+
+def _on_shapes(model: nn.Module, example: Any, forward_fn: Forward | None) -> Watched | None:
+    recorder = Recorder(model, example, forward_fn, on_shapes=True)
+    try:
+        return recorder, _watch(model, recorder)
+    except Exception:  # noqa: BLE001  whatever stops it: the pass on values says it as it is
+        return None
+
+
+def _on_values(model: nn.Module, example: Any, forward_fn: Forward | None) -> Watched:
+    recorder = Recorder(model, example, forward_fn)
+    try:
+        return recorder, _watch(model, recorder)
+    except TraceError:
+        raise
+    except Exception as error:
+        shapes = [tuple(t.shape) for t in tensors_in(as_inputs(example))]
+        raise TraceError(
+            f"the forward pass of {type(model).__name__} failed on inputs of shapes {shapes}: "
+            f"{type(error).__name__}: {error}. Check that the example inputs fit the model."
+        ) from error
+
+
+def _watch(model: nn.Module, recorder: Recorder) -> Any:
+    """The result of one forward pass under the recorder."""
+    recording = recorder.recording
+    example = outlined(recording.example) if recording.on_shapes else recording.example
+    recorder.enter_inputs(as_inputs(example))
+    handles = (
+        nn.modules.module.register_module_forward_pre_hook(recorder.before),
+        nn.modules.module.register_module_forward_hook(recorder.after, with_kwargs=True),
+    )
+    try:
+        with quiet(model), on_shapes(model, recording.on_shapes), recorder:
+            return run(model, example, recording.forward_fn)
+    finally:
+        for handle in handles:
+            handle.remove()

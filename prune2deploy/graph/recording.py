@@ -6,6 +6,7 @@ and ``capture`` (to write the operators down as a module).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,15 @@ class Ref:
     """Stands for a recorded value where an operator's arguments held a tensor."""
 
     number: int
+
+
+def refs_in(tree: Any) -> list[Ref]:
+    """The value references of nested arguments or results, in order."""
+    if isinstance(tree, Mapping):
+        tree = list(tree.values())
+    if isinstance(tree, list | tuple):
+        return [ref for item in tree for ref in refs_in(item)]
+    return [tree] if isinstance(tree, Ref) else []
 
 
 class Struct(dict[str, Any]):
@@ -58,7 +68,18 @@ class Operation:
 
 @dataclass(frozen=True, eq=False)
 class ModuleCall:
-    """One call of a module: its operators are ``first`` to ``last`` (exclusive)."""
+    """One call of a module.
+
+    Attributes:
+        name: Its path.
+        module: The module.
+        inputs: Value numbers of the tensors among its arguments, in order.
+        outputs: Likewise of its result.
+        first: Its first operator.
+        last: The first operator after it.
+        plain: Whether it takes one positional argument and returns one tensor.
+        leads: Whether its first argument is a tensor and it returns one tensor.
+    """
 
     name: str
     module: nn.Module
@@ -67,6 +88,7 @@ class ModuleCall:
     first: int
     last: int
     plain: bool
+    leads: bool
 
 
 @dataclass(eq=False)
@@ -85,6 +107,7 @@ class Recording:
         contractions: Per contracting operator: name, kind, weight, and its layouts.
         axis_names: Identity of a leaf to the name of its axis, once the graph is built.
         example: The example inputs and the function that called the model, to run it again.
+        on_shapes: Whether the pass ran on shapes, without values.
         roles: Per stored tensor and dimension: ``out`` where a contraction makes channels there,
             ``in`` where it consumes them.
     """
@@ -103,6 +126,12 @@ class Recording:
     axis_names: dict[int, str] = field(default_factory=dict)
     example: Any = None
     forward_fn: Forward | None = None
+    on_shapes: bool = False
+
+    def reads(self) -> Counter[int]:
+        """How often operators and the model's result read each value."""
+        trees = [(op.args, op.kwargs) for op in self.operations]
+        return Counter(ref.number for tree in (*trees, self.outputs) for ref in refs_in(tree))
 
     def mark(self) -> tuple[int, ...]:
         """Where the lists of the program end now, for ``rewind``."""

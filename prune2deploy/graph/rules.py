@@ -14,6 +14,7 @@ from typing import Any, Protocol, cast
 
 import torch
 
+from prune2deploy.errors import TraceError
 from prune2deploy.graph.layout import (
     Layout,
     Node,
@@ -73,8 +74,8 @@ class Notebook(Protocol):
 class Call:
     """One operator call as a rule sees it: arguments by schema name, layouts of tensors.
 
-    A rule notes in ``symbols`` which number arguments are widths, so that they can be computed
-    again for a pruned model.
+    ``name`` is the operator's, without overload (``aten::add``). A rule notes in ``symbols`` which
+    number arguments are widths, so that they can be computed again for a pruned model.
     """
 
     def __init__(
@@ -87,12 +88,8 @@ class Call:
         self.symbols: dict[str, Layout] = {}
         self._args = args
         self._kwargs = kwargs
-        self._places, self._defaults = _signature(func)
-
-    @property
-    def name(self) -> str:
-        """Qualified operator name without overload (``aten::add``)."""
-        return str(self.func._schema.name)
+        self.name, self._places, self._defaults = _signature(func)
+        self._tensors: list[torch.Tensor] | None = None
 
     def __getitem__(self, name: str) -> Any:
         """The argument of that name in the operator's schema, or its default."""
@@ -112,6 +109,11 @@ class Call:
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor among the arguments, those in lists included."""
+        if self._tensors is None:
+            self._tensors = self._find_tensors()
+        return self._tensors
+
+    def _find_tensors(self) -> list[torch.Tensor]:
         found = []
         for arg in (*self._args, *self._kwargs.values()):
             if isinstance(arg, torch.Tensor):
@@ -132,13 +134,13 @@ class Call:
 
 
 @cache
-def _signature(func: Any) -> tuple[dict[str, int], dict[str, Any]]:
+def _signature(func: Any) -> tuple[str, dict[str, int], dict[str, Any]]:
     places, defaults = {}, {}
     for place, argument in enumerate(func._schema.arguments):
         if not argument.kwarg_only:
             places[argument.name] = place
         defaults[argument.name] = argument.default_value
-    return places, defaults
+    return str(func._schema.name), places, defaults
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -159,7 +161,11 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def apply_rule(call: Call) -> list[Value]:
-    """The value of every output of ``call``; an operator without a rule freezes what it touches."""
+    """The value of every output of ``call``; an operator without a rule freezes what it touches.
+
+    Raises:
+        TraceError: a rule gives a layout that does not fit an output.
+    """
     if not call.outputs:
         return []
     found = RULES.get(call.name)
@@ -171,9 +177,14 @@ def apply_rule(call: Call) -> list[Value]:
     result = found(call)
     layouts = cast("Sequence[Layout]", [result] if _is_layout(result) else result)
     values = []
-    for tensor, dims in zip(call.outputs, layouts, strict=True):
-        sizes = tuple(node.size for node in dims)
-        assert sizes == tuple(tensor.shape), (call.name, sizes, tuple(tensor.shape))
+    made = [tuple(node.size for node in dims) for dims in layouts]
+    shapes = [tuple(tensor.shape) for tensor in call.outputs]
+    if made != shapes:
+        raise TraceError(
+            f"the rule of {call.name} gives layouts of sizes {made} for outputs of shapes "
+            f"{shapes}; expected one layout per output, one term per dimension, of the same sizes"
+        )
+    for dims in layouts:
         values.append(Value(dims))
         carry(call, values[-1])
     return values
@@ -185,7 +196,10 @@ def _is_layout(result: Layout | Sequence[Layout]) -> bool:
 
 FILLED = frozenset({"aten::zeros", "aten::ones", "aten::full", "aten::empty"})
 ADDITIONS = frozenset({"aten::add", "aten::add_"})
-COPIES = frozenset({"aten::clone", "aten::detach", "aten::alias", "aten::_to_copy"})
+COPIES = frozenset(
+    {"aten::clone", "aten::detach", "aten::alias", "aten::_to_copy", "prune2deploy::dropout"}
+)
+VIEWS = frozenset({"aten::view", "aten::_unsafe_view", "aten::reshape"})
 PARTS = frozenset({"aten::split", "aten::split_with_sizes", "aten::slice", "aten::chunk"})
 TURNS = frozenset({"aten::t", "aten::transpose", "aten::permute"})
 
@@ -203,7 +217,11 @@ def carry(call: Call, value: Value) -> None:
         if call.name in TURNS and source.origin:
             value.origin = tuple(source.origin[place] for place in turn(call, len(source.dims)))
         if call.name in COPIES:
-            value.residual = source.residual
+            value.residual = source.residual | {call.notebook.number(tensors[0])}
+    elif len(tensors) == 1 and call.name in VIEWS:  # the same elements in the same order
+        value.residual = call.notebook.value(tensors[0]).residual | {
+            call.notebook.number(tensors[0])
+        }
     elif len(tensors) == 1 and torch.Tag.pointwise in call.func.tags:
         value.residual = call.notebook.value(tensors[0]).residual
 
@@ -262,7 +280,7 @@ UNTAGGED = (
     "aten::hardswish", "aten::hardswish_", "aten::relu6_", "aten::gelu_", "aten::mish_",
     "aten::log_sigmoid_forward", "aten::rrelu_with_noise", "aten::rrelu_with_noise_",
     "aten::threshold_", "aten::polar", "aten::complex", "aten::fill", "aten::masked_scatter",
-    "aten::fake_quantize_per_tensor_affine", "aten::cumsum_", "aten::view_as",
+    "aten::fake_quantize_per_tensor_affine", "aten::view_as",
 )  # fmt: skip
 """Element-wise operators that PyTorch has not tagged as such."""
 rule(*UNTAGGED)(pointwise)
@@ -275,8 +293,7 @@ def copy_in(call: Call) -> Layout:
 
 
 @rule(
-    "aten::native_dropout", "aten::cumsum", "aten::tril",
-    "aten::triu", "aten::flip", "aten::roll", "aten::cumprod", "aten::logcumsumexp", "aten::tril_",
+    "aten::native_dropout", "prune2deploy::dropout", "aten::tril", "aten::triu", "aten::tril_",
     "aten::triu_", "aten::bernoulli_", "aten::bernoulli", "aten::normal_",
     "aten::uniform_", "aten::zero_", "aten::_to_copy", "aten::clone", "aten::detach",
     "aten::alias", "aten::lift_fresh", "aten::zeros_like", "aten::ones_like", "aten::full_like",
@@ -288,6 +305,17 @@ def same(call: Call) -> list[Layout]:
     """Outputs have the layout of the first tensor."""
     dims = call.notebook.value(call.tensors()[0]).dims
     return [dims] * len(call.outputs)
+
+
+@rule("aten::flip", "aten::roll", "aten::cumsum", "aten::cumsum_", "aten::cumprod",
+      "aten::logcumsumexp")  # fmt: skip
+def ordered(call: Call) -> Layout:
+    """Dimensions whose positions trade places or are summed up in order: they stay."""
+    x = call.dims("self")
+    given = call["dim"] if call["dims"] is None else call["dims"]
+    given = [given] if isinstance(given, int) else list(given) or range(len(x))
+    freeze([x[place % len(x)] for place in given if x], "its order matters")
+    return x
 
 
 @rule("aten::_softmax", "aten::_log_softmax", "aten::_safe_softmax")

@@ -154,6 +154,15 @@ def mv(call: Call) -> Layout:
     return (matrix[0],)
 
 
+@rule("aten::_cdist_forward", "aten::_euclidean_dist")
+def distances(call: Call) -> Layout:
+    """Distances between the rows of x1 (…, P, M) and of x2 (…, R, M) → (…, P, R)."""
+    a, b = call.dims("x1"), call.dims("x2")
+    unify(a[-1], b[-1])
+    batch = broadcast([a[:-2], b[:-2]]) if len(a) > 2 or len(b) > 2 else ()
+    return (*batch, a[-2], b[-2])
+
+
 @rule("aten::dot", "aten::vdot")
 def dot(call: Call) -> Layout:
     """Inner product of two vectors."""
@@ -297,6 +306,24 @@ def recurrent_layer(call: Call) -> list[Layout]:
         dims if tuple(n.size for n in dims) == tuple(t.shape) else fresh(t.shape, "workspace")
         for dims, t in zip([*made, *[()] * len(call.outputs)], call.outputs, strict=False)
     ]
+
+
+@rule("aten::_pack_padded_sequence")
+def pack(call: Call) -> list[Layout]:
+    """Sequences of different lengths end to end; features pass."""
+    freeze(call.dims("lengths"), "lengths of sequences")
+    data, sizes = (tuple(t.shape) for t in call.outputs)
+    steps = fresh(data[:1], "steps of all sequences")
+    return [(*steps, *call.dims("input")[2:]), fresh(sizes, "lengths of sequences")]
+
+
+@rule("aten::_pad_packed_sequence")
+def unpack(call: Call) -> list[Layout]:
+    """The way back."""
+    freeze(call.dims("batch_sizes"), "lengths of sequences")
+    data, sizes = (tuple(t.shape) for t in call.outputs)
+    steps = fresh(data[:2], "steps of all sequences")
+    return [(*steps, *call.dims("data")[1:]), fresh(sizes, "lengths of sequences")]
 
 
 @rule("aten::embedding")

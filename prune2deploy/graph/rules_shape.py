@@ -14,6 +14,7 @@ from prune2deploy.graph.layout import (
     leaf,
     prod,
     regroup,
+    unify,
 )
 from prune2deploy.graph.rules import Call, broadcast, fresh, rule, turn
 
@@ -150,6 +151,18 @@ def _segments(call: Call, sizes: Sequence[int]) -> list[Layout]:
         freeze([x[dim]], "split across its channels")
         pieces = [leaf(n, "split across its channels") for n in sizes]
     return [(*x[:dim], piece, *x[dim + 1 :]) for piece in pieces]
+
+
+@rule("aten::glu")
+def gated(call: Call) -> Layout:
+    """The first half times the sigmoid of the second: both hold the same channels."""
+    x = call.dims("self")
+    dim = call["dim"] % len(x)
+    pieces = cut(x[dim], [x[dim].size // 2])
+    if pieces is None:
+        return (*x[:dim], leaf(call.shape()[dim], "halves cut across its channels"), *x[dim + 1 :])
+    unify(*pieces)
+    return (*x[:dim], pieces[0], *x[dim + 1 :])
 
 
 @rule("aten::slice", "aten::slice_copy")

@@ -8,7 +8,7 @@ cannot run this way (it wants labels, say) is left as the first pass showed it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -17,14 +17,20 @@ from torch import nn
 
 from prune2deploy.graph import layout as algebra
 from prune2deploy.graph.calling import as_inputs, quiet, run, tensors_in, twice
-from prune2deploy.graph.recording import Recording, Ref
+from prune2deploy.graph.recording import Recording
 from prune2deploy.graph.rules import Value
+from prune2deploy.graph.shapes import on_shapes, outlined
 
 
 class Recorder(Protocol):
-    """What this needs of the recorder: a context in which operators are recorded."""
+    """What this needs of the recorder: a context in which operators are recorded.
+
+    Attributes:
+        used: Numbers of the values that some operator took.
+    """
 
     recording: Recording
+    used: set[int]
 
     def enter_inputs(self, inputs: Any) -> None:
         """Give every input tensor frozen dimensions."""
@@ -40,40 +46,49 @@ class Recorder(Protocol):
 def couple_training_branches(model: nn.Module, recorder: Recorder) -> None:
     """Run ``model`` in training mode if evaluation left parameters unused; couple what it shows."""
     recording = recorder.recording
-    if not _unused(recording):
+    unused = set(recording.stored.values()) - recorder.used
+    if not any(recording.stored[name] in unused for name in recording.parameters):
         return
-    example = twice(recording.example)
     mark, inputs = recording.mark(), recording.inputs
-    with quiet(model), _buffers_kept(model), torch.random.fork_rng():
-        model.train()
-        recorder.enter_inputs(as_inputs(example))
-        try:
-            with recorder:
-                result = run(model, example, recording.forward_fn)
-        except Exception:  # noqa: BLE001  the user's training code may ask for anything
-            result = None
+    result = _trained(model, recorder, wanted=True) if recording.on_shapes else None
+    if result is None:
+        result = _trained(model, recorder, wanted=False)
+    if result is None:
+        _freeze_halfway(recording, unused)
     for tensor in tensors_in(result):
         algebra.freeze(recorder.value(tensor).dims, "model output in training")
     recording.rewind(mark, inputs)
 
 
-def _unused(recording: Recording) -> bool:
-    """Whether some parameter takes part in no recorded operator."""
-    used: set[int] = set()
-    for operation in recording.operations:
-        used.update(_numbers((operation.args, operation.kwargs)))
-    return any(recording.stored[name] not in used for name in recording.parameters)
+def _trained(model: nn.Module, recorder: Recorder, *, wanted: bool) -> Any:
+    """The result of a pass in training mode, on shapes if wanted; ``None`` where it fails."""
+    example = twice(recorder.recording.example)
+    example = outlined(example) if wanted else example
+    with quiet(model), _buffers_kept(model), torch.random.fork_rng():
+        model.train()
+        recorder.enter_inputs(as_inputs(example))
+        try:
+            with on_shapes(model, wanted), recorder:
+                return run(model, example, recorder.recording.forward_fn)
+        except Exception:  # noqa: BLE001  the user's training code may ask for anything
+            return None
 
 
-def _numbers(tree: Any) -> Iterator[int]:
-    if isinstance(tree, Ref):
-        yield tree.number
-    elif isinstance(tree, Mapping):
-        for item in tree.values():
-            yield from _numbers(item)
-    elif isinstance(tree, list | tuple):
-        for item in tree:
-            yield from _numbers(item)
+def _freeze_halfway(recording: Recording, unused: set[int]) -> None:
+    """A pass that fails may have seen one side of a layer only: widths of its own stay.
+
+    Those that it shares with what evaluation uses are coupled, and may go.
+    """
+    terms = {number: recording.values[number].dims for number in recording.stored.values()}
+    shared = {
+        id(leaf)
+        for number, dims in terms.items() if number not in unused
+        for node in dims for leaf in algebra.leaves(node)
+    }  # fmt: skip
+    for number in unused:
+        own = [leaf for node in terms[number] for leaf in algebra.leaves(node)]
+        alone = [leaf for leaf in own if id(leaf) not in shared]
+        algebra.freeze(alone, "its branch cannot run in training on these inputs")
 
 
 @contextmanager

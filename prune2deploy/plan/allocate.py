@@ -54,6 +54,20 @@ class Allocation:
     linearised: int = 0
 
 
+@dataclass(frozen=True)
+class Gap:
+    """How much more than a plan other widths of its predicted latency could keep at most.
+
+    Attributes:
+        share: Of what widths are worth: 1 is the span from the narrowest to the full ones.
+        exact: False where operators had to be approximated or options left out, so that it is
+            an estimate and no bound.
+    """
+
+    share: float
+    exact: bool
+
+
 class SmallestMisses(BudgetUnreachable):
     """Even the least widths are predicted to miss the budget.
 
@@ -104,6 +118,32 @@ def allocate(problem: Problem, method: str = "lagrangian", *, seconds: float = 2
     if method == "lagrangian":
         return _result(problem, found.chosen, method, found)
     return _exact(problem, evaluator, found, seconds)
+
+
+def optimality_gap(problem: Problem, counts: Counts, *, seconds: float = 10.0) -> Gap | None:
+    """Bound what the best plan of the same predicted latency could keep beyond this one.
+
+    Args:
+        problem: Its caps hold; its budget does not matter.
+        counts: The plan; its widths must be among the options.
+        seconds: Time limit of the exact solver.
+
+    Returns:
+        ``None`` where the solver found no bound in its time.
+    """
+    picks = [
+        int(np.searchsorted(c.options, counts.get(c.axes[0], c.size))) for c in problem.choices
+    ]
+    same = replace(problem, budget_ms=problem.model.predict(counts))
+    evaluator = Evaluator(same)
+    evaluator.assign(picks)
+    solved = solve(evaluator, seconds=seconds)
+    if not np.isfinite(solved.bound):
+        return None
+    most = problem.worth([len(choice.options) - 1 for choice in problem.choices])
+    span = max(most - problem.worth([0] * len(problem.choices)), 1e-12)
+    more = max(0.0, solved.bound - problem.worth(picks)) / span
+    return Gap(more, exact=not solved.linearised and not solved.thinned)
 
 
 def channels(graph: Graph, scores: Mapping[str, npt.ArrayLike], counts: Counts) -> Plan:

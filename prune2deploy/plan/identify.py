@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from prune2deploy.graph.axes import Counts, Graph, Layer, Polynomial
+from prune2deploy.plan.pairing import Seen
 from prune2deploy.plan.work import (
     Form,
     Work,
@@ -31,72 +32,22 @@ _BLOCKS = (4, 8, 16, 32, 64)  # runtimes may show channels rounded up to their v
 
 
 @dataclass(frozen=True)
-class Seen:
-    """One operator across builds.
-
-    Attributes:
-        name: The runtime's name.
-        kind: The runtime's operator type.
-        timings: Build number to timing, for the builds that contain it.
-    """
-
-    name: str
-    kind: str
-    timings: Mapping[int, OperatorTiming]
-
-
-@dataclass(frozen=True)
 class Identified:
     """An operator with its work as formulas.
 
     Attributes:
-        seen: The operator across builds.
+        seen: The operator across the builds in which its tensors have the commonest ranks.
         work: Its work; constant where it does not depend on any axis.
         signature: What operators of equal unit cost share.
         matched: False when some dimension varies and no formula explains it.
+        present: Number of builds that contain it, whatever its ranks.
     """
 
     seen: Seen
     work: Work
     signature: str
     matched: bool
-
-
-def align(profiles: Sequence[Sequence[OperatorTiming]]) -> tuple[Seen, ...]:
-    """Pair up the operators of several builds by name, or by order where names differ.
-
-    The order is that of the first profile, with operators that only later builds have behind.
-    """
-    keyed = [_by_name(profile) for profile in profiles]
-    common = [len(keyed[0].keys() & other.keys()) / max(1, len(keyed[0])) for other in keyed]
-    if min(common) < 0.5:
-        keyed = [_by_order(profile) for profile in profiles]
-    keys = list(dict.fromkeys(key for one in keyed for key in one))
-    found = []
-    for key in keys:
-        timings = {b: one[key] for b, one in enumerate(keyed) if key in one}
-        first = timings[min(timings)]
-        found.append(Seen(first.name, first.kind, timings))
-    return tuple(found)
-
-
-def _by_name(profile: Sequence[OperatorTiming]) -> dict[tuple[str, str, int], OperatorTiming]:
-    met: Counter[tuple[str, str]] = Counter()
-    keyed = {}
-    for timing in profile:
-        pair = (timing.name, timing.kind)
-        keyed[pair[0], pair[1], met[pair]] = timing
-        met[pair] += 1
-    return keyed
-
-
-def _by_order(profile: Sequence[OperatorTiming]) -> dict[tuple[str, str, int], OperatorTiming]:
-    met: Counter[str] = Counter()
-    keyed = {}
-    for timing in profile:
-        keyed["", timing.kind, met[timing.kind]] = timing
-        met[timing.kind] += 1
-    return keyed
+    present: int
 
 
 @dataclass
@@ -128,13 +79,15 @@ class Identifier:
 
     def identify(self, seen: Seen) -> Identified:
         """Give one operator its formulas; call in execution order."""
-        builds = tuple(sorted(seen.timings))
+        present = len(seen.timings)
+        alike = _alike(seen)
+        if len(alike.timings) == 1 < present:
+            return self._constant(seen)
+        seen = alike
+        builds = tuple(seen.timings)
         timings = [seen.timings[b] for b in builds]
         first = timings[0]
         shapes = (*first.input_shapes, *first.output_shapes)
-        alike = all(_ranks(t) == _ranks(first) for t in timings)
-        if not alike:
-            return self._constant(seen, matched=False)
         columns = [tuple(t.input_shapes) + tuple(t.output_shapes) for t in timings]
         vectors = [
             [tuple(c[i][d] for c in columns) for d in range(len(shape))]
@@ -143,16 +96,17 @@ class Identifier:
         layer = self._layer(first, vectors, builds)
         forms, matched = self._forms(vectors, builds, layer)
         if not matched:
-            return self._constant(seen, matched=False)
+            return self._constant(seen)
         inputs, outputs = forms[: len(first.input_shapes)], forms[len(first.input_shapes) :]
         weight = weight_position(first.kind, first.input_shapes, first.output_shapes)
         known = None if layer is None else Work(layer.macs, layer.in_width, layer.out_width)
         work = work_of(first.kind, inputs, outputs, weight, known)
-        return Identified(seen, work, signature(first.kind, inputs, outputs), matched=True)
+        return Identified(seen, work, signature(first.kind, inputs, outputs), True, present)
 
-    def _constant(self, seen: Seen, *, matched: bool) -> Identified:
+    def _constant(self, seen: Seen) -> Identified:
         none = Polynomial.constant(0)
-        return Identified(seen, Work(none, none, none), f"{seen.kind}:{seen.name}", matched)
+        signature = f"{seen.kind}:{seen.name}"
+        return Identified(seen, Work(none, none, none), signature, False, len(seen.timings))
 
     def _forms(
         self, vectors: list[list[Vector]], builds: tuple[int, ...], layer: Layer | None
@@ -229,6 +183,17 @@ class Identifier:
         ahead = [i for i in fits if i > self._cursor]
         self._cursor = ahead[0] if ahead else fits[-1]
         return self.graph.layers[self._cursor]
+
+
+def _alike(seen: Seen) -> Seen:
+    """The operator in those builds that show its tensors with the commonest ranks.
+
+    A module that was captured may lack an input that the model's own code has (a bias that was
+    folded, say), and the unpruned build is of the model's own code.
+    """
+    ranks = {build: _ranks(timing) for build, timing in seen.timings.items()}
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    return replace(seen, timings={b: t for b, t in seen.timings.items() if ranks[b] == common})
 
 
 def _ranks(timing: OperatorTiming) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,8 @@ import numpy.typing as npt
 from prune2deploy.errors import PlanError
 from prune2deploy.graph.axes import Counts, Graph, Polynomial
 from prune2deploy.plan.costs import Cost, Point, fit_costs
-from prune2deploy.plan.identify import Identified, Identifier, align
+from prune2deploy.plan.identify import Identified, Identifier
+from prune2deploy.plan.pairing import align
 from prune2deploy.plan.work import Work, is_convolution
 from prune2deploy.timing import OperatorTiming
 from prune2deploy.units import NS_PER_MS
@@ -35,7 +37,7 @@ Array = npt.NDArray[np.float64]
 _REACH = 0.3  # how far a residual reaches, in natural-log units of work
 _DOUBT = 0.5  # weight of "no residual" against one build at the very widths
 _NEAR = 0.15  # how far what is peculiar to one build's offset reaches, in log latency
-_PECULIAR, _NOISE = 0.03, 0.01  # its size, and that of a measurement's error, against the latency
+_PECULIAR, _NOISE = 0.03, 0.01  # its size, and least error of a measurement, against the latency
 _CONSTANT = 0.05  # size of what every call costs, against the latency of the unpruned model
 _TINY = 1e-9
 
@@ -48,11 +50,27 @@ class Build:
         counts: Kept channels per axis; an axis that is absent keeps all.
         profile: Time per operator; empty when the runtime cannot tell.
         measured_ms: Whole-model latency, where it was measured.
+        half_width: Half-width of its 95 % interval, as a fraction.
     """
 
     counts: Counts
     profile: tuple[OperatorTiming, ...] = ()
     measured_ms: float | None = None
+    half_width: float = 0.0
+
+
+class Anchor(NamedTuple):
+    """What one measured build says of the offset.
+
+    Attributes:
+        operators_ms: Sum of its operators as predicted.
+        offset_ms: Measured latency beyond that.
+        noise: Standard error of the measurement, as a fraction of the unpruned model's latency.
+    """
+
+    operators_ms: float
+    offset_ms: float
+    noise: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +137,7 @@ class LatencyModel:
         sizes: Full size of every axis.
         multiple: Channel block of the device, used where operators are padded.
         operators: One model per operator, in the order of the engine.
-        anchors: ``((sum of operators in ms, measured minus sum in ms), ...)`` per measured build.
+        anchors: What each measured build says of the offset.
         method: ``"profiles"`` or ``"macs"``.
         unmatched: Names of operators that count as constant although their shapes vary.
     """
@@ -127,7 +145,7 @@ class LatencyModel:
     sizes: Mapping[str, int]
     multiple: int
     operators: tuple[OperatorModel, ...]
-    anchors: tuple[tuple[float, float], ...]
+    anchors: tuple[Anchor, ...]
     method: str
     unmatched: tuple[str, ...] = ()
 
@@ -147,10 +165,10 @@ class LatencyModel:
         """What a model whose operators take ``operators_ms`` takes beyond them."""
         if not self.anchors:
             return 0.0
-        at, offset = np.array(self.anchors).T
+        at, offset, noise = np.array(self.anchors).T
         largest = int(at.argmax())
         spread = (float(at[largest]), max(_CONSTANT, abs(offset[largest] / at[largest])))
-        among = _kinship(at, at, spread) + (_NOISE * spread[0]) ** 2 * np.eye(len(at))
+        among = _kinship(at, at, spread) + np.diag((noise * spread[0]) ** 2)
         towards = _kinship(np.array([operators_ms]), at, spread)[0]
         return float(towards @ np.linalg.solve(among, offset))
 
@@ -161,7 +179,7 @@ class LatencyModel:
 
     def operator_budget_ms(self, budget_ms: float) -> float:
         """How much the operators may take so that the whole model takes ``budget_ms``."""
-        low, high = 0.0, max([budget_ms * 2, *(at for at, _ in self.anchors)])
+        low, high = 0.0, max([budget_ms * 2, *(anchor.operators_ms for anchor in self.anchors)])
         for _ in range(60):
             middle = (low + high) / 2
             if middle + self.offset_ms(middle) <= budget_ms:
@@ -181,10 +199,18 @@ class LatencyModel:
         """``fixed_ms`` as a fraction of the full model's predicted latency."""
         return self.fixed_ms / max(self.predict({}), _TINY)
 
-    def measured(self, counts: Counts, measured_ms: float) -> LatencyModel:
-        """The same model with one more whole-model measurement taken into the offset."""
+    def measured(self, counts: Counts, ms: float, half_width: float = 0.0) -> LatencyModel:
+        """The same model with one more whole-model measurement taken into the offset.
+
+        Args:
+            counts: Kept channels of the build.
+            ms: Its measured latency in milliseconds.
+            half_width: Of the 95 % interval of that, as a fraction; a wide one counts for less.
+        """
         operators = self.operators_ms(counts)
-        return replace(self, anchors=(*self.anchors, (operators, measured_ms - operators)))
+        whole = max([operators, *(anchor.operators_ms for anchor in self.anchors)])
+        noise = max(_NOISE, half_width * ms / (1.96 * max(whole, _TINY)))
+        return replace(self, anchors=(*self.anchors, Anchor(operators, ms - operators, noise)))
 
 
 def _kinship(one: Array, other: Array, spread: tuple[float, float]) -> Array:
@@ -222,6 +248,7 @@ def fit(
     *,
     multiple: int = 1,
     known: Sequence[Point] = (),
+    anchors: Sequence[Anchor] = (),
 ) -> LatencyModel:
     """Learn a latency model.
 
@@ -230,6 +257,7 @@ def fit(
         builds: The unpruned build first, then probes and corrections.
         multiple: Channel block of the device; convolutions cost whole blocks.
         known: Timings of other models on the same device, for signatures with few points.
+        anchors: Offsets of builds that are not among ``builds``.
 
     Raises:
         PlanError: There is no build, or nothing was profiled or measured.
@@ -237,17 +265,22 @@ def fit(
     profiled = [build for build in builds if build.profile]
     sizes = {axis.name: axis.size for axis in graph.axes}
     if not profiled:
-        return _fit_macs(graph, sizes, builds)
-    identifier = Identifier(graph, [build.counts for build in profiled])
-    found = [identifier.identify(seen) for seen in align([b.profile for b in profiled])]
+        return _anchored(_fit_macs(graph, sizes, builds, anchors), builds)
+    found = _identified(graph, profiled)
     padded = [widths(sizes, build.counts, multiple) for build in profiled]
     points = [p for one in found for p in _points(one, padded).values()]
     whole = sum(timing.ns for timing in profiled[0].profile)
     costs = fit_costs([*points, *known], whole)
     operators = tuple(_operator(one, padded, costs, len(profiled)) for one in found)
     unmatched = tuple(one.seen.name for one in found if not one.matched)
-    model = LatencyModel(sizes, multiple, operators, (), "profiles", unmatched)
+    model = LatencyModel(sizes, multiple, operators, tuple(anchors), "profiles", unmatched)
     return _anchored(model, builds)
+
+
+def signatures(graph: Graph, builds: Sequence[Build]) -> frozenset[str]:
+    """What the operators of a model share with those of other models, for a cache of the device."""
+    found = _identified(graph, [build for build in builds if build.profile])
+    return frozenset(one.signature for one in found if one.work.axes)
 
 
 def points_of(graph: Graph, builds: Sequence[Build], *, multiple: int = 1) -> tuple[Point, ...]:
@@ -256,10 +289,17 @@ def points_of(graph: Graph, builds: Sequence[Build], *, multiple: int = 1) -> tu
     if not profiled:
         return ()
     sizes = {axis.name: axis.size for axis in graph.axes}
-    identifier = Identifier(graph, [build.counts for build in profiled])
     padded = [widths(sizes, build.counts, multiple) for build in profiled]
-    found = [identifier.identify(seen) for seen in align([b.profile for b in profiled])]
+    found = _identified(graph, profiled)
     return tuple(p for one in found if one.work.axes for p in _points(one, padded).values())
+
+
+def _identified(graph: Graph, profiled: Sequence[Build]) -> list[Identified]:
+    """The operators of builds with a profile, in execution order."""
+    if not profiled:
+        return []
+    identifier = Identifier(graph, [build.counts for build in profiled])
+    return [identifier.identify(seen) for seen in align([b.profile for b in profiled])]
 
 
 def _points(
@@ -287,7 +327,7 @@ def _operator(
 ) -> OperatorModel:
     points = _points(one, sizes)
     times = np.array([point.ns for point in points.values()])
-    share = len(points) / builds
+    share = one.present / builds
     padded = is_convolution(one.seen.kind)
     common = (one.seen.name, one.seen.kind, one.signature)
     if not one.work.axes:
@@ -313,11 +353,13 @@ def _one(operator: OperatorModel, sizes: Counts) -> float:
 def _anchored(model: LatencyModel, builds: Sequence[Build]) -> LatencyModel:
     for build in builds:
         if build.measured_ms is not None:
-            model = model.measured(build.counts, build.measured_ms)
+            model = model.measured(build.counts, build.measured_ms, build.half_width)
     return model
 
 
-def _fit_macs(graph: Graph, sizes: Mapping[str, int], builds: Sequence[Build]) -> LatencyModel:
+def _fit_macs(
+    graph: Graph, sizes: Mapping[str, int], builds: Sequence[Build], anchors: Sequence[Anchor]
+) -> LatencyModel:
     """One cost per multiply-accumulate and one fixed cost, from whole-model measurements."""
     measured = [build for build in builds if build.measured_ms is not None]
     if not measured:
@@ -354,4 +396,4 @@ def _fit_macs(graph: Graph, sizes: Mapping[str, int], builds: Sequence[Build]) -
         (0.0, 0.0, 0.0, cost[3]),
         *nothing,
     )
-    return _anchored(LatencyModel(sizes, 1, (*operators, fixed), (), "macs"), measured)
+    return LatencyModel(sizes, 1, (*operators, fixed), tuple(anchors), "macs")

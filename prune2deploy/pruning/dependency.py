@@ -39,7 +39,7 @@ class Settings:
 
     Attributes:
         customized_pruners: Layer type or instance to the functions that prune it.
-        ignored_layers: Layers whose output channels stay.
+        ignored_layers: Layers, or types of layers, whose output channels stay.
         ignored_params: Parameters that stay as they are.
         verbose: Not needed.
     """
@@ -169,12 +169,13 @@ class DependencyGraph:
         Groups may be pruned while iterating; that the model still runs is verified at the end.
 
         Args:
-            ignored_layers: Modules (with all inside) and parameters whose groups are left out.
+            ignored_layers: Modules (with all inside), layer types and parameters whose groups are
+                left out.
             root_module_types: Only groups that one of these layers begins.
         """
         if not self._open:
             self.live.follow()
-        ignored = members_of([*ignored_layers, *self._ignored])
+        ignored = members_of([*ignored_layers, *self._ignored], self.model)
         with self.deferred():
             for unit in self.units():
                 root = self._first_root(unit, tuple(root_module_types))

@@ -13,13 +13,18 @@ from prune2deploy.pruning.layers import BasePruningFunc
 from prune2deploy.pruning.table import PruningFn
 
 
-def members_of(layers: Iterable[Any]) -> set[int]:
-    """Identities of modules and all inside them, and of parameters given by themselves."""
+def members_of(layers: Iterable[Any], model: nn.Module | None = None) -> set[int]:
+    """Identities of modules and all inside them, and of parameters given by themselves.
+
+    A layer type stands for all layers of that type in ``model``.
+    """
     found: set[int] = set()
     for layer in layers:
         found.add(id(layer))
         if isinstance(layer, nn.Module):
             found.update(id(part) for part in layer.modules())
+        elif isinstance(layer, type) and model is not None:
+            found |= members_of(part for part in model.modules() if isinstance(part, layer))
     return found
 
 

@@ -219,8 +219,9 @@ class Live:
         if is_rewritten(self.model):
             return False
         return runs_as_planned(
-            self.model, recording.operations, self._widths(), recording.example, self.forward_fn
-        )
+            self.model, recording.operations, self._widths(), recording.example, self.forward_fn,
+            shapes=recording.on_shapes,
+        )  # fmt: skip
 
     def _rewrite(self, backup: _Backup, before: Graph) -> None:
         if self.forward_fn is not None:

@@ -33,7 +33,8 @@ class Options:
         max_pruning_ratio: No group loses a larger fraction than this.
         iterative_steps: Steps in which the ratio is reached.
         iterative_pruning_ratio_scheduler: ``(ratio, steps) -> ratio after 0, 1, … steps``.
-        ignored_layers: Modules (with all inside) whose outputs stay, and parameters that stay.
+        ignored_layers: Modules (with all inside) and layer types whose outputs stay, and
+            parameters that stay.
         round_to: Widths become multiples of this, rounded to the nearest; a layer narrower than
             it stays whole.
         isomorphic: Rank groups of the same build together (Fang et al., ECCV 2024).

@@ -82,7 +82,7 @@ class BasePruner:
         self.ignored_layers = list(self.options.ignored_layers or ())
         self.per_step_pruning_ratio = self._schedule(self.options.pruning_ratio)
         self.per_step_head_pruning_ratio = self._schedule(self.options.head_pruning_ratio)
-        self._ignored = members_of(self.ignored_layers)
+        self._ignored = members_of(self.ignored_layers, model)
         self._initial = {axis.name: axis.size for axis in self.DG.live.graph.axes}
         self._scopes = self._user_scopes()
 
@@ -292,6 +292,15 @@ class BasePruner:
             places = np.asarray(group[0].idxs)
             given = places[lowest(values, int(size * given + 1e-6))].tolist()
         self.DG.get_pruning_group(layer, pruning_fn, given).prune()
+
+    def get_target_pruning_ratio(self, module: Any, step: int = -1) -> float:
+        """The ratio that a module's outputs shall have lost after a step (the present one)."""
+        _, ratios = self._scopes.get(id(module), ("", self.per_step_pruning_ratio))
+        return min(ratios[self.current_step if step < 0 else step], self.options.max_pruning_ratio)
+
+    def get_target_head_pruning_ratio(self, module: Any) -> float:
+        """The fraction of a module's heads that shall be gone after the present step."""
+        return min(self._head_ratio([module]), 1.0)
 
     def pruning_history(self) -> History:
         """What was pruned so far, for ``load_pruning_history``."""

@@ -128,6 +128,11 @@ class Limits:
             where the host was not quiet enough to tell.
         channel_multiple: Width step of the target.
         multiple_source: Where that step is from.
+        memory_share: Share of the baseline's operator time that the latency model ascribes to
+            elements read and written, not to multiply-accumulates; ``None`` without a model.
+        gap: How much more other widths of the same predicted latency could keep at most, as a
+            share of what widths are worth; ``None`` where the exact solver found no bound.
+        gap_exact: False where that is an estimate.
     """
 
     floor_ms: float | None
@@ -135,6 +140,9 @@ class Limits:
     overhead_ms: float | None
     channel_multiple: int
     multiple_source: str
+    memory_share: float | None = None
+    gap: float | None = None
+    gap_exact: bool = True
 
 
 @dataclass(frozen=True)

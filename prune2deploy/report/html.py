@@ -10,7 +10,14 @@ from html import escape
 
 from prune2deploy.report import svg
 from prune2deploy.report.content import LayerLine, RunReport, SweepReport
-from prune2deploy.report.text import gains, interval, milliseconds, removed_text, result_rows
+from prune2deploy.report.text import (
+    gains,
+    gap_text,
+    interval,
+    milliseconds,
+    removed_text,
+    result_rows,
+)
 from prune2deploy.units import readable
 
 STYLE = """
@@ -102,6 +109,13 @@ def _why(report: RunReport) -> str:
         if limits.overhead_ms is not None
         else ""
     )
+    memory = (
+        f" {limits.memory_share:.1%} goes with elements read and written rather than with "
+        "multiply-accumulates (by the latency model's fitted costs): it is bound by memory, and "
+        "falls with the widths, not with their product."
+        if limits.memory_share is not None
+        else ""
+    )
     widths = (
         f'<p class="warn">Widths off that step: {escape(", ".join(off))}.</p>'
         if off
@@ -111,7 +125,7 @@ def _why(report: RunReport) -> str:
         "<h2>What bounds the latency</h2>"
         f"<p>{floor}{limits.fixed_share:.1%} of the baseline's profiled time is what no width "
         "changes: operators without a prunable width, and what every call costs."
-        f"{outside}</p>"
+        f"{outside}{memory}</p>"
         f"<p>The target runs well at widths that are multiples of {limits.channel_multiple} "
         f"({escape(limits.multiple_source)}).</p>{widths}"
     )
@@ -121,7 +135,9 @@ def _curve(report: RunReport) -> str:
     if len(report.curve) < 2:
         return ""
     points = [svg.Point(at, 100 * worth, 100 * worth, 100 * worth) for at, worth in report.curve]
-    told = "".join(f"<p>Predicted: {escape(gain)}.</p>" for gain in gains(report))
+    told = "".join(
+        f"<p>Predicted: {escape(line)}.</p>" for line in (*gains(report), *gap_text(report))
+    )
     return (
         "<h2>What one more millisecond would buy, predicted</h2>"
         '<p class="mute">Retained worth of the best plan that the latency model allows at each '

@@ -96,7 +96,7 @@ def run_text(report: RunReport) -> str:
         f"({report.limits.multiple_source})",
     ]
     lines += [f"parity    {line.text()}" for line in report.parity]
-    lines += [f"predicted {gain}" for gain in gains(report)]
+    lines += [f"predicted {line}" for line in (*gains(report), *gap_text(report))]
     if report.removed:
         lines.append(f"removed   {removed_text(report)}")
     return "\n".join([*lines, *(f"note      {note}" for note in report.notes)])
@@ -118,6 +118,18 @@ def gains(report: RunReport) -> tuple[str, ...]:
                 "what widths are worth"
             )
     return tuple(found)
+
+
+def gap_text(report: RunReport) -> tuple[str, ...]:
+    """How far the widths are from the best ones of their predicted latency, where it is known."""
+    limits = report.limits
+    if limits.gap is None:
+        return ()
+    told = "at most" if limits.gap_exact else "about"
+    return (
+        f"other widths of the same latency could keep {told} {limits.gap:.2%} more of what widths "
+        "are worth",
+    )
 
 
 def removed_text(report: RunReport) -> str:

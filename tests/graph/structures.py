@@ -71,7 +71,8 @@ class Recurrent(nn.Module):
         super().__init__()
         self.embed = nn.Linear(6, 10)
         self.rnn = kind(10, 8, batch_first=True, **options)
-        self.out = nn.Linear(16 if options.get("bidirectional") else 8, 3)
+        width = options.get("proj_size") or 8
+        self.out = nn.Linear(2 * width if options.get("bidirectional") else width, 3)
 
     def forward(self, x):
         return self.out(self.rnn(self.embed(x))[0])
@@ -161,6 +162,32 @@ def gated(net, x):
     return a * b.sigmoid()
 
 
+def both_halves(net, x):
+    """Slices that overlap: six channels from either end."""
+    return x[:, :6] + x[:, 2:]
+
+
+def rotated(net, x):
+    """Heads whose two halves trade places, as rotary positions have it."""
+    y = net.mix(x.flatten(2).transpose(1, 2)).view(2, 36, 2, 4)
+    a, b = y[..., :2], y[..., 2:]
+    y = y * net.angle.cos() + torch.cat([-b, a], -1) * net.angle.sin()
+    return y.flatten(2).transpose(1, 2).unflatten(2, (6, 6))
+
+
+def packed(net, x):
+    """Sequences of different lengths through a recurrent layer."""
+    steps = nn.utils.rnn.pack_padded_sequence(x.flatten(2).transpose(1, 2), [36, 20], True)
+    y = nn.utils.rnn.pad_packed_sequence(net.rnn(steps)[0], batch_first=True)[0]
+    return y.transpose(1, 2).unflatten(2, (6, 6))
+
+
+def unpooled(net, x):
+    """Maxima go back to where they were found."""
+    y, places = F.max_pool2d(x, 2, return_indices=True)
+    return F.max_unpool2d(y, places, 2)
+
+
 def windows(net, x):
     columns = F.unfold(x, 3, padding=1)
     return F.fold(columns, x.shape[-2:], 3, padding=1)
@@ -201,6 +228,16 @@ STRUCTURES = {
         IMAGE,
         ["first", "dw"],
     ),
+    "depthwise, two channels of each": (
+        _through(lambda n, x: n.dw(x), dw=nn.Conv2d(8, 16, 3, groups=8), after=16),
+        IMAGE,
+        ["first", "dw"],
+    ),
+    "depthwise 3d, transposed": (
+        _through(lambda n, x: n.up(x), rank=3, up=nn.ConvTranspose3d(8, 8, 2, 2, groups=8)),
+        torch.randn(2, 3, 4, 4, 4),
+        ["first", "up"],
+    ),
     "groups": (
         _through(lambda n, x: n.gr(x), gr=nn.Conv2d(8, 8, 3, groups=4)),
         IMAGE,
@@ -221,6 +258,11 @@ STRUCTURES = {
         IMAGE,
         ["first", "norm"],
     ),
+    "layer norm over channels and space": (
+        _through(lambda n, x: n.norm(x), norm=nn.LayerNorm([8, 6, 6])),
+        IMAGE,
+        ["first", "norm"],
+    ),
     "layer norm": (_through(across, norm=nn.LayerNorm(8)), IMAGE, ["first", "norm"]),
     "rms norm": (_through(across, norm=nn.RMSNorm(8)), IMAGE, ["first", "norm"]),
     "prelu": (_through(lambda n, x: n.act(x), act=nn.PReLU(8)), IMAGE, ["first", "act"]),
@@ -228,6 +270,20 @@ STRUCTURES = {
     "gate": (_through(gated, after=4), IMAGE, ["first"]),
     "cat": (_through(lambda n, x: torch.cat([x, x.relu()], 1), after=16), IMAGE, ["first"]),
     "stack": (_through(lambda n, x: torch.stack([x, x.relu()], 1).sum(1)), IMAGE, ["first"]),
+    "gated linear unit": (_through(lambda n, x: F.glu(x, 1), after=4), IMAGE, ["first"]),
+    "parts of different size": (
+        _through(lambda n, x: torch.cat(x.split([3, 5], 1)[::-1], 1)),
+        IMAGE,
+        ["first"],
+    ),
+    "overlapping slices": (_through(both_halves, after=6), IMAGE, ["first"]),
+    "unbound channels": (
+        _through(lambda n, x: torch.stack(x.unbind(1)[:4], 1), after=4),
+        IMAGE,
+        [],
+    ),
+    "flipped channels": (_through(lambda n, x: x.flip(1)), IMAGE, []),
+    "rolled channels": (_through(lambda n, x: x.roll(1, 1)), IMAGE, []),
     "channel shuffle": (_through(shuffled), IMAGE, ["first"]),
     "channel shuffle module": (
         _through(lambda n, x: n.mix(x), mix=nn.ChannelShuffle(2)),
@@ -247,6 +303,12 @@ STRUCTURES = {
         [],
     ),
     "index in space": (_through(lambda n, x: x[:, :, [0, 2, 4]]), IMAGE, ["first"]),
+    "gather channels": (
+        _through(lambda n, x: x.gather(1, torch.arange(8).view(1, 8, 1, 1).expand(2, 8, 6, 6))),
+        IMAGE,
+        [],
+    ),
+    "pooled and back": (_through(unpooled), IMAGE, ["first"]),
     "index channels": (_through(lambda n, x: x[:, [1, 0, 3, 2, 5, 4, 7, 6]]), IMAGE, []),
     "repeat": (_through(lambda n, x: x.repeat(1, 2, 1, 1), after=16), IMAGE, ["first"]),
     "repeat interleave": (
@@ -281,6 +343,43 @@ STRUCTURES = {
         ["embed"],
     ),
     "gru": (lambda: Recurrent(nn.GRU), TOKENS, ["embed"]),
+    "gru cell": (
+        _through(lambda n, x: n.cell(x.mean((2, 3)))[:, :, None, None], cell=nn.GRUCell(8, 8)),
+        IMAGE,
+        ["first"],
+    ),
+    "lstm cell": (
+        _through(lambda n, x: n.cell(x.mean((2, 3)))[0][:, :, None, None], cell=nn.LSTMCell(8, 8)),
+        IMAGE,
+        ["first"],
+    ),
+    "packed sequences": (_through(packed, rnn=nn.GRU(8, 8, batch_first=True)), IMAGE, ["first"]),
+    "rotary positions": (
+        _through(rotated, mix=nn.Linear(8, 8), angle=nn.Parameter(torch.rand(4))),
+        IMAGE,
+        ["first", "mix"],
+    ),
+    "distances": (
+        _through(
+            lambda n, x: (
+                torch.cdist(x.flatten(2).transpose(1, 2), n.centres)
+                .transpose(1, 2)
+                .unflatten(2, (6, 6))
+            ),
+            centres=nn.Parameter(torch.randn(5, 8)),
+            after=5,
+        ),
+        IMAGE,
+        ["first"],
+    ),
+    "tied to its transpose": (
+        _through(
+            lambda n, x: F.conv_transpose2d(n.mix(x).relu(), n.mix.weight),
+            mix=nn.Conv2d(8, 12, 3, bias=False),
+        ),
+        IMAGE,
+        ["first", "mix"],
+    ),
     "embedding": (lambda: Words(tied=False), torch.randint(0, 20, (2, 5)), ["mix"]),
     "tied embedding": (lambda: Words(tied=True), torch.randint(0, 20, (2, 5)), ["mix"]),
     "bare parameters": (Bare, TOKENS, ["embed"]),

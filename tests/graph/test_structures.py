@@ -108,6 +108,32 @@ def test_every_direction_and_layer_of_a_recurrent_network_has_the_same_units():
     assert pruned.rnn.weight_ih_l1_reverse.shape == (16, 8)
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections")  # oneDNN has none
+def test_what_a_recurrent_network_projects_to_is_an_axis():
+    model, x = Recurrent(nn.LSTM, proj_size=4).eval(), torch.randn(2, 5, 6)
+    graph = trace(model, x)
+    pruned = apply(model, graph, halves(graph))
+    assert type(pruned) is Recurrent
+    assert (pruned.rnn.input_size, pruned.rnn.hidden_size, pruned.rnn.proj_size) == (5, 4, 2)
+    assert pruned.out.in_features == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("unbound channels", "picked by number"),
+        ("gather channels", "picked by number"),
+        ("flipped channels", "order matters"),
+        ("rolled channels", "order matters"),
+    ],
+)
+def test_channels_whose_places_matter_stay_and_say_why(name, reason):
+    model, example, _ = built(name)
+    graph = trace(model, example)
+    assert reason in graph["first"].frozen
+    assert not graph.prunable and not graph.unknown
+
+
 def test_what_the_forward_pass_does_not_use_is_kept_and_says_so():
     model = Words(tied=False)
     model.spare = nn.Linear(4, 4)

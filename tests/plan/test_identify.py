@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from prune2deploy.plan.identify import Identifier, align
+from prune2deploy.plan.identify import Identifier
+from prune2deploy.plan.pairing import align
 from prune2deploy.plan.probes import probes
 from prune2deploy.plan.work import signature, weight_position
 from prune2deploy.timing import OperatorTiming

@@ -137,6 +137,17 @@ def test_a_measured_cell_overrides_its_prediction(graph):
     assert abs(after.predict_operators(there)[place] - truth) < 0.65 * missed
 
 
+def test_a_wide_interval_moves_the_prediction_less_than_a_narrow_one(graph):
+    there = probes(graph, 1, multiple=16, seed=9)[0]
+    model = fitted(graph)
+    before = model.predict(there)
+    narrow, wide = (
+        abs(model.measured(there, 1.2 * before, half).predict(there) - before)
+        for half in (0.01, 0.2)
+    )
+    assert 0 < wide < 0.5 * narrow
+
+
 def test_operator_budget_inverts_the_prediction(graph):
     model = fitted(graph)
     budget = 0.6 * model.predict({})

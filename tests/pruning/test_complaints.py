@@ -256,6 +256,31 @@ def test_a_replaced_forward_traces_too():
     assert model.conv1.out_channels == 6 and model(torch.cat([X, X])).shape == (2, 10)
 
 
+def test_a_replaced_forward_still_drops_in_training():
+    class Skip(nn.Module):
+        def forward(self, x):
+            return x * (torch.rand(len(x), 1, 1, 1) > 0.5) if self.training else x
+
+    class Dropping(Res):
+        def __init__(self):
+            super().__init__()
+            self.skip = Skip()
+
+        def forward(self, x):
+            x = F.dropout(self.conv1(x).view(-1, 16, 64), 0.5, self.training)
+            x = self.skip(self.layer1(x.view(-1, 16, 8, 8)))
+            return self.fc(self.layer2(x).mean((2, 3)))
+
+    model, calls = Dropping().eval(), []
+    with pytest.warns(UserWarning, match="constants"):
+        half(model)
+    for again in (model, copy.deepcopy(model)):
+        assert torch.equal(again(X), again(X))
+        again.train().skip.register_forward_hook(lambda *_: calls.append(1))
+        assert not torch.equal(again(X.expand(8, -1, -1, -1)), again(X.expand(8, -1, -1, -1)))
+    assert len(calls) == 4
+
+
 @pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm])
 def test_parametrised_weights_are_pruned_through_what_is_stored(norm):
     torch.manual_seed(0)

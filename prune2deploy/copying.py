@@ -1,0 +1,63 @@
+"""A deep copy of a module, in which given objects are replaced.
+
+In: a module and, by identity, what stands for some of its tensors. Out: what ``copy.deepcopy``
+gives with that memo. Modules are mostly empty tables of hooks, which a general copy takes apart
+one by one; here a plain module is copied attribute by attribute, and whatever is out of the
+ordinary (a class that says how it is copied, an attribute that is not a number or a table) is
+left to ``copy.deepcopy``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from typing import Any
+
+from torch import nn
+
+ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes})
+TABLES = frozenset({dict, OrderedDict})
+
+
+def copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy; ``memo`` says what stands for objects that are not to be copied."""
+    parts = list(module.modules())
+    kinds = {kind for kind in map(type, parts) if _is_plain(kind)}
+    plain = [part for part in parts if type(part) in kinds]
+    states = {id(part): part.__reduce_ex__(4)[2] for part in plain}
+    tables = {key: state for key, state in states.items() if type(state) is dict}
+    for part in plain:
+        if id(part) in tables:
+            memo[id(part)] = type(part).__new__(type(part))
+    for key, state in tables.items():
+        memo[key].__setstate__(_table(state, memo, {}))
+    return copy.deepcopy(module, memo)
+
+
+def _is_plain(kind: type[nn.Module]) -> bool:
+    """Whether instances are copied by their state alone, as ``nn.Module`` are."""
+    own = ("__deepcopy__", "__reduce_ex__", "__reduce__", "__new__")
+    return not any(name in vars(c) for c in kind.__mro__ if c is not object for name in own)
+
+
+def _table(table: dict[Any, Any], memo: dict[int, Any], made: dict[Any, Any]) -> dict[Any, Any]:
+    """Fill a table with copies."""
+    for key, value in table.items():
+        made[key if type(key) in ATOMS else copy.deepcopy(key, memo)] = _value(value, memo)
+    return made
+
+
+def _value(value: Any, memo: dict[int, Any]) -> Any:
+    kind = type(value)
+    if kind in ATOMS:
+        return value
+    if id(value) in memo:
+        return memo[id(value)]
+    if kind is tuple and all(type(item) in ATOMS for item in value):
+        return value
+    if kind is set and all(type(item) in ATOMS for item in value):
+        return memo.setdefault(id(value), set(value))
+    if kind not in TABLES:
+        return copy.deepcopy(value, memo)
+    memo[id(value)] = kind()  # entered before it is filled: a table may hold itself
+    return _table(value, memo, memo[id(value)])
