@@ -133,6 +133,7 @@ class Search:
         self.notes += [note for note in (self.worth.note, lessons.recall()) if note]
         known = len({tuple(sorted(b.counts.items())) for b in lessons.recalled.builds})
         wanted = max(0, min(self.options.probes - known, self.builds_left - 1))
+        wanted = wanted if self.baseline.profile else 0  # probes are profiled, not measured
         self._draw(wanted, number=1)
         lessons.keep()
 

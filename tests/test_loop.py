@@ -95,6 +95,18 @@ def test_the_budget_is_met_and_filled_in_few_builds(net, target, tmp_path, speed
     assert result.module(net[1]).shape == (1, 10)
 
 
+def test_a_runtime_that_tells_no_operators_apart_is_learnt_from_whole_builds(
+    net, target, tmp_path, monkeypatch
+):
+    """No build is spent on a probe, which only a profile could be learnt from."""
+    monkeypatch.setattr(NullBackend, "profile", lambda *_: ())
+    result = run(net, target, speedup=2.0, run_dir=tmp_path / "r")
+    assert result.met and result.report.builds <= 6
+    assert 0.9 <= result.report.final.p50_ms / result.report.budget_ms <= 1
+    steps = json.loads((result.run_dir / "report.json").read_text())["steps"]
+    assert {line["step"] for line in steps} == {"correction"}
+
+
 def test_the_measured_latency_is_the_formula(net, target, tmp_path):
     """Counted by hand from the widths: nothing predicted is reported as measured."""
     result = run(net, target, speedup=2.0, run_dir=tmp_path / "r")

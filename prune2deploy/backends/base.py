@@ -150,7 +150,10 @@ class Backend(ABC):
     def profile(
         self, engine: Engine, target: Target, feeds: Mapping[str, Array], runs: int
     ) -> tuple[OperatorTiming, ...]:
-        """Time every operator over ``runs`` runs; the minimum of each is kept."""
+        """Time every operator over ``runs`` runs; the minimum of each is kept.
+
+        Empty where the runtime cannot tell operators apart.
+        """
 
     @abstractmethod
     def versions(self) -> dict[str, str]:

@@ -32,10 +32,13 @@ from prune2deploy.timing import OperatorTiming
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 TENSORRT = "TensorrtExecutionProvider"
+OPENVINO = "OpenVINOExecutionProvider"
+COMPILING = (TENSORRT, OPENVINO)
+"""Providers that run whole subgraphs as one operator each; its time says nothing of widths."""
 PACKAGES = {
     CUDA: "onnxruntime-gpu",
     TENSORRT: "onnxruntime-gpu",
-    "OpenVINOExecutionProvider": "onnxruntime-openvino",
+    OPENVINO: "onnxruntime-openvino",
 }
 """The package whose onnxruntime carries a provider."""
 
@@ -103,7 +106,9 @@ class OrtBackend(Backend):
     def profile(
         self, engine: Engine, target: Target, feeds: Mapping[str, Array], runs: int
     ) -> tuple[OperatorTiming, ...]:
-        """Read the runtime's own profile of ``runs`` runs."""
+        """Read the runtime's own profile of ``runs`` runs; empty where a provider compiles."""
+        if target.option("provider", CPU) in COMPILING:
+            return ()
         with ort_profile.folder() as prefix:
             session = self._open(engine.path, target, profile=prefix)
             for _ in range(runs + 3):  # the first runs are slower; minima ignore them
@@ -197,7 +202,7 @@ def _providers(target: Target, provider: str) -> list[Any]:
         return [(TENSORRT, {"device_id": device_id, "trt_fp16_enable": half}), CPU]
     if provider == CUDA:
         return [(CUDA, {"device_id": device_id, "use_tf32": 0}), CPU]
-    if provider == "OpenVINOExecutionProvider":
+    if provider == OPENVINO:
         kind = str(target.option("device_type", "CPU"))
         settings = {"device_type": kind, "num_of_threads": str(max(1, target.threads))}
         return [(provider, settings), CPU]

@@ -68,6 +68,16 @@ def test_profiles_keep_the_minimum_and_tell_equal_names_apart():
     assert [(t.name, t.ns) for t in found] == [("r", 3000.0), ("r#1", 9000.0)]
 
 
+def test_a_provider_that_compiles_tells_no_operators_apart(ort, make_target, make_onnx, tmp_path):
+    """Its one operator would count as time that no width changes."""
+    from prune2deploy.backends.base import Engine
+
+    for provider in ("OpenVINOExecutionProvider", "TensorrtExecutionProvider"):
+        target = make_target(options={"provider": provider})
+        engine = Engine(make_onnx(), make_onnx(), "ort", 0.0)
+        assert ort.profile(engine, target, {}, 1) == ()
+
+
 def test_saving_the_optimised_graph_keeps_its_values(ort, make_target, make_onnx, tmp_path):
     plain, saved = make_target(), make_target(options={"save_optimized": True})
     path = make_onnx()

@@ -460,6 +460,8 @@ def test_gpu_checks_are_real_checks_each_by_itself_and_go_on_where_they_ended(tm
     assert done.returncode == 1 and "no-such-target" in done.stderr
     assert [found[name]["result"] for name in ("fp32", "int8")] == ["crashed"] * 2
     assert "within 0.2 s" in found["fp32"]["error"] and "log" in found["fp32"]
+    done, found = gpu_checks(tmp_path, "--target", "ort", "--only", "fp31")
+    assert done.returncode == 2 and "no check fp31; there are fp32" in done.stderr
     done, found = gpu_checks(tmp_path, *here, "--minutes", "0")
     assert done.returncode == 1
     assert {found[name]["result"] for name in ("fp32", "int8")} == {"not run"}
