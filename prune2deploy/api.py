@@ -20,7 +20,6 @@ from prune2deploy.errors import ConfigError
 from prune2deploy.graph import Graph
 from prune2deploy.graph import trace as trace_graph
 from prune2deploy.importance import NAMES, score
-from prune2deploy.job import Job
 from prune2deploy.measure import Comparison
 from prune2deploy.models.weights import load_weights
 from prune2deploy.plan.allocate import channels
@@ -29,9 +28,10 @@ from prune2deploy.plan.plan import Plan
 from prune2deploy.progress import Progress, silent
 from prune2deploy.report.content import RunReport
 from prune2deploy.rundir import RunDir, free_name
-from prune2deploy.slicing import apply as apply_plan
+from prune2deploy.search.job import Job
+from prune2deploy.search.worth import weights_digest
+from prune2deploy.surgery.slicing import apply as apply_plan
 from prune2deploy.sweep import uniform_counts
-from prune2deploy.worth import weights_digest
 
 
 @dataclass(frozen=True, eq=False)

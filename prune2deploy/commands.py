@@ -64,8 +64,8 @@ def run(arguments: argparse.Namespace, progress: Progress) -> Reply:
     with RunDir(folder, identity, resume=arguments.resume) as held:
         from prune2deploy import api, calibration, summary
         from prune2deploy.importance import NAMES
-        from prune2deploy.job import Job
         from prune2deploy.report import write
+        from prune2deploy.search.job import Job
 
         config.one_of("--importance", options.importance, NAMES)
         loaded = _load(options.model)
@@ -107,9 +107,9 @@ def sweep(arguments: argparse.Namespace, progress: Progress) -> Reply:
         from prune2deploy import calibration
         from prune2deploy import sweep as sweeping
         from prune2deploy.importance import NAMES
-        from prune2deploy.job import Job
         from prune2deploy.journal import encode
         from prune2deploy.report import write
+        from prune2deploy.search.job import Job
 
         config.one_of("--importance", options.importance, NAMES)
         loaded = _load(options.model)
@@ -157,7 +157,7 @@ def _staircase(
     arguments: argparse.Namespace, progress: Progress, target: Target, backend: Backend
 ) -> Reply:
     """Probe the channel multiple; table, picture and JSON."""
-    from prune2deploy import probing, recall
+    from prune2deploy.search import probing, recall
 
     place = None if arguments.no_cache else recall.folder()
     timings = recall.Timings(place, recall.context(target, backend))
@@ -176,7 +176,7 @@ def build(arguments: argparse.Namespace, progress: Progress) -> Reply:
     out: Path = arguments.out
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    from prune2deploy import lowering
+    from prune2deploy.search import lowering
 
     wish = lowering.Wish(target.precision, backend.int8_recipe(target))
     lowered = lowering.file(arguments.onnx, out, wish, (arguments.data, progress))

@@ -2,8 +2,9 @@
 
     open → baseline → probes → (fit → allocate → build → measure)* → recover → outcome
 
-In: a :class:`~prune2deploy.job.Job`. Out: an :class:`~prune2deploy.job.Outcome`. The one cycle of
-the product is here: what was measured goes back into the latency model, which allocates anew.
+In: a :class:`~prune2deploy.search.job.Job`. Out: an
+:class:`~prune2deploy.search.job.Outcome`. The one cycle of the product is here: what was measured
+goes back into the latency model, which allocates anew.
 Every finished step is in the journal of the run directory, so a run that was stopped goes on
 without doing anything twice.
 
@@ -23,25 +24,26 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from prune2deploy import candidate, depth, measure, payoff, planning, worth
+from prune2deploy import measure
 from prune2deploy.calibration import notices
-from prune2deploy.candidate import Built, Workshop
 from prune2deploy.config import FILL, RunOptions
 from prune2deploy.graph.axes import Graph
 from prune2deploy.importance import score
-from prune2deploy.job import Attempt, Baseline, Job, Outcome, aim, best, judge
-from prune2deploy.learning import COVERED, Lessons, half_width
 from prune2deploy.measure import Comparison
-from prune2deploy.opening import measure_baseline, open_workshop
-from prune2deploy.payoff import Payoff
 from prune2deploy.plan.allocate import Curve, Gap, channels, optimality_gap
 from prune2deploy.plan.choices import Choice, Problem, choices
 from prune2deploy.plan.latency_model import LatencyModel
 from prune2deploy.plan.plan import Plan
 from prune2deploy.plan.probes import probes
-from prune2deploy.planning import Question, Wanted
 from prune2deploy.recover.batchnorm import reestimate_batchnorm
-from prune2deploy.slicing import apply as apply_plan
+from prune2deploy.search import candidate, depth, payoff, planning, worth
+from prune2deploy.search.candidate import Built, Workshop
+from prune2deploy.search.job import Attempt, Baseline, Job, Outcome, aim, best, judge
+from prune2deploy.search.learning import COVERED, Lessons, half_width
+from prune2deploy.search.opening import measure_baseline, open_workshop
+from prune2deploy.search.payoff import Payoff
+from prune2deploy.search.planning import Question, Wanted
+from prune2deploy.surgery.slicing import apply as apply_plan
 
 
 def prune_to_budget(job: Job, options: RunOptions) -> Outcome:

@@ -1,7 +1,7 @@
 """From the outcome of a run to its artefacts, manifest and report.
 
-In: an :class:`~prune2deploy.job.Outcome`. Out: the files of the run directory, and the frozen
-values that ``report`` renders. Nothing is measured here.
+In: an :class:`~prune2deploy.search.job.Outcome`. Out: the files of the run directory, and the
+frozen values that ``report`` renders. Nothing is measured here.
 """
 
 from __future__ import annotations
@@ -11,10 +11,7 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
-from prune2deploy import candidate
 from prune2deploy.backends import registry
-from prune2deploy.candidate import Built
-from prune2deploy.job import Attempt, Job, Outcome
 from prune2deploy.journal import encode
 from prune2deploy.measure import LatencyStats
 from prune2deploy.plan.choices import grid
@@ -30,6 +27,9 @@ from prune2deploy.report.content import (
     RunReport,
 )
 from prune2deploy.rundir import RunDir
+from prune2deploy.search import candidate
+from prune2deploy.search.candidate import Built
+from prune2deploy.search.job import Attempt, Job, Outcome
 from prune2deploy.units import ms
 
 VERDICTS: Mapping[str, str] = {

@@ -1,26 +1,27 @@
 """Latency against pruning ratio: every axis loses the same fraction, each model is measured.
 
-In: a :class:`~prune2deploy.job.Job`. Out: a report with one point per ratio, measured interleaved
-with the unpruned model. Widths stay on the grid of the target's channel multiple, so neighbouring
-ratios may give the same model; it is then built and measured once.
+In: a :class:`~prune2deploy.search.job.Job`. Out: a report with one point per ratio, measured
+interleaved with the unpruned model. Widths stay on the grid of the target's channel multiple, so
+neighbouring ratios may give the same model; it is then built and measured once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from prune2deploy import candidate, measure, opening, probing, recall, summary
+from prune2deploy import measure, summary
 from prune2deploy.calibration import notices
-from prune2deploy.candidate import Built, Workshop
 from prune2deploy.config import SweepOptions
 from prune2deploy.graph import Graph
 from prune2deploy.importance import score
-from prune2deploy.job import Job
 from prune2deploy.measure import Comparison
 from prune2deploy.plan.allocate import channels
 from prune2deploy.plan.choices import Floats, choices, importance_curves
 from prune2deploy.report import write
 from prune2deploy.report.content import SweepPoint, SweepReport
+from prune2deploy.search import candidate, opening, probing, recall
+from prune2deploy.search.candidate import Built, Workshop
+from prune2deploy.search.job import Job
 
 
 def uniform_counts(

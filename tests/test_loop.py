@@ -19,10 +19,10 @@ from prune2deploy import measure
 from prune2deploy.backends.null import NullBackend
 from prune2deploy.config import Budget
 from prune2deploy.errors import ConfigError, ParityError
-from prune2deploy.job import Attempt, aim, best, judge
 from prune2deploy.journal import Journal
 from prune2deploy.measure import Comparison, LatencyStats
 from prune2deploy.rundir import read_manifest
+from prune2deploy.search.job import Attempt, aim, best, judge
 
 ROOT = Path(__file__).parent.parent
 FORMULA = """

@@ -42,7 +42,7 @@ def test_an_unknown_name_is_refused():
 
 
 @pytest.mark.parametrize(
-    "first", ["from prune2deploy.slicing import apply", "import prune2deploy.api", "pass"]
+    "first", ["from prune2deploy.surgery.slicing import apply", "import prune2deploy.api", "pass"]
 )
 def test_prune_is_the_function_whatever_was_imported_first(first):
     code = f"{first}\nimport prune2deploy\nassert callable(prune2deploy.prune)"

@@ -24,8 +24,9 @@ from typing import Any
 
 import torch
 
-from prune2deploy import export, models, simplify
-from prune2deploy.ranges import METHODS, calibrate
+from prune2deploy import models
+from prune2deploy.exporting import export, simplify
+from prune2deploy.exporting.ranges import METHODS, calibrate
 
 
 class Drawn:

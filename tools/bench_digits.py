@@ -28,8 +28,8 @@ from prune2deploy.plan import sensitivity
 from prune2deploy.plan.allocate import channels
 from prune2deploy.plan.choices import choices, importance_curves
 from prune2deploy.recover import FinetuneOptions, evaluate, finetune, reestimate_batchnorm
-from prune2deploy.slicing import apply
-from prune2deploy.worth import TIE
+from prune2deploy.search.worth import TIE
+from prune2deploy.surgery.slicing import apply
 
 SIDE, WIDTHS, BLOCKS = 16, (64, 128), (2, 2)
 TRAIN, FEW, DRAWS = 800, 512, 5

@@ -30,7 +30,7 @@ from torch import nn
 from prune2deploy.graph import trace
 from prune2deploy.models import load
 from prune2deploy.plan.plan import Plan
-from prune2deploy.slicing import apply
+from prune2deploy.surgery.slicing import apply
 
 MODELS = (
     "resnet50", "densenet121", "efficientnet_b0", "vit_b_16", "swin_t", "convnext_tiny",

@@ -28,15 +28,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from prune2deploy import export, models, simplify, target
+from prune2deploy import models, target
 from prune2deploy.backends import registry
 from prune2deploy.backends.base import Engine, Session
+from prune2deploy.exporting import export, simplify
 from prune2deploy.graph import trace
 from prune2deploy.measure import fingerprint, native_channel_multiple
 from prune2deploy.plan.latency_model import Build, fit
 from prune2deploy.plan.plan import Plan
 from prune2deploy.plan.probes import probes
-from prune2deploy.slicing import apply
+from prune2deploy.surgery.slicing import apply
 from prune2deploy.timing import OperatorTiming
 
 PROBES, HELD, RUNS, ROUNDS = 6, 8, 30, 40

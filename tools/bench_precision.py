@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prune2deploy import lowering, parity, precision, quantize, ranges, simplify
-from prune2deploy.export import to_onnx
+from prune2deploy.exporting import parity, precision, quantize, ranges, simplify
+from prune2deploy.exporting.export import to_onnx
+from prune2deploy.search import lowering
 
 SIZE = 16
 FACTORS = (0.05, 0.1, 0.2, 0.35, 0.6, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)

@@ -16,17 +16,18 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from prune2deploy import export, measure, simplify
+from prune2deploy import measure
 from prune2deploy.backends import registry
 from prune2deploy.backends.base import Engine
+from prune2deploy.exporting import export, simplify
 from prune2deploy.graph import trace
-from prune2deploy.job import aim
 from prune2deploy.plan.choices import Choice, Problem
 from prune2deploy.plan.latency_model import Build, LatencyModel, fit
 from prune2deploy.plan.plan import Plan
 from prune2deploy.plan.probes import probes
-from prune2deploy.planning import NUDGE, Question, propose, pruned
-from prune2deploy.slicing import apply
+from prune2deploy.search.job import aim
+from prune2deploy.search.planning import NUDGE, Question, propose, pruned
+from prune2deploy.surgery.slicing import apply
 from prune2deploy.target import Target
 
 FILL = 0.98  # of the wanted latency: what is measured between this and 1 is at equal latency

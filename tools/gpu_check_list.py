@@ -22,13 +22,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from prune2deploy import export, measure, parity, precision, simplify
+from prune2deploy import measure
 from prune2deploy.backends import engine_store, gpu_driver, gpu_memory, registry
 from prune2deploy.backends.base import Backend, Engine, Session
 from prune2deploy.backends.tensorrt import device_index
 from prune2deploy.backends.tensorrt_session import TensorRtSession
 from prune2deploy.backends.torch_backend import MODES
 from prune2deploy.errors import BackendError
+from prune2deploy.exporting import export, parity, precision, simplify
 from prune2deploy.target import Target
 
 SAMPLES = 50

@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prune2deploy.capture import capture
 from prune2deploy.errors import Prune2DeployError
 from prune2deploy.graph import Graph, trace
 from prune2deploy.graph.calling import tensors_in
 from prune2deploy.plan.plan import Plan
-from prune2deploy.slicing import apply
+from prune2deploy.surgery.capture import capture
+from prune2deploy.surgery.slicing import apply
 
 TOLERANCE = 1e-3
 Result = dict[str, Any]
@@ -368,7 +368,7 @@ def _export(model: nn.Module, pruned: nn.Module, example: Any, result: Result) -
 
 
 def _compare(model: nn.Module, example: Any, path: Path, result: Result, name: str) -> None:
-    from prune2deploy.export import to_onnx
+    from prune2deploy.exporting.export import to_onnx
 
     tensors = tuple(tensors_in(example))
     to_onnx(_Flat(model, example), tensors, path)

@@ -21,7 +21,7 @@ from prune2deploy.pruning.layers import (
     cut,
     kept,
 )
-from prune2deploy.slicing import sliced
+from prune2deploy.surgery.slicing import sliced
 
 
 class _PerChannel(BasePruningFunc):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from prune2deploy.errors import PruneError
-from prune2deploy.slicing import sliced
+from prune2deploy.surgery.slicing import sliced
 
 Types = tuple[type[Any], ...]
 

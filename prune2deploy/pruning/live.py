@@ -26,7 +26,7 @@ from prune2deploy.graph.trace import trace, unwrap
 from prune2deploy.plan.plan import Plan
 from prune2deploy.pruning.decode import merged
 from prune2deploy.pruning.rewrite import is_rewritten, rewrite, with_batch
-from prune2deploy.slicing import (
+from prune2deploy.surgery.slicing import (
     Kept,
     check_outputs,
     kept_positions,
@@ -34,7 +34,7 @@ from prune2deploy.slicing import (
     slice_tensors,
     update_attributes,
 )
-from prune2deploy.widths import Widths
+from prune2deploy.surgery.widths import Widths
 
 Channels = npt.NDArray[np.int64]
 Call = Callable[[], Any]

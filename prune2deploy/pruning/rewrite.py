@@ -1,7 +1,7 @@
 """Replace a module's forward by the operators that were recorded, in place.
 
-The captured graph (``prune2deploy.capture``) is written around the caller's own module, and its
-Python source becomes the instance's ``forward``. The source is text that refers to torch and to
+The captured graph (``prune2deploy.surgery.capture``) is written around the caller's own module, and
+its Python source becomes the instance's ``forward``. The source is text that refers to torch and to
 this package alone, so the module can still be copied, pickled, traced and exported.
 """
 
@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import nn
 
-from prune2deploy.capture import capture, with_batch
 from prune2deploy.graph.axes import Graph
 from prune2deploy.plan.plan import Plan
+from prune2deploy.surgery.capture import capture, with_batch
 
 __all__ = ["Rewritten", "is_rewritten", "rewrite", "with_batch"]
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import prune2deploy
-from prune2deploy import export, models, precision, simplify, target
+from prune2deploy import models, target
 from prune2deploy.backends import engine_store, registry
+from prune2deploy.exporting import export, precision, simplify
 
 pytestmark = pytest.mark.rtx
 

@@ -12,12 +12,13 @@ import torch
 from onnx import TensorProto, helper
 from torch import nn
 
-from prune2deploy import precision, simplify, target
+from prune2deploy import target
 from prune2deploy.backends import engine_build, engine_store, gpu_driver, gpu_memory, registry
 from prune2deploy.backends.engine_build import BuildRequest
 from prune2deploy.backends.tensorrt_session import layer_timings
 from prune2deploy.errors import BuildError, MissingBackend
-from prune2deploy.export import to_onnx
+from prune2deploy.exporting import precision, simplify
+from prune2deploy.exporting.export import to_onnx
 
 
 class Residual(nn.Module):

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from prune2deploy.capture import capture
 from prune2deploy.graph import trace
 from prune2deploy.plan.plan import Plan
-from prune2deploy.slicing import apply
+from prune2deploy.surgery.capture import capture
+from prune2deploy.surgery.slicing import apply
 
 from .random_nets import network
 

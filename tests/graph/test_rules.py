@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from prune2deploy.capture import capture
 from prune2deploy.errors import TraceError
 from prune2deploy.graph import rule, trace
 from prune2deploy.graph.layout import unify
 from prune2deploy.graph.rules import RULES
 from prune2deploy.plan.plan import Plan
-from prune2deploy.slicing import apply
+from prune2deploy.surgery.capture import capture
+from prune2deploy.surgery.slicing import apply
 
 
 @torch.library.custom_op("users_own::scaled", mutates_args=())

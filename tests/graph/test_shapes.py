@@ -8,14 +8,14 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prune2deploy.copying import copied
 from prune2deploy.errors import TraceError
 from prune2deploy.graph import trace
 from prune2deploy.graph.calling import tensors_in
 from prune2deploy.graph.shape_kernels import KERNELS, Form
 from prune2deploy.graph.shapes import NeedsValues, OnShapes, Outline, on_shapes, outlined
 from prune2deploy.plan.plan import Plan
-from prune2deploy.slicing import apply
+from prune2deploy.surgery.copying import copied
+from prune2deploy.surgery.slicing import apply
 
 LAST = torch.channels_last
 

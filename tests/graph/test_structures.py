@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from prune2deploy.capture import capture
 from prune2deploy.graph import trace
 from prune2deploy.graph.calling import run, tensors_in
 from prune2deploy.plan.plan import Plan
-from prune2deploy.slicing import apply
+from prune2deploy.surgery.capture import capture
+from prune2deploy.surgery.slicing import apply
 
 from .structures import STRUCTURES, Recurrent, Through, Words
 

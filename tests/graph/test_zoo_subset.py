@@ -7,7 +7,7 @@ from prune2deploy.graph import trace
 from prune2deploy.graph.calling import tensors_in
 from prune2deploy.models import load
 from prune2deploy.plan.plan import Plan
-from prune2deploy.slicing import apply
+from prune2deploy.surgery.slicing import apply
 
 from .test_oracles import random_plan, with_consumers_zeroed
 

@@ -5,13 +5,14 @@ import pytest
 import torch
 from torch import nn
 
-from prune2deploy import export, simplify, target
+from prune2deploy import target
 from prune2deploy.backends import registry
+from prune2deploy.exporting import export, simplify
 from prune2deploy.graph import trace
 from prune2deploy.plan.latency_model import Build, fit
 from prune2deploy.plan.plan import Plan
 from prune2deploy.plan.probes import probes
-from prune2deploy.slicing import apply
+from prune2deploy.surgery.slicing import apply
 
 pytestmark = pytest.mark.ort
 

@@ -1,0 +1,1 @@
+"""Module → checked ONNX file: export, simplification, lower precision, parity."""

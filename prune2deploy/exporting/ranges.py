@@ -1,0 +1,230 @@
+"""Calibration: the range of every activation, for static int8.
+
+In: an ONNX file and batches. Out: ``Ranges``, kept as JSON and keyed by the ONNX file, the data
+and the method. Memory does not grow with the number of samples: least and largest values are
+reduced inside the graph, and histograms have fixed bins, set by a first pass over the data.
+
+Methods:
+    minmax: Least and largest value seen.
+    percentile: The magnitude that 99.99 % of the values do not exceed.
+    entropy: The magnitude whose 128-level histogram diverges least from the full one (Migacz,
+        "8-bit inference with TensorRT", GPU Technology Conference 2017).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from torch import Tensor
+
+from prune2deploy.atomic import write_text
+from prune2deploy.errors import ExportError
+from prune2deploy.exporting.activations import (
+    extremes,
+    float_tensors,
+    load_named,
+    opened,
+    with_outputs,
+)
+from prune2deploy.exporting.parity import Array
+
+SCHEMA = 1  # 1: what Ranges holds
+METHODS = ("minmax", "entropy", "percentile")
+BINS = 2048
+LEVELS = 128  # of the magnitude: int8 without its sign
+PERCENTILE = 99.99
+
+Counts = npt.NDArray[np.int64]
+Batches = Iterable[tuple[tuple[Tensor, ...], Any]]
+"""Yields (inputs, labels or None); must be iterable more than once."""
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Range of every activation.
+
+    Attributes:
+        onnx_sha256: Of the ONNX file.
+        data: Name or hash of the calibration data that the caller gives.
+        method: One of ``METHODS``.
+        samples: Rows of data that were seen.
+        ranges: Tensor name to its lower and upper end.
+    """
+
+    onnx_sha256: str
+    data: str
+    method: str
+    samples: int
+    ranges: Mapping[str, tuple[float, float]]
+
+    def to_json(self) -> str:
+        """Write as JSON text."""
+        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> Ranges:
+        """Read what ``to_json`` wrote; raises ValueError, TypeError or KeyError if not."""
+        values = json.loads(text)
+        if values.pop("schema") != SCHEMA:
+            raise ValueError(f"expected schema {SCHEMA}")
+        stored = dict(values.pop("ranges"))
+        pairs = {name: (float(low), float(high)) for name, (low, high) in stored.items()}
+        return Ranges(ranges=pairs, **values)
+
+
+def calibrate(
+    path: Path,
+    batches: Batches,
+    method: str = "minmax",
+    *,
+    data: str = "",
+    store: Path | None = None,
+) -> Ranges:
+    """Run the data through the model and find every activation's range.
+
+    Args:
+        path: The fp32 ONNX file.
+        batches: Calibration data; read once for ``minmax``, twice otherwise.
+        method: One of ``METHODS``.
+        data: What identifies the data; ranges are taken from ``store`` only if it is given.
+        store: JSON file to take the ranges from if it fits, and to write them to.
+
+    Raises:
+        ExportError: No data, data that can be read only once, or an unknown method.
+    """
+    _check(batches, method)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if store is not None and data:
+        known = _stored(store)
+        if known and (known.onnx_sha256, known.data, known.method) == (digest, data, method):
+            return known
+    counter = [0]
+    ends = extremes(path, _counted(feeds(path, batches), counter))
+    if not counter[0]:
+        raise ExportError("there is no calibration data: the recipe gave no batch")
+    if method != "minmax":
+        ends = _clip(ends, _thresholds(path, feeds(path, batches), ends, method))
+    found = Ranges(digest, data, method, counter[0], ends)
+    if store is not None:
+        write_text(store, found.to_json())
+    return found
+
+
+def _check(batches: Batches, method: str) -> None:
+    if method not in METHODS:
+        raise ExportError(f"calibration method {method!r}: expected one of {', '.join(METHODS)}")
+    if iter(batches) is batches:
+        raise ExportError(
+            "calibration reads its data more than once, but was given an iterator; give a list or "
+            "an object that starts over each time"
+        )
+
+
+def feeds(path: Path, batches: Batches) -> Iterator[dict[str, Array]]:
+    """Batches as inputs of an ONNX file by name, cut to the file's batch where it is fixed.
+
+    Rows that do not fill a last fixed batch are left out.
+    """
+    graph = onnx.load(str(path), load_external_data=False).graph
+    stored = {t.name for t in graph.initializer}
+    inputs = [given for given in graph.input if given.name not in stored]
+    dims = inputs[0].type.tensor_type.shape.dim
+    fixed = dims[0].dim_value if dims and dims[0].HasField("dim_value") else 0
+    for tensors, _ in batches:
+        if len(tensors) != len(inputs):
+            raise ExportError(f"a batch has {len(tensors)} inputs, the model has {len(inputs)}")
+        arrays = [tensor.detach().cpu().numpy() for tensor in tensors]
+        rows = len(arrays[0])
+        step = fixed or rows
+        for start in range(0, rows - step + 1, step):
+            parts = [array[start : start + step] for array in arrays]
+            yield {given.name: part for given, part in zip(inputs, parts, strict=True)}
+
+
+def entropy_threshold(counts: Counts) -> int:
+    """Bin at which to saturate a histogram of magnitudes so that 128 levels lose least.
+
+    Args:
+        counts: Values per bin, at least ``LEVELS`` bins.
+
+    Returns:
+        Number of bins kept, between ``LEVELS`` and ``len(counts)``.
+    """
+    counts = counts.copy()
+    counts[0] = counts[1]  # zeros, of which a ReLU makes many, lose nothing at any threshold
+    best, least = len(counts), np.inf
+    for kept in range(LEVELS, len(counts) + 1, LEVELS // 8):
+        reference = counts[:kept].astype(np.float64)
+        level = np.arange(kept) * LEVELS // kept
+        filled = reference > 0
+        mass = np.bincount(level, reference, LEVELS)
+        width = np.bincount(level, filled, LEVELS)
+        coarse = np.where(filled, (mass / np.maximum(width, 1))[level], 0.0)
+        reference[-1] += counts[kept:].sum()  # what saturates piles up in the last bin
+        divergence = _divergence(reference, coarse)
+        if divergence < least:
+            best, least = kept, divergence
+    return best
+
+
+def percentile_threshold(counts: Counts, percentile: float = PERCENTILE) -> int:
+    """Number of bins that hold ``percentile`` per cent of the values."""
+    share = np.cumsum(counts) / max(int(counts.sum()), 1)
+    return int(np.searchsorted(share, percentile / 100.0) + 1)
+
+
+def _divergence(p: npt.NDArray[np.float64], q: npt.NDArray[np.float64]) -> float:
+    """Kullback-Leibler divergence; mass where ``q`` has none counts as a tiny share there."""
+    p, q = p / max(p.sum(), 1.0), q / max(q.sum(), 1.0)
+    there = p > 0
+    return float(np.sum(p[there] * np.log(p[there] / np.maximum(q[there], 1e-9))))
+
+
+def _thresholds(
+    path: Path,
+    samples: Iterable[Mapping[str, Array]],
+    ends: Mapping[str, tuple[float, float]],
+    method: str,
+) -> dict[str, float]:
+    """Second pass: a histogram of magnitudes per tensor, over the range that the first saw."""
+    model = load_named(path)
+    names = float_tensors(model)
+    tops = {name: max(abs(ends[name][0]), abs(ends[name][1]), 1e-12) for name in names}
+    counts = {name: np.zeros(BINS, np.int64) for name in names}
+    with opened(with_outputs(model, names)) as run:
+        for sample in samples:
+            for name, value in run(sample).items():
+                bins = (np.abs(value).ravel() * np.float32(BINS / tops[name])).astype(np.int32)
+                counts[name] += np.bincount(np.minimum(bins, BINS - 1), minlength=BINS)
+    choose = entropy_threshold if method == "entropy" else percentile_threshold
+    return {name: choose(counts[name]) * tops[name] / BINS for name in names}
+
+
+def _clip(
+    ends: Mapping[str, tuple[float, float]], limits: Mapping[str, float]
+) -> dict[str, tuple[float, float]]:
+    return {n: (max(low, -limits[n]), min(high, limits[n])) for n, (low, high) in ends.items()}
+
+
+def _counted(
+    samples: Iterable[Mapping[str, Array]], counter: list[int]
+) -> Iterator[Mapping[str, Array]]:
+    for sample in samples:
+        counter[0] += len(next(iter(sample.values())))
+        yield sample
+
+
+def _stored(path: Path) -> Ranges | None:
+    """Ranges kept in a file; ``None`` if there is none or it is damaged (they are redone)."""
+    try:
+        return Ranges.from_json(path.read_text())
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,348 @@
+"""One build: a plan becomes a pruned module, an ONNX file, an engine and its profile.
+
+In: the shared :class:`Workshop` and a plan. Out: :class:`Built`, a plain value that the journal
+keeps. Each finished part is journaled, so a run that was stopped takes up the next part.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prune2deploy import measure
+from prune2deploy.backends.base import Backend, Engine, TensorSpec
+from prune2deploy.errors import ExportError
+from prune2deploy.exporting import export, parity, simplify
+from prune2deploy.exporting.parity import Parity
+from prune2deploy.exporting.simplify import SimplifyReport
+from prune2deploy.graph.axes import Graph
+from prune2deploy.plan.plan import Plan
+from prune2deploy.progress import Progress, Step
+from prune2deploy.rundir import WORK, RunDir
+from prune2deploy.search import lowering
+from prune2deploy.search.lowering import Lowered, Wish
+from prune2deploy.surgery.slicing import apply as apply_plan
+from prune2deploy.target import Target
+from prune2deploy.timing import OperatorTiming
+
+PROFILE_RUNS = 30
+
+
+@dataclass(frozen=True)
+class Border:
+    """Agreement at one border between two stages."""
+
+    stages: str
+    parity: Parity
+
+
+@dataclass(frozen=True)
+class Built:
+    """One finished build. Paths are relative to the run directory, so that it may be moved.
+
+    Attributes:
+        number: 0 for the baseline, then counting up.
+        step: ``baseline``, ``probe``, ``correction`` or ``final``.
+        plan: What was kept.
+        params: Parameters of the pruned model.
+        macs: Multiply-accumulates of one inference.
+        bytes: Size of the ONNX file.
+        onnx: The ONNX file.
+        engine: The engine file.
+        seconds: Wall time of export, simplification and build.
+        borders: Parity figures; empty for probes, which are never shipped.
+        notes: What a reader of the report should know.
+        lowered: How it came to its precision; ``None`` for fp32.
+    """
+
+    number: int
+    step: str
+    plan: Plan
+    params: int
+    macs: int
+    bytes: int
+    onnx: str
+    engine: str
+    seconds: float
+    borders: tuple[Border, ...] = ()
+    notes: tuple[str, ...] = ()
+    lowered: Lowered | None = None
+
+    @property
+    def key(self) -> str:
+        """Prefix of its journal keys."""
+        return f"{self.number:02d}-{self.step}"
+
+
+@dataclass(frozen=True, eq=False)
+class Workshop:
+    """What every build of a run shares.
+
+    Attributes:
+        module: The caller's model; never changed.
+        example_inputs: What ``module(*example_inputs)`` takes.
+        graph: Its graph.
+        target: Where it runs, with the precision of this run.
+        backend: The target's runtime.
+        run: The run directory.
+        progress: Hears of every step.
+        total: Most builds there can be, for progress.
+        input_names: Names of the inputs in the ONNX file; empty leaves them to the exporter.
+        output_names: Names of the outputs in the ONNX file; empty likewise.
+        batches: Calibration data, or ``None``.
+        max_drop: Largest accuracy to lose to the precision; see ``lowering``.
+    """
+
+    module: nn.Module
+    example_inputs: tuple[Tensor, ...]
+    graph: Graph
+    target: Target
+    backend: Backend
+    run: RunDir
+    progress: Progress
+    total: int
+    input_names: tuple[str, ...] = ()
+    output_names: tuple[str, ...] = ()
+    batches: Any = None
+    max_drop: float | None = None
+    started: float = field(default_factory=time.monotonic)
+
+    def say(self, stage: str, number: int, detail: str = "") -> None:
+        """Report progress; the remaining time extrapolates the time per build so far."""
+        spent = time.monotonic() - self.started
+        left = spent / number * max(0, self.total - number) if number else None
+        self.progress(Step(stage, number, self.total, detail, left))
+
+    def engine(self, built: Built) -> Engine:
+        """The engine of a finished build."""
+        return Engine(
+            self.run / built.engine,
+            self.run / built.onnx,
+            self.backend.name,
+            built.seconds,
+            precision=built.lowered.precision if built.lowered else "fp32",
+        )
+
+
+def baseline(shop: Workshop) -> Built:
+    """Build the unpruned model; in a lower precision than fp32 it is a build of its own."""
+    wanted = shop.target.precision
+    return build(shop, 0, "baseline" if wanted == "fp32" else f"baseline-{wanted}", Plan({}))
+
+
+def build(shop: Workshop, number: int, step: str, plan: Plan) -> Built:
+    """Prune, export, simplify and build by ``plan``, unless the journal has it already."""
+    key = f"{number:02d}-{step}"
+
+    def work() -> Built:
+        shop.say("pruning", number)
+        module = apply_plan(shop.module, shop.graph, plan, shop.example_inputs)
+        return _assemble(shop, (number, step), plan, module)
+
+    return shop.run.journal.once(f"{key}/build", Built, work)
+
+
+def build_module(shop: Workshop, number: int, plan: Plan, module: nn.Module) -> Built:
+    """Build a module whose weights were recovered after pruning by ``plan``."""
+    return shop.run.journal.once(
+        f"{number:02d}-final/build",
+        Built,
+        lambda: _assemble(shop, (number, "final"), plan, module),
+    )
+
+
+def profile(shop: Workshop, built: Built) -> tuple[OperatorTiming, ...]:
+    """Time every operator of a build, unless the journal has it already."""
+
+    def work() -> Profile:
+        shop.say("profiling", built.number)
+        return Profile(measure.profile(shop.engine(built), shop.target, runs=PROFILE_RUNS))
+
+    return shop.run.journal.once(f"{built.key}/profile", Profile, work).operators
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Timings of one engine, as the journal keeps them."""
+
+    operators: tuple[OperatorTiming, ...]
+
+
+def _assemble(shop: Workshop, name: tuple[int, str], plan: Plan, module: nn.Module) -> Built:
+    number, step = name
+    started = time.monotonic()
+    folder = shop.run / f"{WORK}/{number:02d}-{step}"
+    shop.say("exporting", number)
+    exported = export.to_onnx(
+        module.eval(),
+        shop.example_inputs,
+        folder / "exported.onnx",
+        input_names=shop.input_names,
+        output_names=shop.output_names,
+    )
+    shop.say("simplifying", number)
+    report = simplify.simplify(exported, folder / "simplified.onnx")
+    onnx, lowered = _lower(shop, report.path, name)
+    shop.say("building", number)
+    if shop.backend.takes_program:
+        _save_program(module, shop.example_inputs, onnx.with_suffix(".pt2"))
+    engine = shop.backend.build(onnx, shop.target, folder / "engine")
+    borders: tuple[Border, ...] = ()
+    if step != "probe":
+        shop.say("checking", number)
+        borders = _check(shop, module, exported, (engine, lowered))
+    left = shop.graph.without(plan.removed)
+    return Built(
+        number,
+        step,
+        plan,
+        left.params(plan.counts),
+        left.macs(plan.counts),
+        onnx.stat().st_size,
+        _inside(shop.run, onnx),
+        _inside(shop.run, engine.path),
+        time.monotonic() - started,
+        borders,
+        _notes(report, lowered),
+        lowered,
+    )
+
+
+def _notes(report: SimplifyReport, lowered: Lowered | None) -> tuple[str, ...]:
+    simplified = f"simplification: {report.note}" if report.note else ""
+    return tuple(note for note in (simplified, lowered.text() if lowered else "") if note)
+
+
+def _inside(run: RunDir, path: Path) -> str:
+    return path.resolve().relative_to(run.path).as_posix()
+
+
+def _lower(shop: Workshop, path: Path, name: tuple[int, str]) -> tuple[Path, Lowered | None]:
+    """Bring the ONNX file to the precision of the run.
+
+    Only the unpruned model and the one that is shipped are calibrated on all data; what the
+    unpruned one keeps in higher precision, every other one does too.
+    """
+    number, step = name
+    out = path.with_name("model.onnx")
+    wanted = shop.target.precision
+    if wanted == "fp32":
+        return path.rename(out), None
+    shop.say(f"converting to {wanted}", number)
+    whole = number == 0 or step == "final"
+    first = f"00-baseline-{wanted}/build"
+    before = shop.run.journal.read(first, Built).lowered if first in shop.run.journal else None
+    wish = Wish(
+        wanted,
+        shop.backend.int8_recipe(shop.target),
+        shop.batches,
+        before.kept if before else (),
+        quick=step == "probe" or (wanted == "int8" and not whole),
+        max_drop=shop.max_drop,
+        store=path.with_name("ranges.json"),
+    )
+    return out, lowering.lower(path, out, wish)
+
+
+def _check(
+    shop: Workshop, module: nn.Module, exported: Path, made: tuple[Engine, Lowered | None]
+) -> tuple[Border, ...]:
+    """Compare torch with the exported file, that with the lowered one, and that with the engine.
+
+    Raises:
+        ParityError: Two stages of a build that may be shipped disagree.
+    """
+    engine, lowered = made
+    wanted = shop.target.precision
+    samples = _samples(shop, exported)
+    reference = parity.torch_runner(module, shop.input_names, shop.output_names)
+    parity.require_numbers(reference, samples)
+    found = [
+        Border("torch and ONNX", parity.compare(reference, parity.onnx_runner(exported), samples))
+    ]
+    stage = "torch"
+    if lowered is not None:
+        found.append(Border(f"fp32 ONNX and {wanted} ONNX", lowered.parity))
+        reference, stage = parity.onnx_runner(engine.onnx), f"{wanted} ONNX"
+    with shop.backend.open(engine, shop.target) as session:
+        run = cast(session.run, session.inputs)
+        compared = parity.compare(
+            reference, run, samples, precision=shop.backend.arithmetic(shop.target)
+        )
+    torch.set_flush_denormal(False)  # engines flush subnormals in the thread that opens them
+    found.append(Border(f"{stage} and engine", compared))
+    if lowered is not None:
+        lowering.require(lowered, shop.max_drop)
+    if lowered is None or not lowered.quick:
+        require(found)
+    return tuple(found)
+
+
+def require(borders: Sequence[Border]) -> None:
+    """Raise ParityError if two stages of a build disagree."""
+    for border in borders:
+        parity.require(border.parity, border.stages)
+
+
+def cast(run: parity.Runner, inputs: Sequence[TensorSpec]) -> parity.Runner:
+    """Have ``run`` take its inputs in any type: an fp16 engine wants fp16."""
+
+    def cast_and_run(feeds: Mapping[str, Any]) -> Mapping[str, Any]:
+        return run({s.name: feeds[s.name].astype(s.dtype, copy=False) for s in inputs})
+
+    return cast_and_run
+
+
+def _samples(shop: Workshop, exported: Path) -> Sequence[Mapping[str, Any]]:
+    """Real inputs where there is data, else the example and one random input."""
+    if shop.batches is not None:
+        inputs, _ = next(iter(shop.batches))
+        whole = tuple(tensor[: shop.example_inputs[0].shape[0]] for tensor in inputs)
+        return [parity.as_sample(whole, shop.input_names)]
+    return [
+        parity.as_sample(shop.example_inputs, shop.input_names),
+        *parity.random_samples(exported),
+    ]
+
+
+def with_precision(target: Target, wanted: str | None) -> Target:
+    """The target with the precision that the run asks for."""
+    return target if wanted is None else replace(target, precision=wanted)
+
+
+def save_module(run: RunDir, module: nn.Module, example_inputs: tuple[Tensor, ...]) -> str:
+    """Save the pruned module loadable with its code (``weights.pt``) and without (``.pt2``).
+
+    Returns:
+        Why ``model.pt2`` could not be written, or an empty text.
+    """
+    with run.place("weights.pt") as path:
+        torch.save(module.state_dict(), path)
+    try:
+        with run.place("model.pt2") as path:
+            _save_program(module, example_inputs, path)
+    except ExportError as error:
+        return (
+            f"model.pt2 is missing because {error}; "
+            "load it with its own code from weights.pt and plan.json"
+        )
+    return ""
+
+
+def _save_program(module: nn.Module, example_inputs: tuple[Tensor, ...], path: Path) -> None:
+    """Write a module as an exported program; raises ExportError where torch cannot."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # advice to the model's author
+            program = torch.export.export(module.eval(), example_inputs)
+    except Exception as error:
+        told = str(error).strip().splitlines() or [type(error).__name__]
+        raise ExportError(f"torch.export cannot express this model ({told[0]})") from error
+    torch.export.save(program, path)

@@ -1,0 +1,82 @@
+"""Before the search: a usable target, the traced model, the measured baseline.
+
+In: a :class:`~prune2deploy.search.job.Job` and the options of the model. Out: the
+:class:`~prune2deploy.search.candidate.Workshop` that every build shares, and the baseline.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from prune2deploy import measure
+from prune2deploy.backends import registry
+from prune2deploy.calibration import check_labels, require
+from prune2deploy.config import ModelOptions, check_max_drop
+from prune2deploy.errors import ConfigError, MissingBackend, TraceError
+from prune2deploy.exporting import export
+from prune2deploy.graph import trace
+from prune2deploy.measure import Measurement
+from prune2deploy.search import candidate
+from prune2deploy.search.candidate import Workshop
+from prune2deploy.search.job import Baseline, Job
+
+
+def open_workshop(
+    job: Job, options: ModelOptions, builds: int, max_drop: float | None = None
+) -> Workshop:
+    """Check that the target is usable, and trace the model; ``builds`` is for progress."""
+    target = candidate.with_precision(job.target, options.precision)
+    check_max_drop(max_drop, target.precision, data=job.batches is not None)
+    if target.precision == "int8":
+        if job.batches is None:
+            raise ConfigError("precision int8 needs calibration data: add --data RECIPE")
+        require(job.batches, "int8")
+    backend = registry.for_target(target)
+    there = backend.availability(target)
+    if not there.usable:
+        raise MissingBackend(f"target {target.name}: {there.reason}; {there.fix}")
+    graph = trace(job.module, job.example_inputs)
+    if not graph.prunable:
+        reasons = sorted({str(axis.frozen) for axis in graph.axes if axis.frozen})
+        raise TraceError(
+            "the model has nothing to prune: every axis is frozen "
+            f"({', '.join(reasons)}); `prune2deploy inspect` lists them"
+        )
+    if job.batches is not None:
+        check_labels(job.batches, _output_shapes(job))
+    return Workshop(
+        job.module,
+        job.example_inputs,
+        graph,
+        target,
+        backend,
+        job.run,
+        job.progress,
+        builds,
+        job.input_names,
+        job.output_names,
+        job.batches,
+        max_drop,
+    )
+
+
+def _output_shapes(job: Job) -> list[tuple[int, ...]]:
+    with torch.no_grad():
+        outputs = export.flatten(job.module(*job.example_inputs))
+    return [tuple(tensor.shape) for tensor in outputs.values()]
+
+
+def measure_baseline(shop: Workshop) -> Baseline:
+    """Build, profile and measure the unpruned model."""
+    built = candidate.baseline(shop)
+    profile = candidate.profile(shop, built)
+
+    def work() -> Measurement:
+        shop.say("measuring", 0)
+        (shop.run / "raw").mkdir(exist_ok=True)
+        return measure.single(
+            shop.engine(built), shop.target, raw_path=shop.run / "raw/baseline.npz"
+        )
+
+    measured = shop.run.journal.once(f"{built.key}/measure", Measurement, work)
+    return Baseline(built, profile, measured)

@@ -1,0 +1,303 @@
+"""What every width is worth to this model: measured where there is data, else from scores.
+
+In: a workshop, scores of channels, and data or none. Out: curves for ``plan.choices``, and a line
+for the report that says where they are from. Measured losses are journaled one by one, and kept
+for other runs under a hash of weights, data and widths: they do not depend on the device, so
+another budget, or another target, does not measure them again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from prune2deploy import atomic
+from prune2deploy.calibration import Batches
+from prune2deploy.graph.axes import Counts
+from prune2deploy.journal import decode, encode
+from prune2deploy.plan import sensitivity
+from prune2deploy.plan.allocate import channels
+from prune2deploy.plan.choices import Choice, choices, importance_curves
+from prune2deploy.plan.plan import Plan
+from prune2deploy.plan.sensitivity import Sensitivity
+from prune2deploy.recover.batchnorm import Batch, reestimate_batchnorm
+from prune2deploy.search import depth
+from prune2deploy.search.candidate import Workshop
+from prune2deploy.surgery.slicing import apply as apply_plan
+
+Scores = Mapping[str, npt.ArrayLike]
+Floats = npt.NDArray[np.float64]
+
+SAMPLES = 512  # that losses are taken on, at most
+LEAST = 32  # and at least, however long it takes
+SECONDS = 600.0  # that all losses together may take before fewer samples are used
+BATCH = 32
+TIE = 0.01  # of the mean rise: weight of data-free worth, which decides between equals
+
+DATA_FREE = "widths chosen by data-free scores"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Losses as they are kept for other runs: on how many samples, and by first axis."""
+
+    samples: int
+    found: Mapping[str, Sensitivity]
+
+
+@dataclass(frozen=True, eq=False)
+class Worth:
+    """Worth of widths.
+
+    Attributes:
+        curves: Axis name to worth by kept channels, float array (size + 1,).
+        note: Where they are from.
+        samples: On how many samples they were measured; 0 where scores alone were asked.
+    """
+
+    curves: Mapping[str, Floats]
+    note: str
+    samples: int = 0
+
+
+def find(shop: Workshop, scores: Scores, multiple: int, keep_in: Path | None) -> Worth:
+    """Measure what widths are worth if the run has data for it; else take the scores' word.
+
+    Args:
+        shop: Model, graph, data and journal of the run.
+        scores: Axis name to one score per channel.
+        multiple: Channel multiple of the target; widths on its grid are tried.
+        keep_in: Folder that measured losses are kept in for other runs, or ``None``.
+
+    Raises:
+        PlanError: The loss of the unpruned model is not finite.
+    """
+    free = importance_curves(shop.graph, scores)
+    if shop.batches is None:
+        return Worth(free, f"{DATA_FREE}: there is no data (add --data to have them measured)")
+    if isinstance(shop.batches, Batches) and "sensitivity" not in shop.batches.purposes:
+        told = f"{DATA_FREE}: recipe {shop.batches.name!r} is not for 'sensitivity'"
+        return Worth(free, told)
+    offered = choices(shop.graph, free, multiple=multiple)
+    held = None if keep_in is None else keep_in / f"{_key(shop, scores, offered)}.json"
+    measured = _measure(shop, scores, offered, held)
+    rises = sensitivity.curves(shop.graph, measured.found)
+    scale = TIE * float(np.mean([-curve.min() for curve in rises.values()]) or 1.0)
+    return Worth(
+        {axis: rises[axis] + scale * free[axis] * len(free) for axis in rises},
+        f"widths chosen by sensitivity measured on {measured.samples} samples",
+        measured.samples,
+    )
+
+
+def of_blocks(shop: Workshop, scores: Scores, worth: Worth) -> dict[str, float]:
+    """What each removable block is worth: the rise of the loss without it, else its axes' worth."""
+    names = [block.name for block in depth.removable(shop.graph)]
+    if not worth.samples:
+        return {
+            name: sum(float(worth.curves[axis][-1]) for axis in depth.gone(shop.graph, name)
+                      if axis in worth.curves)
+            for name in names
+        }  # fmt: skip
+
+    def work() -> dict[str, float]:
+        loss = Loss(shop, scores, _first(shop.batches, worth.samples))
+        base, found = loss({}), {}
+        for number, name in enumerate(names, start=1):
+            shop.say("measuring what blocks are worth", 0, f"{number} of {len(names)}")
+            found[name] = max(0.0, loss.of(Plan({}, removed=(name,))) - base)
+        return found
+
+    return shop.run.journal.once("sensitivity of blocks", dict[str, float], work)
+
+
+def _key(shop: Workshop, scores: Scores, offered: Sequence[Choice]) -> str:
+    """Hash of everything that the losses depend on, but for how many samples there is time for."""
+    digest = hashlib.sha256(weights_digest(shop.module).encode())
+    for axis in sorted(scores):
+        digest.update(np.ascontiguousarray(scores[axis], dtype=np.float64).tobytes())
+    for inputs, labels in _first(shop.batches, LEAST):
+        for tensor in (*inputs, *(() if labels is None else (labels,))):
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    asked = [[*choice.axes, *choice.options.tolist()] for choice in offered]
+    digest.update(json.dumps(asked).encode())
+    return digest.hexdigest()
+
+
+def ranking(shop: Workshop, scores: Scores, worth: Worth) -> Callable[[Plan], float] | None:
+    """The loss of whole plans, each measured once; ``None`` where nothing was measured on data."""
+    if not worth.samples:
+        return None
+
+    @cache
+    def loss() -> Loss:
+        return Loss(shop, scores, _first(shop.batches, worth.samples))
+
+    known: dict[str, float] = {}
+
+    def rank(plan: Plan) -> float:
+        key = plan.to_json()
+        if key not in known:
+            shop.say("comparing plans of equal predicted latency", 0, f"number {len(known) + 1}")
+            known[key] = loss().of(plan)
+        return known[key]
+
+    return rank
+
+
+class Loss:
+    """Loss of the model with given counts, BatchNorm re-estimated.
+
+    Cross-entropy where there are labels and class scores, else the squared difference of the
+    outputs to those of the unpruned model, relative to their size.
+    """
+
+    def __init__(self, shop: Workshop, scores: Scores, batches: Sequence[Batch]) -> None:
+        self._shop, self._scores, self._batches = shop, scores, batches
+        whole = apply_plan(shop.module, shop.graph, Plan({}), shop.example_inputs)
+        reestimate_batchnorm(whole, batches)
+        self._reference = list(_outputs(whole, batches))
+
+    def __call__(self, counts: Counts) -> float:
+        """Loss of the model that keeps ``counts`` channels; absent axes keep all."""
+        return self.of(channels(self._shop.graph, self._scores, counts))
+
+    def of(self, plan: Plan) -> float:
+        """Loss of the model pruned by a plan."""
+        shop = self._shop
+        module = apply_plan(shop.module, shop.graph, plan, shop.example_inputs)
+        reestimate_batchnorm(module, self._batches)
+        total, samples = 0.0, 0
+        for found, wanted, (_, labels) in zip(
+            _outputs(module, self._batches), self._reference, self._batches, strict=True
+        ):
+            size = len(found[0])
+            total += size * _loss(found, wanted, labels)
+            samples += size
+        return total / max(samples, 1)
+
+
+def _outputs(module: nn.Module, batches: Sequence[Batch]) -> Iterable[list[Tensor]]:
+    module.eval()
+    for inputs, _ in batches:
+        with torch.no_grad():
+            yield [t.float() for t in _tensors(module(*inputs)) if t.is_floating_point()]
+
+
+def _tensors(tree: Any) -> Iterable[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (Mapping, list, tuple)):
+        for part in tree.values() if isinstance(tree, Mapping) else tree:
+            yield from _tensors(part)
+
+
+def _loss(found: list[Tensor], wanted: list[Tensor], labels: Tensor | None) -> float:
+    scores = found[0]
+    if labels is not None and scores.ndim == 2 and int(labels.max()) < scores.shape[1]:
+        return float(functional.cross_entropy(scores, labels))
+    if [t.shape for t in found] != [t.shape for t in wanted]:
+        return float("inf")
+    apart = [
+        float((one - other).square().sum() / other.square().sum().clamp_min(1e-12))
+        for one, other in zip(found, wanted, strict=True)
+    ]
+    return sum(apart) / len(apart)
+
+
+def _samples(shop: Workshop, scores: Scores, offered: Sequence[Choice]) -> int:
+    """How many samples to use so that it takes a bearable time; decided once per run."""
+
+    def work() -> int:
+        few = _first(shop.batches, LEAST)
+        seen = sum(len(inputs[0]) for inputs, _ in few)
+        started = time.monotonic()
+        loss = Loss(shop, scores, few)
+        started, before = time.monotonic(), time.monotonic() - started
+        loss({})
+        each = min(before, time.monotonic() - started) / max(seen, 1)
+        return int(min(SAMPLES, max(LEAST, SECONDS / max(each * 3 * len(offered), 1e-9))))
+
+    return shop.run.journal.once("sensitivity/samples", int, work)
+
+
+def _first(batches: Any, samples: int) -> list[Batch]:
+    """The first batches, until there are enough samples."""
+    if isinstance(batches, Batches):
+        batches = batches.first(samples).rebatched(BATCH)
+    found: list[Batch] = []
+    for batch in batches:
+        found.append(batch)
+        samples -= len(batch[0][0])
+        if samples <= 0:
+            break
+    return found
+
+
+def _measure(
+    shop: Workshop, scores: Scores, offered: Sequence[Choice], held: Path | None
+) -> Measured:
+    """Take every loss that neither this run nor an earlier one has taken."""
+    journal = shop.run.journal
+    before = None if "sensitivity/samples" in journal else _read(held, offered)
+    if before is not None:
+        journal.write("sensitivity/samples", before.samples)
+        for one in before.found.values():
+            journal.write(f"sensitivity/{one.axes[0]}", one)
+    samples = _samples(shop, scores, offered)
+    batches = _first(shop.batches, samples)
+    keys = {choice.axes[0]: f"sensitivity/{choice.axes[0]}" for choice in offered}
+    known = {n: journal.read(key, Sensitivity) for n, key in keys.items() if key in journal}
+    if len(known) < len(keys):
+        known = sensitivity.measure(
+            offered,
+            Loss(shop, scores, batches),
+            known=known,
+            tell=lambda done, total: shop.say("measuring sensitivity", 0, f"{done} of {total}"),
+            keep=lambda one: journal.write(keys[one.axes[0]], one),
+        )
+    measured = Measured(sum(len(inputs[0]) for inputs, _ in batches), known)
+    if held is not None and not held.exists():
+        _write(held, measured)
+    return measured
+
+
+def _read(held: Path | None, offered: Sequence[Choice]) -> Measured | None:
+    """Losses that an earlier run kept; ``None`` where they are not there or not whole."""
+    if held is None:
+        return None
+    try:
+        found = decode(Measured, json.loads(held.read_text("utf-8")))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+    wanted = {choice.axes[0] for choice in offered}
+    return found if isinstance(found, Measured) and wanted == set(found.found) else None
+
+
+def _write(held: Path, measured: Measured) -> None:
+    try:
+        atomic.write_text(held, json.dumps(encode(measured)))
+    except OSError:
+        return  # the losses are in the journal of this run all the same
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 over names, shapes and values of a model's state, in order."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        if not value.is_meta:
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Plan → a new module: slicing, and a captured graph where the model's code holds widths."""

@@ -1,0 +1,333 @@
+"""Plan → a new, smaller module; the module that was traced is not touched.
+
+In: a module, its graph, a plan. Out: a pruned copy whose forward pass was checked, operator by
+operator, against the shapes that the plan implies. First the stored tensors of a deep copy are
+sliced and the width attributes of standard ``torch.nn`` modules follow. Where the model's own
+Python code holds widths as constants, so that this copy does not run as planned, the recorded
+operators are handed back as a captured module instead (``capture``).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from prune2deploy.errors import PruneError
+from prune2deploy.graph.axes import Graph
+from prune2deploy.graph.calling import Forward, quiet, run, stored_tensors, tensors_in
+from prune2deploy.graph.layout import find
+from prune2deploy.graph.recording import Operation, Recording, refs_in
+from prune2deploy.graph.rules import VARYING
+from prune2deploy.graph.shapes import on_shapes, outlined
+from prune2deploy.graph.trace import unwrap
+from prune2deploy.plan.plan import Plan
+from prune2deploy.surgery.capture import capture
+from prune2deploy.surgery.copying import copied
+from prune2deploy.surgery.widths import Widths
+
+Kept = Mapping[str, list[npt.NDArray[np.int64] | None]]
+
+
+def apply(model: nn.Module, graph: Graph, plan: Plan, example_inputs: Any = None) -> nn.Module:
+    """Prune a copy of ``model`` as ``plan`` says.
+
+    Args:
+        model: The module that ``graph`` was traced from.
+        graph: Its graph.
+        plan: Kept channels per axis.
+        example_inputs: Inputs to check the result with; those of the trace by default.
+
+    Returns:
+        A pruned module of the same class, or a captured ``torch.fx.GraphModule`` with the same
+        parameter names where the model's code holds widths as constants.
+
+    Raises:
+        PlanError: the plan does not fit the graph.
+        PruneError: the result does not run.
+    """
+    plan.check(graph)
+    source = unwrap(model)
+    recording: Recording = graph.recording
+    example = recording.example if example_inputs is None else example_inputs
+    kept = kept_positions(graph, plan)
+    pruned = sliced_copy(source, kept)
+    widths = Widths(graph, plan)
+    update_attributes(pruned, recording, widths)
+    for call in recording.spans(plan.removed).values():
+        pruned.set_submodule(call.name, nn.Identity() if call.plain else Skipped())
+    operations = recording.without(plan.removed)
+    if runs_as_planned(
+        pruned, operations, widths, example, recording.forward_fn, shapes=recording.on_shapes
+    ):
+        return pruned
+    return _captured(pruned, source, graph, plan, example)
+
+
+class Skipped(nn.Module):
+    """In place of a removed block that takes more than one argument: hands on the first."""
+
+    def forward(self, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """The first argument."""
+        return x
+
+
+def _captured(
+    pruned: nn.Module, source: nn.Module, graph: Graph, plan: Plan, example: Any
+) -> nn.Module:
+    """The captured form; with the batch of the example fixed where it cannot be left free."""
+    recording: Recording = graph.recording
+    widths = Widths(graph, plan)
+    module = capture(pruned, source, graph, plan)
+    try:
+        check_outputs(module, recording, widths, example)
+    except PruneError:
+        module = capture(pruned, source, graph, plan, free_batch=False)
+        check_outputs(module, recording, widths, example)
+    return module
+
+
+def kept_positions(graph: Graph, plan: Plan) -> dict[str, list[npt.NDArray[np.int64] | None]]:
+    """For every stored tensor, the kept positions of each dimension (None: all of them)."""
+    gone: dict[tuple[str, int], npt.NDArray[np.bool_]] = {}
+    for name, channels in plan.kept.items():
+        axis = graph[name]
+        removed = np.ones(axis.size + 1, dtype=bool)
+        removed[[*channels, -1]] = False  # position -1 belongs to no channel and stays
+        for member in axis.members:
+            place = (member.tensor, member.dim)
+            mask = removed[member.channel]
+            gone[place] = gone[place] | mask if place in gone else mask
+    return {
+        name: [
+            np.flatnonzero(~gone[name, dim]) if (name, dim) in gone else None
+            for dim in range(len(dims))
+        ]
+        for name, dims in graph.tensors.items()
+    }
+
+
+def sliced_copy(module: nn.Module, kept: Kept) -> nn.Module:
+    """A deep copy whose stored tensors are sliced; what goes is never copied."""
+    done: dict[int, Any] = {}
+    for name, tensor in stored_tensors(module):
+        dims = kept[name]
+        if id(tensor) not in done and any(positions is not None for positions in dims):
+            done[id(tensor)] = sliced(tensor, dims, with_gradient=False)
+    return copied(module, done)
+
+
+def slice_tensors(module: nn.Module, kept: Kept) -> None:
+    """Slice parameters and buffers in place; tensors that are shared stay shared."""
+    done: dict[int, torch.Tensor] = {}
+    owners = dict(module.named_modules(remove_duplicate=False))
+    for name, dims in kept.items():
+        if all(positions is None for positions in dims):
+            continue
+        path, _, leaf = name.rpartition(".")
+        owner = owners[path]
+        table: Any = owner._parameters if leaf in owner._parameters else owner._buffers
+        old = table[leaf]
+        if id(old) not in done:
+            done[id(old)] = sliced(old, dims)
+            done[id(done[id(old)])] = done[id(old)]
+        table[leaf] = done[id(old)]
+
+
+def sliced(
+    tensor: torch.Tensor,
+    dims: list[npt.NDArray[np.int64] | None],
+    *,
+    with_gradient: bool = True,
+) -> torch.Tensor:
+    """Keep the given positions of each dimension; a parameter stays one, its gradient follows."""
+    result = _pick(tensor.detach(), dims)
+    if not isinstance(tensor, nn.Parameter):
+        return result
+    parameter = nn.Parameter(result, requires_grad=tensor.requires_grad)
+    if with_gradient and tensor.grad is not None:
+        parameter.grad = _pick(tensor.grad, dims)
+    return parameter
+
+
+def _pick(tensor: torch.Tensor, dims: list[npt.NDArray[np.int64] | None]) -> torch.Tensor:
+    for dim, positions in enumerate(dims):
+        if positions is not None:
+            index = torch.as_tensor(positions, device=tensor.device)
+            tensor = tensor.index_select(dim, index)
+    return tensor.contiguous()
+
+
+FROM_WEIGHT: tuple[tuple[tuple[type[nn.Module], ...], dict[str, int]], ...] = (
+    ((nn.Linear,), {"out_features": 0, "in_features": 1}),
+    ((nn.Embedding, nn.EmbeddingBag), {"embedding_dim": 1}),
+    ((nn.PReLU,), {"num_parameters": 0}),
+    ((nn.GroupNorm,), {"num_channels": 0}),
+    ((nn.modules.batchnorm._NormBase,), {"num_features": 0}),
+)
+"""Attributes of ``torch.nn`` modules that repeat a dimension of their weight."""
+
+CONVOLUTIONS = nn.modules.conv._ConvNd
+TRANSPOSED = nn.modules.conv._ConvTransposeNd
+
+
+def update_attributes(module: nn.Module, recording: Recording, widths: Widths) -> None:
+    """Let the width attributes of standard modules say what their tensors now are."""
+    symbols = {op.scope: op.symbols for op in recording.operations if op.symbols}
+    for name, part in module.named_modules():
+        for types, attributes in FROM_WEIGHT:
+            if isinstance(part, types):
+                _follow_weight(part, attributes)
+        if isinstance(part, nn.RNNBase):
+            _follow_recurrent(part)
+        elif isinstance(part, nn.RNNCellBase):
+            part.input_size, part.hidden_size = part.weight_ih.shape[1], part.weight_hh.shape[1]
+        if isinstance(part, CONVOLUTIONS):
+            _follow_convolution(part, widths.of(symbols.get(name, {}).get("groups", ())))
+        elif isinstance(part, nn.GroupNorm) and name in symbols:
+            part.num_groups = widths.of(symbols[name].get("group", ())) or part.num_groups
+        elif isinstance(part, nn.LayerNorm | nn.RMSNorm):
+            shape = symbols.get(name, {}).get("normalized_shape")
+            if part.elementwise_affine:
+                part.normalized_shape = tuple(part.weight.shape)
+            elif shape:
+                part.normalized_shape = tuple(widths.of((node,)) or 1 for node in shape)
+
+
+def _follow_weight(part: Any, attributes: dict[str, int]) -> None:
+    stored = part.running_mean if isinstance(part, nn.modules.batchnorm._NormBase) else part.weight
+    stored = part.weight if stored is None else stored
+    if stored is None:
+        return
+    for attribute, dim in attributes.items():
+        if getattr(part, attribute) != stored.shape[dim]:
+            setattr(part, attribute, stored.shape[dim])
+
+
+def _follow_recurrent(part: nn.RNNBase) -> None:
+    """Sizes, and the list of weights that the module hands to its kernel."""
+    part._flat_weights = [getattr(part, name) for name in part._flat_weights_names]
+    part.input_size = part._parameters["weight_ih_l0"].shape[1]  # type: ignore[union-attr]
+    part.hidden_size = part._parameters["weight_hh_l0"].shape[1]  # type: ignore[union-attr]
+    if part.proj_size:  # what comes back is the projection of the hidden units
+        projection = part.get_parameter("weight_hr_l0")
+        part.proj_size, part.hidden_size = projection.shape
+
+
+def _follow_convolution(part: nn.modules.conv._ConvNd, groups: int | None) -> None:
+    if groups is not None:
+        part.groups = groups
+    rows, columns = part.weight.shape[:2]
+    if isinstance(part, TRANSPOSED):
+        part.in_channels, part.out_channels = rows, columns * part.groups
+    else:
+        part.in_channels, part.out_channels = columns * part.groups, rows
+
+
+class _Shapes(TorchDispatchMode):
+    """Lists each operator with the shapes that it returns."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        self.seen: list[tuple[str, tuple[tuple[int, ...], ...]]] = []
+        self._made: list[Any] = []  # a new tensor that somebody holds is detached by torch
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        shapes = tuple(tuple(t.shape) for t in tensors_in(result))
+        if next(tensors_in(args), None) is None:
+            self._made.append(result)
+        self.seen.append((func._schema.name, shapes))
+        return result
+
+
+def runs_as_planned(
+    module: nn.Module,
+    operations: Sequence[Operation],
+    widths: Widths,
+    example: Any,
+    forward_fn: Forward | None = None,
+    *,
+    shapes: bool = False,
+) -> bool:
+    """Whether the module runs these operators, each with the shapes that the plan implies.
+
+    With ``shapes`` it is run as it was recorded, on shapes without values. Code that keeps what it
+    has computed (anchors, masks) computes it again when widths have changed: where other operators
+    are met in a first pass, a second one decides.
+    """
+    inputs = outlined(example) if shapes else example
+    known = list(itertools.takewhile(_known_size, operations))
+    returned: list[list[torch.Size]] = []
+    try:
+        with quiet(module), on_shapes(module, shapes):
+            for _ in range(2):
+                watch = _Shapes()
+                with watch:
+                    result = run(module, inputs, forward_fn)
+                returned.append([tensor.shape for tensor in tensors_in(result)])
+                if _same_operators(watch.seen, operations, known):
+                    return returned[0] == returned[-1] and _same_shapes(watch.seen, known, widths)
+    except Exception:  # noqa: BLE001  the user's code may fail in any way when widths change
+        return False
+    return False
+
+
+Seen = Sequence[tuple[str, tuple[tuple[int, ...], ...]]]
+
+
+def _same_operators(
+    seen: Seen, operations: Sequence[Operation], known: Sequence[Operation]
+) -> bool:
+    """Whether the operators are those recorded, as far as values have no say in them."""
+    if len(known) == len(operations) != len(seen):
+        return False
+    pairs = zip(seen, known, strict=False)
+    return all(name == operation.func._schema.name for (name, _), operation in pairs)
+
+
+def _same_shapes(seen: Seen, known: Sequence[Operation], widths: Widths) -> bool:
+    pairs = zip(seen, known, strict=False)
+    return all(
+        found == tuple(widths.shape(dims) for dims in operation.layouts)
+        for (_, found), operation in pairs
+    )
+
+
+def _known_size(operation: Operation) -> bool:
+    """Whether the values of the input have no say in the sizes that an operator returns."""
+    return all(find(node).frozen != VARYING for dims in operation.layouts for node in dims)
+
+
+def check_outputs(module: nn.Module, recording: Recording, widths: Widths, example: Any) -> None:
+    """Raise PruneError unless the module runs and returns the shapes that the original returns."""
+    try:
+        result = _result(module, recording, example)
+    except Exception as error:
+        raise PruneError(
+            f"the pruned model does not run: {type(error).__name__}: {error}. Expected it to run "
+            "on the inputs that the original was traced with. Prune fewer axes, or report the "
+            "model: its code depends on widths in a way that is not understood."
+        ) from error
+    found = [tuple(t.shape) for t in tensors_in(result)]
+    layouts = [recording.values[ref.number].dims for ref in refs_in(recording.outputs)]
+    planned = [widths.shape(dims) for dims in layouts]
+    varies = any(find(node).frozen == VARYING for dims in layouts for node in dims)
+    if found != planned and not varies:
+        raise PruneError(f"the pruned model returns shapes {found}, expected {planned}")
+
+
+def _result(module: nn.Module, recording: Recording, example: Any) -> Any:
+    """What the module returns, in shapes where the recording shows that these will do."""
+    if recording.on_shapes:
+        with suppress(Exception), quiet(module), on_shapes(module, True):
+            return run(module, outlined(example), recording.forward_fn)
+    with quiet(module):
+        return run(module, example, recording.forward_fn)

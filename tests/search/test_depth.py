@@ -1,0 +1,166 @@
+"""Where the narrowest widths miss the budget, blocks go; and only then."""
+
+import pytest
+import torch
+from torch import nn
+
+import prune2deploy
+from prune2deploy.graph import trace
+from prune2deploy.journal import Journal
+from prune2deploy.plan.latency_model import Build, fit
+from prune2deploy.plan.plan import Plan
+from prune2deploy.rundir import read_manifest
+from prune2deploy.search import depth
+from prune2deploy.surgery.slicing import apply
+
+FORMULA = """
+backend = "null"
+device = "none"
+channel_multiple = 8
+[options]
+step = 8
+fixed_ns = 4000.0
+[measure]
+min_seconds = 0.0
+"""
+
+
+class Block(nn.Module):
+    def __init__(self, width, inner):
+        super().__init__()
+        self.down, self.up = nn.Conv2d(width, inner, 3, padding=1), nn.Conv2d(inner, width, 1)
+
+    def forward(self, x):
+        return x + self.up(self.down(x).relu())
+
+
+class Deep(nn.Module):
+    """A stem, six blocks (one of them costly) and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, padding=1)
+        self.blocks = nn.ModuleList(Block(32, n) for n in (32, 32, 96, 32, 32, 32))
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def net():
+    torch.manual_seed(0)
+    return Deep().eval(), torch.randn(1, 3, 8, 8)
+
+
+@pytest.fixture
+def target(tmp_path):
+    path = tmp_path / "formula.toml"
+    path.write_text(FORMULA)
+    return path
+
+
+def run(net, target, folder, **more):
+    return prune2deploy.prune_to_budget(*net, target=target, run_dir=folder, **more)
+
+
+@pytest.fixture(scope="module")
+def floor(net, tmp_path_factory):
+    """Measured latency of the unpruned net and of its narrowest widths, and of no blocks at all."""
+    folder = tmp_path_factory.mktemp("floor")
+    path = folder / "formula.toml"
+    path.write_text(FORMULA)
+    result = run(net, path, folder / "r", budget_ms=1e-6)
+    steps = [line for line in result.report.steps if line.step == "correction"]
+    return result, result.report.baseline.p50_ms, steps[0].measured_ms, steps[-1].measured_ms
+
+
+def test_out_of_reach_means_without_any_block(net, floor):
+    result, whole, widths, least = floor
+    manifest = read_manifest(result.run_dir)
+    names = {block.name for block in trace(*net).blocks}
+    assert result.verdict == "unreachable" and set(result.plan.removed) == names
+    assert manifest["floor_ms"] == manifest["final"]["p50_ms"] == least < widths < whole
+    assert set(manifest["removed"]) == names
+    # nothing smaller exists: stem and head at 8 channels, by hand
+    nodes = result.report.layers
+    assert len([n for n in nodes if n.after_ms is not None]) == 3  # stem, mean, head
+    assert result.module(net[1]).shape == (1, 4)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.8])
+def test_blocks_go_where_widths_do_not_reach(net, target, tmp_path, floor, share):
+    _, _, widths, least = floor
+    budget = least + share * (widths - least)
+    result = run(net, target, tmp_path / "r", budget_ms=budget, max_builds=9)
+    assert result.met and 0 < len(result.plan.removed) < 6
+    assert result.report.builds <= 9
+    assert 0.93 <= result.report.final.p50_ms / budget <= 1
+    graph = trace(*net)
+    rest = graph.without(result.plan.removed)
+    assert sum(p.numel() for p in result.module.parameters()) == rest.params(result.plan.counts)
+    assert result.report.final.params == rest.params(result.plan.counts)
+    assert result.report.final.macs == rest.macs(result.plan.counts)
+    assert "taken out whole" in (result.run_dir / "report.html").read_text()
+    again = apply(net[0], graph, Plan.from_json((result.run_dir / "plan.json").read_text()))
+    assert torch.equal(again(net[1]), result.module(net[1]))
+    assert all(axis.kept for axis in result.report.axes if axis.name in {a.name for a in rest.axes})
+
+
+def test_blocks_stay_where_widths_reach(net, target, tmp_path, floor):
+    _, whole, widths, _ = floor
+    result = run(net, target, tmp_path / "r", budget_ms=widths + 0.2 * (whole - widths))
+    assert result.met and result.plan.removed == ()
+
+
+def test_resume_takes_out_the_same_blocks(net, target, tmp_path, floor):
+    budget = (floor[2] + floor[3]) / 2
+    whole = run(net, target, tmp_path / "whole", budget_ms=budget)
+    seen = []
+
+    def stop(step):
+        seen.append(step)
+        if step.number == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(net, target, tmp_path / "r", budget_ms=budget, progress=stop)
+    result = run(net, target, tmp_path / "r", budget_ms=budget, resume=True)
+    assert result.plan == whole.plan
+    keys = Journal(tmp_path / "r/journal.jsonl").keys
+    assert [k for k in keys if not k.startswith("session")] == [
+        k for k in Journal(tmp_path / "whole/journal.jsonl").keys if not k.startswith("session")
+    ]
+
+
+def test_data_decides_which_blocks_matter(target, tmp_path, floor):
+    torch.manual_seed(0)
+    model = Deep().eval()
+    with torch.no_grad():
+        for number in (0, 4):  # blocks that do nothing
+            model.blocks[number].up.weight.mul_(1e-6)
+            model.blocks[number].up.bias.zero_()
+    example = torch.randn(1, 3, 8, 8)
+    batches = [((torch.randn(16, 3, 8, 8),), None)]
+    budget = floor[3] + 0.8 * (floor[2] - floor[3])
+    result = run((model, example), target, tmp_path / "r", budget_ms=budget, batches=batches)
+    assert result.met and set(result.plan.removed) >= {"blocks.0", "blocks.4"}
+
+
+def test_least_worth_per_millisecond_goes_first():
+    saves = {"a": 2.0, "b": 1.0, "c": 4.0, "none": 0.0}
+    worth = dict.fromkeys(saves, 1.0)
+    assert depth.ordered(saves, worth) == ("c", "a", "b")
+    assert depth.ordered(saves, {**worth, "b": 0.1}) == ("b", "c", "a")
+
+
+def test_savings_are_the_operators_that_go(net):
+    graph = trace(*net)
+    model = fit(graph, [Build({}, (), 10.0)])
+    saves = depth.saved(graph, model, {})
+    rest = {name: graph.without((name,)).macs() for name in saves}
+    for name, value in saves.items():
+        assert value / model.operators_ms({}) == pytest.approx(1 - rest[name] / graph.macs(), 1e-3)

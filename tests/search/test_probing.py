@@ -1,0 +1,97 @@
+"""The staircase of a device is found, kept, shown, and used by later runs."""
+
+import dataclasses
+import json
+
+import pytest
+
+from prune2deploy import cli, target
+from prune2deploy.backends import registry
+from prune2deploy.measure import native_channel_multiple
+from prune2deploy.plan.alignment import FAMILIES
+from prune2deploy.progress import silent
+from prune2deploy.search import probing, recall
+from prune2deploy.search.recall import Timings
+
+FORMULA = """
+backend = "null"
+device = "none"
+[options]
+step = {step}
+fixed_ns = 10.0
+[measure]
+min_seconds = 0.0
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.setenv(recall.PLACE, str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def profile(tmp_path, step):
+    path = tmp_path / f"formula{step}.toml"
+    path.write_text(FORMULA.format(step=step))
+    return path
+
+
+def timings_of(path):
+    one = target.load(path)
+    backend = registry.for_target(one)
+    return one, backend, Timings(recall.folder(), recall.context(one, backend))
+
+
+@pytest.mark.parametrize("step", [8, 16, 32])
+def test_the_step_of_the_formula_is_found_kept_and_used(tmp_path, place, step):
+    one, backend, timings = timings_of(profile(tmp_path, step))
+    heard = []
+    assert probing.multiple(one, backend, timings, heard.append) == (step, "probed on this device")
+    assert len(heard) == 4 * 12
+    found = probing.probe(one, backend, timings, heard.append)
+    assert {s.family for s in found} == set(FAMILIES)
+    assert all(s.step == step for s in found if s.family != "depthwise")
+    assert probing.multiple(one, backend, timings, heard.append)[0] == step
+    assert len(heard) == 4 * 12  # from the cache
+
+
+def test_the_profile_overrides_and_without_a_cache_the_cpu_decides(tmp_path, place):
+    path = profile(tmp_path, 32)
+    one, backend, timings = timings_of(path)
+    named = dataclasses.replace(one, channel_multiple=4)
+    given = (4, "given by the target profile")
+    assert probing.multiple(named, backend, timings, silent) == given
+    off = Timings(None, recall.context(one, backend))
+    detected = (native_channel_multiple(), "detected on this machine")
+    assert probing.multiple(one, backend, off, silent) == detected
+    assert not place.exists()
+
+
+def test_what_is_known_is_not_timed_again(tmp_path, place):
+    one, backend, timings = timings_of(profile(tmp_path, 8))
+    heard = []
+    first = probing.probe(one, backend, timings, heard.append)
+    count = len(heard)
+    assert count == 4 * 12
+    assert probing.probe(one, backend, timings, heard.append) == first
+    assert len(heard) == count
+
+
+def test_the_command_prints_a_table_and_writes_a_picture(tmp_path, place, capsys):
+    path = profile(tmp_path, 16)
+    out = tmp_path / "out"
+    arguments = ["measure", "--probe-alignment", "--target", str(path), "--out", str(out)]
+    assert cli.run(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "channel multiple 16" in shown and "conv1x1" in shown
+    written = json.loads((out / "alignment-formula16.json").read_text())
+    assert written["channel_multiple"] == 16
+    assert written["families"]["matmul"]["step"] == 16
+    assert (out / "alignment-formula16.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_file_or_the_probe_is_needed_but_not_both(tmp_path, capsys):
+    path = str(profile(tmp_path, 16))
+    assert cli.run(["measure", "--target", path]) == 2
+    assert cli.run(["measure", "x.onnx", "--probe-alignment", "--target", path]) == 2
+    assert "--probe-alignment" in capsys.readouterr().err

@@ -1,0 +1,162 @@
+"""Widths are worth what data says; without data no axis is starved."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import prune2deploy
+from prune2deploy.graph import trace
+from prune2deploy.importance import score
+from prune2deploy.plan.allocate import allocate
+from prune2deploy.plan.choices import Problem, choices, importance_curves
+from prune2deploy.plan.latency_model import Build, fit
+from prune2deploy.search import recall
+from prune2deploy.search.worth import Loss
+
+FORMULA = """
+backend = "null"
+device = "none"
+channel_multiple = 8
+[options]
+step = 8
+[measure]
+min_seconds = 0.0
+"""
+
+
+class Branches(nn.Module):
+    """Two equal branches; the head takes what the first says and a thousandth of the second."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU())
+        self.two = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU())
+        self.first, self.second = nn.Conv2d(64, 8, 3), nn.Conv2d(64, 8, 3)
+        self.head = nn.Linear(8, 4)
+        with torch.no_grad():
+            self.second.weight.mul_(100)  # large weights, as norms see it
+            self.scale = 1e-5
+
+    def forward(self, x):
+        made = self.first(self.one(x)) + self.scale * self.second(self.two(x))
+        return self.head(made.relu().mean((2, 3)))
+
+
+@pytest.fixture
+def target(tmp_path):
+    path = tmp_path / "formula.toml"
+    path.write_text(FORMULA)
+    return path
+
+
+@pytest.fixture
+def batches():
+    torch.manual_seed(1)
+    return [((torch.randn(16, 3, 12, 12),), None) for _ in range(3)]
+
+
+def run(target, folder, batches, **more):
+    torch.manual_seed(0)
+    more = {"speedup": 1.6, "probes": 3, **more}
+    more.pop("probes")
+    example = torch.randn(1, 3, 12, 12)
+    return prune2deploy.prune_to_budget(
+        Branches().eval(), example, target=target, run_dir=folder, batches=batches, **more
+    )
+
+
+def test_data_finds_the_branch_that_does_not_matter(target, tmp_path, batches):
+    result = run(target, tmp_path / "r", batches)
+    counts = {"one.0": 64, "two.0": 64, **result.plan.counts}
+    assert result.met
+    assert counts["two.0"] <= 16 and counts["one.0"] >= 32
+    assert "sensitivity measured on 48 samples" in " ".join(result.report.notes)
+
+
+def test_losses_are_not_measured_again(target, tmp_path, batches, monkeypatch):
+    monkeypatch.setenv(recall.PLACE, str(tmp_path / "cache"))
+    calls = []
+    real = Loss.__call__
+
+    def lost(self, counts):
+        calls.append(counts)
+        return real(self, counts)
+
+    monkeypatch.setattr(Loss, "__call__", lost)
+    seen = []
+
+    def stop(step):
+        seen.append(step)
+        if sum(s.stage == "measuring sensitivity" for s in seen) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(target, tmp_path / "a", batches, progress=stop)
+    first = len(calls)
+    run(target, tmp_path / "a", batches, resume=True)
+    second = len(calls) - first
+    lines = (tmp_path / "a/journal.jsonl").read_text().splitlines()
+    keys = [json.loads(line)["key"] for line in lines]
+    assert len(keys) == len(set(keys))
+    calls.clear()
+    run(target, tmp_path / "b", batches, speedup=2.0)
+    assert not calls
+    (held,) = (tmp_path / "cache/sensitivity").iterdir()
+    held.write_text("{broken")
+    run(target, tmp_path / "c", batches, speedup=2.0)
+    assert second < len(calls)
+    calls.clear()
+    run(target, tmp_path / "d", [((b[0] + 1,), None) for b, _ in batches], speedup=2.0)
+    assert calls  # other data
+
+
+def test_labels_are_used_where_they_fit(batches, tmp_path, target):
+    labelled = [(inputs, torch.arange(16) % 4) for inputs, _ in batches]
+    misfit = [(inputs, torch.arange(16)) for inputs, _ in batches]
+    for given, name in ((labelled, "a"), (misfit, "b")):
+        assert run(target, tmp_path / name, given).met
+
+
+def curves_of(widths):
+    model = nn.Sequential(*(nn.Conv2d(a, b, 1) for a, b in itertools.pairwise(widths)))
+    graph = trace(model, torch.randn(1, widths[0], 4, 4))
+    return graph, importance_curves(graph, score("l2", model, graph))
+
+
+def test_curves_rise_flatten_and_add_up_to_one():
+    graph, curves = curves_of((3, 16, 64, 8, 5))
+    assert sum(curve[-1] for curve in curves.values()) == pytest.approx(1)
+    for axis in graph.prunable:
+        steps = np.diff(curves[axis.name])
+        assert curves[axis.name][0] == 0
+        assert (steps > 0).all() and (np.diff(steps) < 1e-12).all()
+    zero = importance_curves(graph, {axis.name: np.zeros(axis.size) for axis in graph.prunable})
+    assert all((np.diff(curve) > 0).all() for curve in zero.values())
+
+
+def test_scale_of_an_axis_does_not_matter():
+    graph, curves = curves_of((3, 16, 16, 5))
+    rng = np.random.default_rng(0)
+    scores = {axis.name: rng.random(axis.size) for axis in graph.prunable}
+    tiny = {**scores, graph.prunable[0].name: 1e-6 * scores[graph.prunable[0].name]}
+    one, other = importance_curves(graph, scores), importance_curves(graph, tiny)
+    assert all(np.allclose(one[name], other[name]) for name in curves)
+
+
+@pytest.mark.parametrize("speedup", [1.5, 2.0, 3.0])
+def test_no_axis_of_resnet18_is_starved_while_others_are_whole(speedup):
+    models = pytest.importorskip("torchvision.models")
+    torch.manual_seed(0)
+    model = models.resnet18().eval()
+    graph = trace(model, torch.randn(1, 3, 64, 64))
+    curves = importance_curves(graph, score("l2", model, graph))
+    latency = fit(graph, [Build({}, (), 10.0)])
+    problem = Problem(graph, latency, choices(graph, curves, multiple=16), 10.0 / speedup)
+    counts = allocate(problem).counts
+    shares = [counts[axis.name] / axis.size for axis in graph.prunable]
+    assert min(shares) >= 0.25
+    assert latency.predict(counts) >= 0.95 * problem.budget_ms
