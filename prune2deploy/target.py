@@ -50,7 +50,7 @@ class Target:
         backend: Key into the table of backends.
         device: What the backend calls the device (``cpu``, ``cuda:0``, ``GPU`` ...).
         precision: ``fp32``, ``fp16`` or ``int8``.
-        channel_multiple: Width step that the target runs well at, or ``None`` to detect it.
+        channel_multiple: Width step that the target runs well at, or ``None`` to have it probed.
         threads: Intra-operator threads; 0 leaves it to the runtime.
         description: One line for the table of targets.
         options: Settings that only its backend reads (providers, workspace, capability ...).
@@ -142,7 +142,13 @@ def _kind(kind: type) -> str:
     return _NAMES.get(kind, kind.__name__)
 
 
+AUTO = "auto"
+"""As a ``channel_multiple``: probe it, as where the line is left out."""
+
+
 def _parse(path: Path, table: Mapping[str, Any], text: str) -> Target:
+    if table.get("channel_multiple") == AUTO:
+        table = {key: value for key, value in table.items() if key != "channel_multiple"}
     shipped.check_keys(path, table, [*_REQUIRED, *_OPTIONAL])
     for key, kind in _REQUIRED.items():
         if key not in table:
@@ -178,7 +184,11 @@ def _check_ranges(path: Path, table: Mapping[str, Any]) -> None:
         ("backend", bool, "the name of a backend"),
         ("device", bool, "what the backend calls the device, such as 'cpu' or 'cuda:0'"),
         ("precision", PRECISIONS.__contains__, "one of " + ", ".join(PRECISIONS)),
-        ("channel_multiple", range(1, 257).__contains__, "1 to 256, or no such line to detect it"),
+        (
+            "channel_multiple",
+            range(1, 257).__contains__,
+            f'1 to 256, or "{AUTO}" to have it probed',
+        ),
         ("threads", range(1025).__contains__, "0 (leave it to the runtime) to 1024"),
     )
     for key, fits, expected in checks:

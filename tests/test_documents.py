@@ -1,0 +1,99 @@
+"""What the README and the documents show is accepted by the program as it is written there."""
+
+import ast
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import prune2deploy
+from prune2deploy import cli, target
+from prune2deploy.calibration.recipe import load_recipe
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```", re.S | re.M)
+COMMAND = re.compile(r"prune2deploy(?: |$)(?:[^\n]*\\\n)*[^\n]*")
+
+
+def blocks(language):
+    found = []
+    for page in PAGES:
+        for indent, kind, text in FENCE.findall(page.read_text("utf-8")):
+            if kind == language:
+                lines = [line.removeprefix(indent) for line in text.splitlines()]
+                found.append(pytest.param("\n".join(lines), id=f"{page.stem}-{len(found)}"))
+    return found
+
+
+def commands():
+    found = []
+    for page in PAGES:
+        for _, kind, text in FENCE.findall(page.read_text("utf-8")):
+            if kind in ("", "sh", "bash"):
+                found += [
+                    line for line in COMMAND.findall(text) if not line.startswith("prune2deploy:")
+                ]
+    return found
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_shown_is_one(command):
+    words = shlex.split(command.replace("\\\n", " "), comments=True)
+    assert words[0] == "prune2deploy"
+    parsed = cli.parse(words[1:])
+    assert parsed.command
+
+
+@pytest.mark.parametrize("text", blocks("toml"))
+def test_every_profile_and_recipe_shown_is_one(text, tmp_path):
+    path = tmp_path / "shown.toml"
+    path.write_text(text)
+    if "backend" in text:
+        assert target.load(path).measure.half_width == 0.01
+    else:
+        assert load_recipe(path).count > 0
+
+
+def test_the_first_example_of_the_readme_runs(capsys):
+    pytest.importorskip("torchvision")
+    first = blocks("python")[0].values[0]
+    known = {}
+    exec(compile(first, "README.md", "exec"), known)
+    shown = capsys.readouterr().out
+    assert "layer4.1" in shown and "prunable" in shown
+    before, after = (sum(p.numel() for p in known[m].parameters()) for m in ("model", "half"))
+    assert after < 0.35 * before
+
+
+def test_the_second_example_of_the_readme_runs(tmp_path, monkeypatch):
+    """On a small model of our own, and on a runtime whose latency is a formula."""
+    monkeypatch.chdir(tmp_path)
+    Path("ort.toml").write_text(
+        'backend = "null"\ndevice = "none"\nchannel_multiple = 8\n[options]\nstep = 8\n'
+        "[measure]\nmin_seconds = 0.0\n"
+    )
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(),
+                          nn.Conv2d(64, 8, 3)).eval()  # fmt: skip
+    seen = []
+    known = {"prune2deploy": prune2deploy, "model": model, "x": torch.randn(1, 3, 12, 12),
+             "my_training_loop": seen.append}  # fmt: skip
+    second = blocks("python")[1].values[0].replace('"ort"', '"ort.toml"')
+    exec(compile(second, "README.md", "exec"), known)
+    assert known["result"].met and len(seen) == 1
+    assert (known["result"].run_dir / "model.onnx").exists()
+
+
+@pytest.mark.parametrize("text", blocks("python"))
+def test_every_python_block_parses_and_imports_what_there_is(text):
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("prune2deploy"):
+            module = importlib.import_module(node.module)
+            missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
+            assert not missing
