@@ -129,8 +129,10 @@ class Search:
         """Build and profile random aligned plans: the latency model is learnt from them."""
         lessons = self.lessons
         self.scores = score(self.options.importance, self.job.module, self.graph, self.job.batches)
-        self.worth = worth.find(self.shop, self.scores, lessons.multiple, lessons.timings.losses)
-        self.rank = worth.ranking(self.shop, self.scores, self.worth)
+        trains = self.job.finetune is not None
+        kept = lessons.timings.losses
+        self.worth = worth.find(self.shop, self.scores, lessons.multiple, kept, trains=trains)
+        self.rank = None if trains else worth.ranking(self.shop, self.scores, self.worth)
         self.choices = self._offer(self.graph)
         self.notes += [note for note in (self.worth.note, lessons.recall()) if note]
         known = len({tuple(sorted(b.counts.items())) for b in lessons.recalled.builds})

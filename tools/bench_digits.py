@@ -28,15 +28,16 @@ from prune2deploy.plan import sensitivity
 from prune2deploy.plan.allocate import channels
 from prune2deploy.plan.choices import choices, importance_curves
 from prune2deploy.recover import FinetuneOptions, evaluate, finetune, reestimate_batchnorm
-from prune2deploy.search.worth import TIE
+from prune2deploy.search.worth import BALANCE, TIE, blended
 from prune2deploy.surgery.slicing import apply
 
 SIDE, WIDTHS, BLOCKS = 16, (64, 128), (2, 2)
 TRAIN, FEW, DRAWS = 800, 512, 5
 EXAMPLE = (torch.zeros(1, 1, SIDE, SIDE),)
 PEERS = ("tp uniform", "tp uniform round_to", "tp global", "tp global round_to")
-OURS = ("ours", "ours, scores only")
-METHODS = (*OURS, *PEERS)
+PLAIN, TRAINED, SCORES = "ours", "ours, training follows", "ours, scores only"
+OURS = (PLAIN, TRAINED, SCORES)
+METHODS = (PLAIN, SCORES, *PEERS)
 
 
 class Block(nn.Module):
@@ -167,12 +168,11 @@ class Pruner:
             self.scores = score("taylor", case.module, yard.graph, case.few)
             curves = importance_curves(yard.graph, self.scores)
             self.choices = choices(yard.graph, curves, multiple=yard.multiple)
-            if method == "ours":
+            if method != SCORES:
                 rises = sensitivity.curves(
                     yard.graph, sensitivity.measure(self.choices, self._loss)
                 )
-                tie = TIE * len(curves) * float(np.mean([-c.min() for c in rises.values()]))
-                curves = {axis: rises[axis] + tie * curves[axis] for axis in rises}
+                curves = blended(rises, curves, BALANCE if method == TRAINED else TIE)
                 self.choices = choices(yard.graph, curves, multiple=yard.multiple)
         else:
             self.gradients = gradients(case)
@@ -180,7 +180,7 @@ class Pruner:
     def search(self, limit: float, most: int) -> list[Trial]:
         """Builds on the way to ``limit``, a fraction of the dense latency."""
         if self.method in OURS:
-            rank = self._loss if self.method == "ours" else None
+            rank = self._loss if self.method == PLAIN else None
             return correct(self.yard, self.choices, limit, most, rank)
         return bisect(self._peer, self.yard, limit, most)
 

@@ -12,7 +12,7 @@ Row = dict[str, Any]
 
 def shown(row: Row) -> str:
     """One line of progress."""
-    hidden = ["trials", "setting", "shares", "part"]
+    hidden = ["trials", "setting", "shares", "part", "untrained"]
     cells = [f"{k}={v:.3f}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()
              if k not in hidden]  # fmt: skip
     return f"({row['part']}) " + " ".join(cells)

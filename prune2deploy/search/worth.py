@@ -44,7 +44,8 @@ SAMPLES = 512  # that losses are taken on, at most
 LEAST = 32  # and at least, however long it takes
 SECONDS = 600.0  # that all losses together may take before fewer samples are used
 BATCH = 32
-TIE = 0.01  # of the mean rise: weight of data-free worth, which decides between equals
+TIE = 0.01  # weight of data-free worth beside measured losses: it decides between equals
+BALANCE = 1.0  # the same where training follows
 
 DATA_FREE = "widths chosen by data-free scores"
 
@@ -72,14 +73,21 @@ class Worth:
     samples: int = 0
 
 
-def find(shop: Workshop, scores: Scores, multiple: int, keep_in: Path | None) -> Worth:
+def find(
+    shop: Workshop, scores: Scores, multiple: int, keep_in: Path | None, *, trains: bool = False
+) -> Worth:
     """Measure what widths are worth if the run has data for it; else take the scores' word.
+
+    Losses are measured without training, so they say what the model loses now. Training restores
+    much of that, but not where a layer has become a bottleneck; where it follows, data-free worth,
+    which keeps widths in balance, therefore counts as much as the losses.
 
     Args:
         shop: Model, graph, data and journal of the run.
         scores: Axis name to one score per channel.
         multiple: Channel multiple of the target; widths on its grid are tried.
         keep_in: Folder that measured losses are kept in for other runs, or ``None``.
+        trains: Whether the pruned model will be trained.
 
     Raises:
         PlanError: The loss of the unpruned model is not finite.
@@ -94,12 +102,20 @@ def find(shop: Workshop, scores: Scores, multiple: int, keep_in: Path | None) ->
     held = None if keep_in is None else keep_in / f"{_key(shop, scores, offered)}.json"
     measured = _measure(shop, scores, offered, held)
     rises = sensitivity.curves(shop.graph, measured.found)
-    scale = TIE * float(np.mean([-curve.min() for curve in rises.values()]) or 1.0)
+    told = f"widths chosen by sensitivity measured on {measured.samples} samples"
     return Worth(
-        {axis: rises[axis] + scale * free[axis] * len(free) for axis in rises},
-        f"widths chosen by sensitivity measured on {measured.samples} samples",
+        blended(rises, free, BALANCE if trains else TIE),
+        told + (", in balance with scores because training follows" if trains else ""),
         measured.samples,
     )
+
+
+def blended(
+    rises: Mapping[str, Floats], free: Mapping[str, Floats], weight: float
+) -> dict[str, Floats]:
+    """Measured and data-free worth together: at weight 1 both span as much over all axes."""
+    span = sum(float(-curve.min()) for curve in rises.values()) or float(len(rises))
+    return {axis: rises[axis] + weight * span * free[axis] for axis in rises}
 
 
 def of_blocks(shop: Workshop, scores: Scores, worth: Worth) -> dict[str, float]:
