@@ -15,7 +15,7 @@ from prune2deploy.plan.allocate import allocate
 from prune2deploy.plan.choices import Problem, choices, importance_curves
 from prune2deploy.plan.latency_model import Build, fit
 from prune2deploy.search import recall
-from prune2deploy.search.worth import Loss
+from prune2deploy.search.worth import Loss, blended
 
 FORMULA = """
 backend = "null"
@@ -75,6 +75,28 @@ def test_data_finds_the_branch_that_does_not_matter(target, tmp_path, batches):
     assert result.met
     assert counts["two.0"] <= 16 and counts["one.0"] >= 32
     assert "sensitivity measured on 48 samples" in " ".join(result.report.notes)
+
+
+def test_training_to_follow_balances_the_widths(target, tmp_path, batches):
+    """The branch that does not matter now is cut less hard where training may bring it back."""
+    plain = run(target, tmp_path / "a", batches, speedup=1.3)
+    trained = run(target, tmp_path / "b", batches, speedup=1.3, finetune=lambda module: None)
+    assert trained.met
+    kept = [{"one.0": 64, "two.0": 64, **r.plan.counts}["two.0"] for r in (plain, trained)]
+    assert kept[1] > kept[0]
+    told = " ".join(trained.report.notes)
+    assert "in balance with scores because training follows" in told and "compared" not in told
+
+
+def test_measured_and_data_free_worth_span_as_much_at_weight_one():
+    rng = np.random.default_rng(0)
+    rises = {n: -np.sort(rng.random(9))[::-1] * (np.arange(9) < 8) for n in "ab"}
+    free = {n: np.linspace(0, 0.5, 9) for n in "ab"}
+    span = sum(-curve.min() for curve in rises.values())
+    added = {n: blended(rises, free, 1.0)[n] - rises[n] for n in "ab"}
+    assert sum(curve[-1] - curve[0] for curve in added.values()) == pytest.approx(span)
+    nothing = {n: np.zeros(9) for n in "ab"}  # a model that loses nothing still has an order
+    assert (np.diff(blended(nothing, free, 0.01)["a"]) > 0).all()
 
 
 def test_losses_are_not_measured_again(target, tmp_path, batches, monkeypatch):
