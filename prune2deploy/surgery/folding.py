@@ -28,7 +28,7 @@ def fold(graph: fx.Graph, root: nn.Module, device: torch.device) -> None:
         for node in fixed
         if node.op != "get_attr"
         and any(user not in known for user in node.users)
-        and known[node].untyped_storage().data_ptr() not in written
+        and not _memory(known[node]) & written
     ]
     for node in sorted(edge):
         name = f"{PREFIX}{node.name}"
@@ -41,18 +41,35 @@ def fold(graph: fx.Graph, root: nn.Module, device: torch.device) -> None:
 
 
 def _evaluate(graph: fx.Graph, root: nn.Module, device: torch.device) -> dict[fx.Node, Any]:
-    """The value of every node that needs no input, in order, so that writes happen in order."""
+    """The value of every node that needs no input, in order, so that writes happen in order.
+
+    Memory that an operator on unknown values writes to is unknown from there on.
+    """
     known: dict[fx.Node, Any] = {}
+    unknown: set[int] = set()
     with torch.no_grad():
         for node in graph.nodes:
             if node.op == "get_attr" and str(node.target).startswith(PREFIX):
                 known[node] = getattr(root, str(node.target)).clone()
             elif _is_device(node):
                 known[node] = device
-            elif _computable(node, known):
+            elif _computable(node, known) and not _reads(node, known, unknown):
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
                 known[node] = _run(node, args, kwargs)
+            elif _mutates(node):
+                unknown |= _memory(known.get(node.args[0]))
     return known
+
+
+def _reads(node: fx.Node, known: dict[fx.Node, Any], memory: set[int]) -> bool:
+    return any(_memory(known[source]) & memory for source in node.all_input_nodes)
+
+
+def _memory(value: Any) -> set[int]:
+    """Address of what a tensor lies in; empty for anything else."""
+    if not isinstance(value, torch.Tensor):
+        return set()
+    return {value.untyped_storage().data_ptr()}
 
 
 def _is_device(node: fx.Node) -> bool:
@@ -74,12 +91,13 @@ def _run(node: fx.Node, args: Any, kwargs: Any) -> Any:
 
 def _written(graph: fx.Graph, known: dict[fx.Node, Any]) -> set[int]:
     """Memory of known values that an operator on unknown ones writes to at run time."""
+    writes = [node for node in graph.nodes if node not in known and _mutates(node)]
     return {
-        known[node.args[0]].untyped_storage().data_ptr()
-        for node in graph.nodes
-        if node not in known and _mutates(node) and isinstance(node.args[0], fx.Node)
-        and isinstance(known.get(node.args[0]), torch.Tensor)
-    }  # fmt: skip
+        address
+        for node in writes
+        if isinstance(node.args[0], fx.Node)
+        for address in _memory(known.get(node.args[0]))
+    }
 
 
 def _mutates(node: fx.Node) -> bool:
@@ -92,7 +110,5 @@ def _drop(graph: fx.Graph, known: dict[fx.Node, Any], written: set[int]) -> None
     for node in reversed(list(graph.nodes)):
         if node not in known or node.users:
             continue
-        value = known[node]
-        stays = isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in written
-        if not (stays and _mutates(node)):
+        if not (_memory(known[node]) & written and _mutates(node)):
             graph.erase_node(node)

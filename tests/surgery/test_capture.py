@@ -84,6 +84,26 @@ def test_modules_that_work_in_place_are_kept():
     torch.testing.assert_close(captured(model, x)(x), model(x))
 
 
+def paste(model, x):
+    """Write what was computed into new tables, and read those only through what is made of them."""
+    tables = []
+    for row in x:
+        table = torch.zeros(3, 8)
+        table[0] = 2.0
+        table[1:2] = row
+        tables.append(table)
+    return torch.stack(tables).sum(1)
+
+
+def test_tables_that_computed_values_are_written_into_are_not_taken_for_constants():
+    torch.manual_seed(0)
+    model, x = Net(paste).eval(), torch.randn(4, 6)
+    again = captured(model, x)
+    with torch.no_grad():
+        for given in (x, torch.randn(4, 6)):
+            torch.testing.assert_close(again(given), model(given))
+
+
 class Memory:
     """An object that holds more than source text can say."""
 
