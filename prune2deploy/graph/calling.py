@@ -106,8 +106,17 @@ class _Attributes:
         module.__dict__.clear()
         module.__dict__.update(self._attributes)
         for table, entries in self._tables:
-            table.clear()
-            table.update(entries)
+            if not _holds(table, entries):  # one that refuses writes holds what it held
+                table.clear()
+                table.update(entries)
+
+
+def _holds(table: dict[Any, Any], entries: dict[Any, Any]) -> bool:
+    """Whether a dictionary has the very keys and values, in order."""
+    if len(table) != len(entries):
+        return False
+    pairs = zip(table.items(), entries.items(), strict=True)
+    return all(k is key and v is value for (k, v), (key, value) in pairs)
 
 
 def run(model: nn.Module, example: Any, forward_fn: Forward | None = None) -> Any:
