@@ -75,7 +75,8 @@ def test_the_curve_rises_and_tells_what_time_would_buy(run):
     assert 0 <= worth[0] < worth[-1] <= 1
     assert times[0] < report.final.p50_ms < times[-1]
     told = gains(report)
-    assert told and all("predicted" in line for line in told)
+    shown = run_text(report)
+    assert told and all(f"\npredicted {line}\n" in shown for line in told)
     assert told[-1] in run_text(report)
     low, high = (float(part.split("%")[0].split()[-1]) for part in told[-1].split("instead of"))
     assert low > high  # what would be kept against what is
