@@ -138,16 +138,16 @@ class Search:
         known = len({tuple(sorted(b.counts.items())) for b in lessons.recalled.builds})
         wanted = max(0, min(self.options.probes - known, self.builds_left - 1))
         wanted = wanted if self.baseline.profile else 0  # probes are profiled, not measured
-        self._draw(wanted, number=1)
+        self._draw(wanted)
         lessons.keep()
 
-    def _draw(self, wanted: int, number: int) -> None:
+    def _draw(self, wanted: int) -> None:
         """Build up to ``wanted`` probes; the last is spared where other models taught enough."""
         drawn = probes(
             self.graph, wanted, multiple=self.lessons.multiple, seed=self.options.model.seed
         )
-        for place, counts in enumerate(drawn):
-            if place and place == wanted - 1:
+        for number, counts in enumerate(drawn, start=1):
+            if 1 < number == wanted:
                 covered = self.lessons.siblings()
                 if covered >= COVERED:
                     self.notes.append(
@@ -155,7 +155,7 @@ class Search:
                         f"{covered:.0%} of the time of this one"
                     )
                     return
-            self._probe(number + place, counts)
+            self._probe(number, counts)
 
     @property
     def _next(self) -> int:
@@ -183,7 +183,7 @@ class Search:
         names = [block.name for block in left] if self.lessons.removed else self._expendable()
         if not names:
             return False
-        self.lessons.take_out(names)
+        self.lessons.take_out(names, self.model)
         self.choices = self._offer(self.graph)
         self.floor_missed = False
         seed = self.options.model.seed

@@ -140,9 +140,8 @@ def optimality_gap(problem: Problem, counts: Counts, *, seconds: float = 10.0) -
     solved = solve(evaluator, seconds=seconds)
     if not np.isfinite(solved.bound):
         return None
-    most = problem.worth([len(choice.options) - 1 for choice in problem.choices])
-    span = max(most - problem.worth([0] * len(problem.choices)), 1e-12)
-    more = max(0.0, solved.bound - problem.worth(picks)) / span
+    least, most = problem.ends
+    more = max(0.0, solved.bound - problem.worth(picks)) / max(most - least, 1e-12)
     return Gap(more, exact=not solved.linearised and not solved.thinned)
 
 

@@ -82,6 +82,12 @@ class Problem:
         """The objective: summed worth of the options taken."""
         return float(sum(c.worth[option] for c, option in zip(self.choices, chosen, strict=True)))
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Worth of the narrowest widths, and of the full ones."""
+        most = self.worth([len(choice.options) - 1 for choice in self.choices])
+        return self.worth([0] * len(self.choices)), most
+
 
 def grid(graph: Graph, multiple: int) -> dict[str, int]:
     """Step of every axis so that the widths it takes part in are multiples of ``multiple``.

@@ -113,9 +113,8 @@ class Lessons:
             whole_ms = self._baseline.p50_ms
             self.timings.keep(self.graph, self._own(), whole_ms, self.multiple)
 
-    def take_out(self, names: Sequence[str]) -> None:
-        """Go on with the model that lacks these blocks too."""
-        model = self.fit()
+    def take_out(self, names: Sequence[str], model: LatencyModel) -> None:
+        """Go on with the model that lacks these blocks too; ``model`` is the last one with them."""
         self.keep()
         self._anchors = model.anchors
         self._points = latency_model.points_of(self.graph, self._own(), multiple=self.multiple)

@@ -120,8 +120,7 @@ def _ranking(rank: Callable[[Mapping[str, int]], float]) -> Callable[[Allocation
 
 def retained(problem: Problem, curve: Curve) -> Curve:
     """A curve of objectives as shares of what the full widths are worth beyond the narrowest."""
-    least = problem.worth([0] * len(problem.choices))
-    most = problem.worth([len(choice.options) - 1 for choice in problem.choices])
+    least, most = problem.ends
     span = max(most - least, 1e-12)
     steps = max(1, len(curve) // POINTS)
     return tuple((at, (worth - least) / span) for at, worth in (*curve[:-1:steps], *curve[-1:]))
@@ -160,8 +159,7 @@ def near(problem: Problem, found: Allocation) -> list[Allocation]:
     Each of the costliest axes is kept in turn from the width that it has in ``found``, once to
     the wider and once to the narrower side, and the others are allocated anew.
     """
-    least = problem.worth([0] * len(problem.choices))
-    most = problem.worth([len(choice.options) - 1 for choice in problem.choices])
+    least, most = problem.ends
     enough = found.objective - NEAR * (most - least)
     plans: list[Allocation] = []
     for number, choice in _costliest(problem, found):
