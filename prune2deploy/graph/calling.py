@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
+from operator import is_
 from typing import Any
 
 import torch
@@ -113,10 +114,10 @@ class _Attributes:
 
 def _holds(table: dict[Any, Any], entries: dict[Any, Any]) -> bool:
     """Whether a dictionary has the very keys and values, in order."""
-    if len(table) != len(entries):
-        return False
-    pairs = zip(table.items(), entries.items(), strict=True)
-    return all(k is key and v is value for (k, v), (key, value) in pairs)
+    if not table and not entries:  # most tables of hooks
+        return True
+    same = len(table) == len(entries) and all(map(is_, table, entries))
+    return same and all(map(is_, table.values(), entries.values()))
 
 
 def run(model: nn.Module, example: Any, forward_fn: Forward | None = None) -> Any:
