@@ -132,7 +132,7 @@ class Search:
         trains = self.job.finetune is not None
         kept = lessons.timings.losses
         self.worth = worth.find(self.shop, self.scores, lessons.multiple, kept, trains=trains)
-        self.rank = None if trains else worth.ranking(self.shop, self.scores, self.worth)
+        self.rank = worth.ranking(self.shop, self.scores, self.worth)
         self.choices = self._offer(self.graph)
         self.notes += [note for note in (self.worth.note, lessons.recall()) if note]
         known = len({tuple(sorted(b.counts.items())) for b in lessons.recalled.builds})
@@ -198,7 +198,7 @@ class Search:
         floor = self.attempts[-1].built.plan.counts
         saves = depth.saved(self.graph, problem.model, floor)
         value = worth.of_blocks(self.shop, self.scores, self.worth)
-        losses = value if self.worth.samples else dict.fromkeys(value, 0.0)
+        losses = value if self.worth.measured else dict.fromkeys(value, 0.0)
         aimed = replace(problem, budget_ms=aim(problem.budget_ms, self._half_width()))
         return depth.choose(aimed, depth.ordered(saves, value), losses, self._offer)
 

@@ -21,8 +21,8 @@ any search of this method on this network that does not exceed the wanted latenc
     latency in steps, so the peer seldom arrives there. Ours is therefore asked for the latency
     that the peer *delivered*: both are then within 2 % of each other, ours never the slower by
     more than the error of measuring. Ours is what the loop does on the same samples: widths by
-    measured sensitivity, plans nearly as good compared by their loss where no training follows,
-    balanced with scores where it does; channels by Taylor. All get BatchNorm re-estimation and
+    measured sensitivity, plans nearly as good compared by their loss, where no training follows;
+    kept in balance by scores where it does; channels by Taylor. All get BatchNorm re-estimation and
     the same fine-tuning with the dense model as teacher, ``FINETUNE`` epochs; what there is
     without it is told too (0 epochs). Told: top-1 points lost against the dense model, mean over
     seeds. Six probe builds, once for all seeds.

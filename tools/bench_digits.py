@@ -26,9 +26,9 @@ from prune2deploy.calibration.batches import Batches
 from prune2deploy.importance import score
 from prune2deploy.plan import sensitivity
 from prune2deploy.plan.allocate import channels
-from prune2deploy.plan.choices import choices, importance_curves
+from prune2deploy.plan.choices import choices, importance_curves, trained_curves
 from prune2deploy.recover import FinetuneOptions, evaluate, finetune, reestimate_batchnorm
-from prune2deploy.search.worth import BALANCE, TIE, blended
+from prune2deploy.search.worth import TIE, blended
 from prune2deploy.surgery.slicing import apply
 
 SIDE, WIDTHS, BLOCKS = 16, (64, 128), (2, 2)
@@ -168,12 +168,14 @@ class Pruner:
             self.scores = score("taylor", case.module, yard.graph, case.few)
             curves = importance_curves(yard.graph, self.scores)
             self.choices = choices(yard.graph, curves, multiple=yard.multiple)
-            if method != SCORES:
+            if method == TRAINED:
+                curves = trained_curves(yard.graph, self.scores)
+            elif method == PLAIN:
                 rises = sensitivity.curves(
                     yard.graph, sensitivity.measure(self.choices, self._loss)
                 )
-                curves = blended(rises, curves, BALANCE if method == TRAINED else TIE)
-                self.choices = choices(yard.graph, curves, multiple=yard.multiple)
+                curves = blended(rises, curves, TIE)
+            self.choices = choices(yard.graph, curves, multiple=yard.multiple)
         else:
             self.gradients = gradients(case)
 

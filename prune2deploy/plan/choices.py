@@ -4,6 +4,10 @@ In: a graph and, per axis, a curve of worth over kept channels (retained importa
 measured loss). Out: one choice per free axis or tie of axes, on the grid of widths that the
 device runs well at. The full width is always allowed; frozen axes offer no choice.
 
+Three sources of worth serve three situations: measured losses (``sensitivity``) where there is
+data and no training follows; ``importance_curves`` where there is no data; ``trained_curves``
+where the pruned model will be trained.
+
 Without data, what a width is worth has to come from scores alone, and their plain sum misleads: an
 axis whose scores are small beside the others' (or whose every channel costs much time) would be
 cut to the bone while the rest stays whole, although a network is no better than its narrowest
@@ -14,6 +18,13 @@ axis counted as often as layers read or write it. Every axis gets dearer as it g
 none is starved for another's sake. The logarithm is bent at the low end (``log(1 + 99 share)``)
 so that it is zero, not minus infinity, where nothing is kept; above a tenth both differ by a
 constant only.
+
+Training moves the goal. What the model loses at once is mostly restored; what is not restored is
+what a layer that became a bottleneck can no longer carry. Losses measured before training, and
+counting an axis by the layers it touches, both spare the stream that many layers share and pay
+for it with hollow blocks, which train back worst. ``trained_curves`` counts every axis once, with
+a worth that saturates early: ``share / (share + 1/50)``. Halving an axis costs twice as much at
+each halving, as ``-1 / share`` would, but a whole axis stays worth a finite amount.
 """
 
 from __future__ import annotations
@@ -145,6 +156,32 @@ def importance_curves(graph: Graph, scores: Mapping[str, npt.ArrayLike]) -> dict
     return {
         name: layers[name] * np.log1p(_BEND * _shares(one)) / whole for name, one in checked.items()
     }
+
+
+_KNEE = 0.02  # share at which an axis has half its worth where training follows
+
+
+def trained_curves(graph: Graph, scores: Mapping[str, npt.ArrayLike]) -> dict[str, Floats]:
+    """Worth of every prunable axis by number of kept channels, where training follows.
+
+    Chosen among 20 objectives (powers of the share, with and without scores, weights by layers
+    and measured losses) by accuracy after training; ``docs/benchmarks.md`` has the figures.
+
+    Args:
+        graph: The traced model.
+        scores: Axis name to one score per channel, higher is kept; only their proportions within
+            an axis count.
+
+    Returns:
+        Axis name to float array (size + 1,), rising from 0 and concave; the last entries of all
+        axes are equal and add up to 1.
+
+    Raises:
+        PlanError: Scores are missing, of the wrong length, or not finite.
+    """
+    shares = {axis.name: _shares(_scores(axis.name, axis.size, scores)) for axis in graph.prunable}
+    scale = (1 + _KNEE) / max(1, len(shares))
+    return {name: scale * share / (share + _KNEE) for name, share in shares.items()}
 
 
 def _layers(axis: Axis) -> int:

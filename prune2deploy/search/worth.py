@@ -1,9 +1,9 @@
 """What every width is worth to this model: measured where there is data, else from scores.
 
-In: a workshop, scores of channels, and data or none. Out: curves for ``plan.choices``, and a line
-for the report that says where they are from. Measured losses are journaled one by one, and kept
-for other runs under a hash of weights, data and widths: they do not depend on the device, so
-another budget, or another target, does not measure them again.
+In: a workshop, scores of channels, data or none, and whether training follows. Out: curves for
+``plan.choices``, and a line for the report that says where they are from. Measured losses are
+journaled one by one, and kept for other runs under a hash of weights, data and widths: they do not
+depend on the device, so another budget, or another target, does not measure them again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from prune2deploy.graph.axes import Counts
 from prune2deploy.journal import decode, encode
 from prune2deploy.plan import sensitivity
 from prune2deploy.plan.allocate import channels
-from prune2deploy.plan.choices import Choice, choices, importance_curves
+from prune2deploy.plan.choices import Choice, choices, importance_curves, trained_curves
 from prune2deploy.plan.plan import Plan
 from prune2deploy.plan.sensitivity import Sensitivity
 from prune2deploy.recover.batchnorm import Batch, reestimate_batchnorm
@@ -45,9 +45,9 @@ LEAST = 32  # and at least, however long it takes
 SECONDS = 600.0  # that all losses together may take before fewer samples are used
 BATCH = 32
 TIE = 0.01  # weight of data-free worth beside measured losses: it decides between equals
-BALANCE = 1.0  # the same where training follows
 
 DATA_FREE = "widths chosen by data-free scores"
+BALANCED = "widths kept in balance by scores, because training follows"
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,14 @@ class Worth:
     Attributes:
         curves: Axis name to worth by kept channels, float array (size + 1,).
         note: Where they are from.
-        samples: On how many samples they were measured; 0 where scores alone were asked.
+        samples: On how many samples losses are taken; 0 where there are none to take.
+        measured: Whether the curves are such losses.
     """
 
     curves: Mapping[str, Floats]
     note: str
     samples: int = 0
+    measured: bool = False
 
 
 def find(
@@ -78,9 +80,8 @@ def find(
 ) -> Worth:
     """Measure what widths are worth if the run has data for it; else take the scores' word.
 
-    Losses are measured without training, so they say what the model loses now. Training restores
-    much of that, but not where a layer has become a bottleneck; where it follows, data-free worth,
-    which keeps widths in balance, therefore counts as much as the losses.
+    Losses are measured without training, so they say what the model loses now and nothing about
+    what training restores: where it follows, they choose blocks, but no widths.
 
     Args:
         shop: Model, graph, data and journal of the run.
@@ -93,21 +94,27 @@ def find(
         PlanError: The loss of the unpruned model is not finite.
     """
     free = importance_curves(shop.graph, scores)
-    if shop.batches is None:
-        return Worth(free, f"{DATA_FREE}: there is no data (add --data to have them measured)")
-    if isinstance(shop.batches, Batches) and "sensitivity" not in shop.batches.purposes:
-        told = f"{DATA_FREE}: recipe {shop.batches.name!r} is not for 'sensitivity'"
-        return Worth(free, told)
     offered = choices(shop.graph, free, multiple=multiple)
+    lacks = _lacks(shop)
+    if trains:
+        samples = 0 if lacks else _samples(shop, scores, offered)
+        return Worth(trained_curves(shop.graph, scores), BALANCED, samples)
+    if lacks:
+        return Worth(free, f"{DATA_FREE}: {lacks}")
     held = None if keep_in is None else keep_in / f"{_key(shop, scores, offered)}.json"
     measured = _measure(shop, scores, offered, held)
     rises = sensitivity.curves(shop.graph, measured.found)
     told = f"widths chosen by sensitivity measured on {measured.samples} samples"
-    return Worth(
-        blended(rises, free, BALANCE if trains else TIE),
-        told + (", in balance with scores because training follows" if trains else ""),
-        measured.samples,
-    )
+    return Worth(blended(rises, free, TIE), told, measured.samples, measured=True)
+
+
+def _lacks(shop: Workshop) -> str:
+    """Why no losses can be measured; empty where they can."""
+    if shop.batches is None:
+        return "there is no data (add --data to have them measured)"
+    if isinstance(shop.batches, Batches) and "sensitivity" not in shop.batches.purposes:
+        return f"recipe {shop.batches.name!r} is not for 'sensitivity'"
+    return ""
 
 
 def blended(
@@ -153,8 +160,8 @@ def _key(shop: Workshop, scores: Scores, offered: Sequence[Choice]) -> str:
 
 
 def ranking(shop: Workshop, scores: Scores, worth: Worth) -> Callable[[Plan], float] | None:
-    """The loss of whole plans, each measured once; ``None`` where nothing was measured on data."""
-    if not worth.samples:
+    """The loss of whole plans, each measured once; ``None`` where losses do not decide."""
+    if not worth.measured:
         return None
 
     @cache

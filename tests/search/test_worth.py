@@ -12,7 +12,7 @@ import prune2deploy
 from prune2deploy.graph import trace
 from prune2deploy.importance import score
 from prune2deploy.plan.allocate import allocate
-from prune2deploy.plan.choices import Problem, choices, importance_curves
+from prune2deploy.plan.choices import Problem, choices, importance_curves, trained_curves
 from prune2deploy.plan.latency_model import Build, fit
 from prune2deploy.search import recall
 from prune2deploy.search.worth import Loss, blended
@@ -85,7 +85,7 @@ def test_training_to_follow_balances_the_widths(target, tmp_path, batches):
     kept = [{"one.0": 64, "two.0": 64, **r.plan.counts}["two.0"] for r in (plain, trained)]
     assert kept[1] > kept[0]
     told = " ".join(trained.report.notes)
-    assert "in balance with scores because training follows" in told and "compared" not in told
+    assert "in balance by scores, because training follows" in told and "compared" not in told
 
 
 def test_measured_and_data_free_worth_span_as_much_at_weight_one():
@@ -182,3 +182,26 @@ def test_no_axis_of_resnet18_is_starved_while_others_are_whole(speedup):
     shares = [counts[axis.name] / axis.size for axis in graph.prunable]
     assert min(shares) >= 0.25
     assert latency.predict(counts) >= 0.95 * problem.budget_ms
+
+
+def test_worth_where_training_follows_spares_bottlenecks():
+    """Each halving costs about twice the one before; no axis is worth more than another."""
+    graph, _ = curves_of([3, 64, 64, 4])
+    even = {axis.name: np.ones(axis.size) for axis in graph.prunable}
+    found = trained_curves(graph, even)
+    assert sum(curve[-1] for curve in found.values()) == pytest.approx(1)
+    for axis in graph.prunable:
+        curve = found[axis.name]
+        assert curve[0] == 0 and curve[-1] == pytest.approx(1 / len(graph.prunable))
+        halvings = -np.diff(curve[[64, 32, 16, 8]])
+        assert (halvings[1:] / halvings[:-1] > 1.6).all()
+        assert (halvings[1:] / halvings[:-1] < 2).all()
+
+
+def test_channels_that_nothing_needs_are_worth_nothing_where_training_follows():
+    graph, _ = curves_of([3, 64, 64, 4])
+    first = graph.prunable[0].name
+    scores = {axis.name: np.ones(axis.size) for axis in graph.prunable}
+    scores[first] = np.where(np.arange(64) < 16, 1.0, 0.0)
+    curve = trained_curves(graph, scores)[first]
+    assert curve[16] == pytest.approx(curve[64]) and curve[15] < curve[16]
