@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prune2deploy.graph.dropout import VisibleDropout
+from prune2deploy.graph.visible import Visible
 
 Inputs = tuple[Any, ...] | dict[str, Any]
 Forward = Callable[[nn.Module, Any], Any]
@@ -58,7 +58,7 @@ def stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def quiet(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients or fused attention fast path; all restored on leaving.
 
-    Dropout that is called as a function shows as an operator.
+    Dropout that is called as a function, and values that leave torch, show as operators.
 
     Attributes that the forward pass sets (caches of anchors, masks, positions) are set back too:
     the model is left as it was, and each later pass sees what the first one saw.
@@ -70,7 +70,7 @@ def quiet(model: nn.Module) -> Iterator[None]:
     model.eval()
     try:
         answers = _Answered() if _meta(modules) else nullcontext()
-        with torch.no_grad(), VisibleDropout(), answers:
+        with torch.no_grad(), Visible(), answers:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

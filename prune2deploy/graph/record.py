@@ -31,9 +31,10 @@ from prune2deploy.graph.calling import (
 )
 from prune2deploy.graph.layout import Layout, leaf
 from prune2deploy.graph.recording import Contraction, ModuleCall, Operation, Recording, Ref, Struct
-from prune2deploy.graph.rules import Call, Value, apply_rule
+from prune2deploy.graph.rules import Call, Value, apply_rule, follow
 from prune2deploy.graph.shapes import on_shapes, outlined
 from prune2deploy.graph.training import couple_training_branches
+from prune2deploy.graph.whole import WholeCall, rule_of
 
 
 class Recorder(TorchDispatchMode):
@@ -54,6 +55,7 @@ class Recorder(TorchDispatchMode):
         self._alive: list[torch.Tensor] = []  # keeps ids unique while recording
         self._names = {id(m): name for name, m in model.named_modules()}
         self._scopes: list[tuple[str, int]] = [("", 0)]
+        self._whole = 0  # depth at which a module runs that a rule describes as a whole
         self._store(model)
 
     def __torch_dispatch__(
@@ -62,7 +64,8 @@ class Recorder(TorchDispatchMode):
         """Run the operator and record it."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        self._record(func, args, kwargs, result)
+        if not self._whole:
+            self._record(func, args, kwargs, result)
         return result
 
     def _store(self, model: nn.Module) -> None:
@@ -134,11 +137,15 @@ class Recorder(TorchDispatchMode):
         refs = tuple(self.refer(arg) for arg in args)
         named = {key: self.refer(arg) for key, arg in kwargs.items()}
         outputs = [out] if isinstance(out, torch.Tensor) else list(tensors_in(out))
-        scope = self._scopes[-1][0]
         call = Call(func, args, kwargs, outputs, self)
-        found = apply_rule(call)
+        self._note(call, refs, named, apply_rule(call))
+
+    def _note(
+        self, call: Call, refs: tuple[Any, ...], named: dict[str, Any], found: list[Value]
+    ) -> None:
+        """Note an operation with the values that its rule has found."""
         numbers = []
-        for tensor, value in zip(outputs, found, strict=True):
+        for tensor, value in zip(call.outputs, found, strict=True):
             number = self._numbers.get(id(tensor))
             if number is None:
                 number = self._add(tensor, value)
@@ -146,9 +153,10 @@ class Recorder(TorchDispatchMode):
                 known = self.recording.values[number]
                 known.dims, known.residual = value.dims, value.residual - {number}
             numbers.append(number)
+        layouts, scope = tuple(value.dims for value in found), self._scopes[-1][0]
         self.recording.operations.append(
             Operation(
-                func, refs, named, tuple(numbers), tuple(v.dims for v in found), scope, call.symbols
+                call.func, call.name, refs, named, tuple(numbers), layouts, scope, call.symbols
             )
         )
 
@@ -169,11 +177,16 @@ class Recorder(TorchDispatchMode):
         """Hook: a module starts."""
         name = self._names.get(id(module), self._scopes[-1][0])
         self._scopes.append((name, len(self.recording.operations)))
+        if not self._whole and id(module) in self._names and rule_of(module) is not None:
+            self._whole = len(self._scopes)
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
         """Hook: a module ends."""
+        if self._whole == len(self._scopes):
+            self._whole = 0
+            self._record_whole(module, args, kwargs, result)
         name, first = self._scopes.pop()
-        if id(module) not in self._names:
+        if self._whole or id(module) not in self._names:
             return
         given = tuple(self.number(t) for t in tensors_in((args, kwargs)))
         made = tuple(self.number(t) for t in tensors_in(result))
@@ -182,6 +195,35 @@ class Recorder(TorchDispatchMode):
         last = len(self.recording.operations)
         call = ModuleCall(name, module, given, made, first, last, plain, leads)
         self.recording.calls.append(call)
+
+    def _record_whole(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+        """Note a module call as one operation, by the rule of its class."""
+        found = rule_of(module)
+        assert found is not None
+        refs = tuple(self.refer(arg) for arg in args)
+        named = {key: self.refer(arg) for key, arg in kwargs.items()}
+        call = WholeCall(self._scopes[-1][0], module, (args, kwargs), result, self)
+        values = follow(found, call)
+        call.settle(value.dims for value in values)
+        self.used.update(self.number(tensor) for _, tensor in stored_tensors(module))
+        self._note(call, refs, named, values)
+
+    def __enter__(self) -> Recorder:
+        """Watch operators and modules."""
+        self._scopes, self._whole = self._scopes[:1], 0
+        register = nn.modules.module
+        self._handles = (
+            register.register_module_forward_pre_hook(self.before),
+            register.register_module_forward_hook(self.after, with_kwargs=True),
+        )
+        super().__enter__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Stop watching."""
+        super().__exit__(*error)  # type: ignore[no-untyped-call]  # likewise
+        for handle in self._handles:
+            handle.remove()
 
 
 def record(model: nn.Module, example: Any, forward_fn: Forward | None = None) -> Recording:
@@ -236,13 +278,5 @@ def _watch(model: nn.Module, recorder: Recorder) -> Any:
     recording = recorder.recording
     example = outlined(recording.example) if recording.on_shapes else recording.example
     recorder.enter_inputs(as_inputs(example))
-    handles = (
-        nn.modules.module.register_module_forward_pre_hook(recorder.before),
-        nn.modules.module.register_module_forward_hook(recorder.after, with_kwargs=True),
-    )
-    try:
-        with quiet(model), on_shapes(model, recording.on_shapes), recorder:
-            return run(model, example, recording.forward_fn)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with quiet(model), on_shapes(model, recording.on_shapes), recorder:
+        return run(model, example, recording.forward_fn)

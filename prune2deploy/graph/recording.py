@@ -48,7 +48,8 @@ class Operation:
     """One recorded operator call.
 
     Attributes:
-        func: The ATen overload.
+        func: The ATen overload, or a ``WholeModule``.
+        name: Its name without overload.
         args: Its arguments, tensors replaced by ``Ref``.
         kwargs: Likewise.
         outputs: Value numbers of the tensors that it returned, in order.
@@ -58,6 +59,7 @@ class Operation:
     """
 
     func: Any
+    name: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     outputs: tuple[int, ...]

@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any, Protocol, cast
 
 import torch
+from torch import nn
 
 from prune2deploy.errors import TraceError
 from prune2deploy.graph.layout import (
@@ -22,6 +23,7 @@ from prune2deploy.graph.layout import (
     leaf,
     unify,
 )
+from prune2deploy.graph.visible import LEAVE
 
 Origin = tuple[tuple[str, int] | None, ...]
 Rule = Callable[["Call"], "Layout | Sequence[Layout]"]
@@ -33,6 +35,10 @@ VARYING = "values decide its size"
 """Reason of dimensions whose size is known at run time only (found objects, masked positions)."""
 
 RULES: dict[str, Rule] = {}
+"""Operator → rule."""
+
+MODULE_RULES: dict[type[nn.Module], Rule] = {}
+"""Class of modules → rule for their calls as a whole; none but those that users add."""
 
 
 @dataclass(eq=False)
@@ -143,8 +149,11 @@ def _signature(func: Any) -> tuple[str, dict[str, int], dict[str, Any]]:
     return str(func._schema.name), places, defaults
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Add a rule for operators, given by qualified name (``aten::add``, ``mylib::myop``).
+def rule(*subjects: str | type[nn.Module]) -> Callable[[Rule], Rule]:
+    """Add a rule for operators, by qualified name (``mylib::myop``), or for classes of modules.
+
+    A rule for an operator is given a ``Call``; one for a module a ``WholeCall``, and what the
+    module does inside is not looked at.
 
     Example:
         >>> @rule("mylib::scale_channels")
@@ -154,7 +163,11 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     """
 
     def add(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(names, function))
+        for subject in subjects:
+            if isinstance(subject, str):
+                RULES[subject] = function
+            else:
+                MODULE_RULES[subject] = function
         return function
 
     return add
@@ -166,14 +179,23 @@ def apply_rule(call: Call) -> list[Value]:
     Raises:
         TraceError: a rule gives a layout that does not fit an output.
     """
-    if not call.outputs:
+    if not call.outputs and call.name not in RULES:
         return []
-    found = RULES.get(call.name)
     if not call.tensors():
         reason = None if call.name in FILLED else f"numbers made by {call.name}"
         return [Value(fresh(tensor.shape, reason)) for tensor in call.outputs]
+    found = RULES.get(call.name)
     if found is None:
         found = pointwise if torch.Tag.pointwise in call.func.tags else _unknown
+    return follow(found, call)
+
+
+def follow(found: Rule, call: Call) -> list[Value]:
+    """The values that a rule gives.
+
+    Raises:
+        TraceError: a layout does not fit its output.
+    """
     result = found(call)
     layouts = cast("Sequence[Layout]", [result] if _is_layout(result) else result)
     values = []
@@ -274,6 +296,12 @@ def pointwise(call: Call) -> list[Layout]:
     """Any operator that PyTorch tags as element-wise: its tensors share all dimensions."""
     dims = broadcast([call.notebook.value(tensor).dims for tensor in call.tensors()])
     return [dims] * len(call.outputs)
+
+
+@rule(LEAVE)
+def leave(call: Call) -> list[Layout]:
+    """What is done with the values elsewhere is not seen."""
+    return give_up(call, f"its values are handed to {call['how']}")
 
 
 UNTAGGED = (

@@ -27,6 +27,7 @@ from prune2deploy.graph.layout import CAT, LEAF, Layout, Node, find, leaves
 from prune2deploy.graph.record import record
 from prune2deploy.graph.recording import ModuleCall, Operation, Recording, Ref, Struct
 from prune2deploy.graph.rules import VARYING
+from prune2deploy.graph.whole import WholeModule
 from prune2deploy.plan.plan import Plan
 from prune2deploy.surgery.folding import PREFIX, fold
 from prune2deploy.surgery.spellings import FIRST_ONLY, POOLS, SPELLINGS, Argument, as_recorded
@@ -150,9 +151,12 @@ class _Writer:
         self.nodes[call.outputs[0]] = node
 
     def _operator(self, operation: Operation) -> None:
-        if not operation.outputs:  # a question about values, answered when it was recorded
+        if not operation.outputs and operation.name not in SPELLINGS:
+            return  # a question about values, answered when it was recorded
+        if isinstance(operation.func, WholeModule):
+            self._whole(operation, operation.func)
             return
-        name = operation.func._schema.name
+        name = operation.name
         spelling = SPELLINGS.get(name, as_recorded)
         node = spelling(self, operation)
         if len(operation.outputs) == 1 and not _returns_list(operation):
@@ -163,6 +167,14 @@ class _Writer:
             return
         for place, number in enumerate(operation.outputs):
             self.nodes[number] = self.graph.call_function(_item, (node, place))
+
+    def _whole(self, operation: Operation, module: WholeModule) -> None:
+        """A module that is an operator by itself stays a call of that module."""
+        args, kwargs = self.argument(operation.args), self.argument(operation.kwargs)
+        node = self.graph.call_module(module.path, args, kwargs)
+        for place, number in enumerate(operation.outputs):
+            part = node if module.single else self.graph.call_function(_item, (node, place))
+            self.nodes[number] = part
 
     def _note_varying(self, operation: Operation) -> None:
         """Sizes that values decide are read where they first occur."""

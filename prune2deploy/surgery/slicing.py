@@ -28,6 +28,7 @@ from prune2deploy.graph.recording import Operation, Recording, refs_in
 from prune2deploy.graph.rules import VARYING
 from prune2deploy.graph.shapes import on_shapes, outlined
 from prune2deploy.graph.trace import unwrap
+from prune2deploy.graph.whole import WholeModule, name_of, watched
 from prune2deploy.plan.plan import Plan
 from prune2deploy.surgery.capture import capture
 from prune2deploy.surgery.copying import copied
@@ -181,6 +182,7 @@ TRANSPOSED = nn.modules.conv._ConvTransposeNd
 def update_attributes(module: nn.Module, recording: Recording, widths: Widths) -> None:
     """Let the width attributes of standard modules say what their tensors now are."""
     symbols = {op.scope: op.symbols for op in recording.operations if op.symbols}
+    _follow_rules(module, recording, widths)
     for name, part in module.named_modules():
         for types, attributes in FROM_WEIGHT:
             if isinstance(part, types):
@@ -199,6 +201,15 @@ def update_attributes(module: nn.Module, recording: Recording, widths: Widths) -
                 part.normalized_shape = tuple(part.weight.shape)
             elif shape:
                 part.normalized_shape = tuple(widths.of((node,)) or 1 for node in shape)
+
+
+def _follow_rules(module: nn.Module, recording: Recording, widths: Widths) -> None:
+    """Attributes that the user's rules say to be widths."""
+    for operation in recording.operations:
+        if isinstance(operation.func, WholeModule):
+            part = module.get_submodule(operation.func.path)
+            for attribute, terms in operation.symbols.items():
+                setattr(part, attribute, widths.of(terms))
 
 
 def _follow_weight(part: Any, attributes: dict[str, int]) -> None:
@@ -237,15 +248,23 @@ class _Shapes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         self.seen: list[tuple[str, tuple[tuple[int, ...], ...]]] = []
+        self.inside: list[nn.Module] = []  # modules that are operators by themselves
         self._made: list[Any] = []  # a new tensor that somebody holds is detached by torch
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        shapes = tuple(tuple(t.shape) for t in tensors_in(result))
         if next(tensors_in(args), None) is None:
             self._made.append(result)
-        self.seen.append((func._schema.name, shapes))
+        if not self.inside:
+            self._see(func._schema.name, result)
         return result
+
+    def ended(self, module: nn.Module, result: Any) -> None:
+        """Hear of a module that is an operator by itself."""
+        self._see(name_of(module), result)
+
+    def _see(self, name: str, result: Any) -> None:
+        self.seen.append((name, tuple(tuple(t.shape) for t in tensors_in(result))))
 
 
 def runs_as_planned(
@@ -270,7 +289,7 @@ def runs_as_planned(
         with quiet(module), on_shapes(module, shapes):
             for _ in range(2):
                 watch = _Shapes()
-                with watch:
+                with watched(module, watch.inside, watch.ended), watch:
                     result = run(module, inputs, forward_fn)
                 returned.append([tensor.shape for tensor in tensors_in(result)])
                 if _same_operators(watch.seen, operations, known):
@@ -290,7 +309,7 @@ def _same_operators(
     if len(known) == len(operations) != len(seen):
         return False
     pairs = zip(seen, known, strict=False)
-    return all(name == operation.func._schema.name for (name, _), operation in pairs)
+    return all(name == operation.name for (name, _), operation in pairs)
 
 
 def _same_shapes(seen: Seen, known: Sequence[Operation], widths: Widths) -> bool:

@@ -14,8 +14,10 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
+from prune2deploy.errors import PruneError
 from prune2deploy.graph.layout import Layout, Node, factors, find, prod
 from prune2deploy.graph.recording import Operation, Recording, Ref
+from prune2deploy.graph.visible import LEAVE
 
 Argument = Any
 
@@ -88,7 +90,7 @@ def _expand(writer: Writer, operation: Operation) -> fx.Node:
 def _split(writer: Writer, operation: Operation) -> fx.Node:
     dim = given(operation, "dim")
     sizes = [writer.size(dims[dim]) for dims in operation.layouts]
-    unsafe = "unsafe" in operation.func._schema.name  # parts that may be written to in place
+    unsafe = "unsafe" in operation.name  # parts that may be written to in place
     kind = torch.ops.aten.unsafe_split_with_sizes if unsafe else torch.ops.aten.split_with_sizes
     return writer.call(kind.default, operation.args[0], sizes, dim)
 
@@ -181,7 +183,7 @@ def _every_head(writer: Writer, operation: Operation, place: int) -> Argument:
 
 
 def _softmax(writer: Writer, operation: Operation) -> fx.Node:
-    name = operation.func._schema.name
+    name = operation.name
     x, dim = operation.args[:2]
     result = writer.call(torch.log_softmax if "log" in name else torch.softmax, x, dim)
     if "safe" in name:  # rows that are masked as a whole become zero
@@ -191,7 +193,7 @@ def _softmax(writer: Writer, operation: Operation) -> fx.Node:
 
 
 def _max_pool(writer: Writer, operation: Operation) -> fx.Node:
-    function = F.max_pool3d if "3d" in operation.func._schema.name else F.max_pool2d
+    function = F.max_pool3d if "3d" in operation.name else F.max_pool2d
     names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
     found = (given(operation, n) or _none(n) for n in names)
     indices = bool(writer.reads[operation.outputs[1]])
@@ -203,7 +205,7 @@ def _none(name: str) -> Any:
 
 
 def _adaptive_pool(writer: Writer, operation: Operation) -> fx.Node:
-    deep = "3d" in operation.func._schema.name
+    deep = "3d" in operation.name
     function = F.adaptive_avg_pool3d if deep else F.adaptive_avg_pool2d
     return writer.call(function, *operation.args[:2])
 
@@ -216,7 +218,7 @@ def _copied(writer: Writer, operation: Operation) -> fx.Node:
 
 
 def _resized(writer: Writer, operation: Operation) -> fx.Node:
-    name = operation.func._schema.name.removeprefix("aten::")
+    name = operation.name.removeprefix("aten::")
     kind, _, rest = name.removeprefix("_").removeprefix("upsample_").rpartition("d")
     mode = kind[:-1].replace("_", "-")  # without the rank: bilinear2d, nearest_exact1d
     factors_given, size = given(operation, "scale_factors"), given(operation, "output_size")
@@ -288,7 +290,34 @@ _ATEN: dict[str, Callable[[Writer, Operation], Argument]] = {
     for name in names
 }
 
-SPELLINGS = {**_ATEN, "prune2deploy::dropout": _dropout}
+
+def _leave(writer: Writer, operation: Operation) -> None:
+    """Values that are computed from the inputs and leave torch come back as constants: refuse."""
+    source = writer.argument(operation.args[0])
+    if not _depends(source):
+        return
+    raise PruneError(
+        f"{operation.scope or 'the model'} hands values to {operation.args[1]}, and what is "
+        "computed there cannot be seen, while its code holds widths as constants, so that it "
+        "would have to be. Compute it with torch, make it an operator (torch.library.custom_op), "
+        "or give the module a rule (docs/pruning.md)"
+    )
+
+
+def _depends(node: fx.Node) -> bool:
+    """Whether a node is computed from the values of an input, and not from its device alone."""
+    stack, seen = [node], {node}
+    while stack:
+        top = stack.pop()
+        if top.op == "placeholder":
+            return True
+        before = set() if top.target is getattr else set(top.all_input_nodes) - seen
+        stack += before
+        seen |= before
+    return False
+
+
+SPELLINGS = {**_ATEN, "prune2deploy::dropout": _dropout, LEAVE: _leave}
 """Operators written in the form that has gradients, exporters and size arguments."""
 
 POOLS = frozenset({"aten::max_pool2d_with_indices", "aten::max_pool3d_with_indices"})

@@ -1,0 +1,68 @@
+"""What a model does beside torch's operators, made visible as operators.
+
+In: calls of functions while the mode below is active. Out: recorded operators, each of which
+changes nothing. Two kinds of calls leave no trace by themselves. Dropout that is called as a
+function does nothing in evaluation mode; it becomes an operator that knows the kind and the
+probability, so that a captured module can drop again when it trains. (Calls with a probability of
+zero stay unseen: code that passes ``p if self.training else 0`` does not tell its probability in
+evaluation.) And values that are handed to NumPy are lost from sight: what is computed there would
+pass for a constant.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+_LIBRARY = torch.library.Library("prune2deploy", "FRAGMENT")
+_LIBRARY.define("dropout(Tensor(a) self, float p, str kind) -> Tensor(a)")
+_LIBRARY.define("leave(Tensor self, str how) -> ()")
+
+LEAVE = "prune2deploy::leave"
+
+
+@torch.library.impl(_LIBRARY, "dropout", "CompositeExplicitAutograd")
+def _nothing(self: Tensor, p: float, kind: str) -> Tensor:
+    same: Tensor = torch.ops.aten.alias.default(self)
+    return same
+
+
+@torch.library.impl(_LIBRARY, "leave", "CompositeExplicitAutograd")
+def _leave(self: Tensor, how: str) -> None:
+    return None
+
+
+KINDS: dict[Any, str] = {
+    F.dropout: "dropout",
+    F.dropout1d: "dropout1d",
+    F.dropout2d: "dropout2d",
+    F.dropout3d: "dropout3d",
+    F.alpha_dropout: "alpha_dropout",
+    F.feature_alpha_dropout: "feature_alpha_dropout",
+}
+"""Function → its name in ``torch.nn.functional``; all have the same signature."""
+
+EXITS: dict[Any, str] = {
+    Tensor.numpy: "NumPy",
+    Tensor.__array__: "NumPy",
+    Tensor.__dlpack__: "DLPack",
+}
+"""Methods that hand values to another library → which."""
+
+
+class Visible(TorchFunctionMode):
+    """Calls ``dropout`` where a function is told not to drop, ``leave`` where values leave."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run a function of torch, and the operator that makes it visible."""
+        settings = kwargs or {}
+        kind = KINDS.get(func)  # these hand on their settings by keyword
+        if kind is not None and settings["p"] and not settings["training"]:
+            return torch.ops.prune2deploy.dropout(args[0], settings["p"], kind)
+        if func in EXITS:
+            torch.ops.prune2deploy.leave(args[0], EXITS[func])
+        return func(*args, **settings)
