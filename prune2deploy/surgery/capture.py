@@ -29,6 +29,7 @@ from prune2deploy.graph.recording import ModuleCall, Operation, Recording, Ref, 
 from prune2deploy.graph.rules import VARYING
 from prune2deploy.graph.whole import WholeModule
 from prune2deploy.plan.plan import Plan
+from prune2deploy.surgery.answers import check_answers
 from prune2deploy.surgery.folding import PREFIX, fold
 from prune2deploy.surgery.spellings import FIRST_ONLY, POOLS, SPELLINGS, Argument, as_recorded
 from prune2deploy.surgery.widths import Widths
@@ -49,8 +50,10 @@ def capture(
             that the batch dimension can be told from others of size one and stays free.
 
     Raises:
-        PruneError: the model has a part whose name a captured module cannot give it.
+        PruneError: the model has a part whose name a captured module cannot give it, or its
+            code reads values that depend on the input.
     """
+    check_answers(source, graph.recording)
     if free_batch:
         graph = with_batch(source, graph)
     writer = _Writer(pruned, graph.recording, Widths(graph, plan))
