@@ -222,9 +222,9 @@ computes what the model computes (1e-3 relative). `onnx`, `parity`: TorchScript 
 Runtime within 1e-3 of the largest output; where a model ranks what it returns (top-k, sort,
 non-maximum suppression), rounding decides between near ties, and rows that come in another order
 are compared with the row most like them. A dash marks a check that the *original* model does not
-pass either. `share`: parameters that a prunable axis cuts, over all parameters of rank two and
-more. `captured`: the model's own code holds widths as constants, so that the pruned model is a
-captured graph.
+pass either, or that does not apply. `share`: parameters that a prunable axis cuts, over all
+parameters of rank two and more. `captured`: the model's own code holds widths as constants, so that
+the pruned model is a captured graph.
 """
 
 

@@ -11,6 +11,7 @@ import resource
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -25,6 +26,7 @@ from prune2deploy.errors import Prune2DeployError
 from prune2deploy.graph import Graph, trace
 from prune2deploy.graph.calling import tensors_in
 from prune2deploy.plan.plan import Plan
+from prune2deploy.surgery.answers import FollowsInput
 from prune2deploy.surgery.capture import capture
 from prune2deploy.surgery.slicing import apply
 
@@ -72,13 +74,8 @@ class CheckFailed(Exception):  # noqa: N818  reads as the verdict it is
 
 
 def _where(error: BaseException) -> str:
-    step = error.__traceback__
-    places = []
-    while step is not None:
-        code = step.tb_frame.f_code
-        places.append(f"{Path(code.co_filename).name}:{step.tb_lineno}")
-        step = step.tb_next
-    return " at " + " ".join(places[-4:])
+    frames = traceback.extract_tb(error.__traceback__)[-4:]
+    return " at " + " ".join(f"{Path(f.filename).name}:{f.lineno}" for f in frames)
 
 
 def _own(model: nn.Module, example: Any, stage: str, result: Result) -> None:
@@ -114,6 +111,11 @@ def _own(model: nn.Module, example: Any, stage: str, result: Result) -> None:
         begun = time.perf_counter()
         try:
             checks[name] = step()
+        except (
+            FollowsInput
+        ) as refusal:  # of the captured form, which the pruned model does not need
+            checks[name] = None
+            _note(result, f"no captured form: {refusal}")
         except Exception as error:  # noqa: BLE001  how it fails is a result
             failures.append(f"{name}: {type(error).__name__}: {error}{_where(error)}"[:400])
         result["seconds"][name] = round(time.perf_counter() - begun, 2)

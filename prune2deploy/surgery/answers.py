@@ -25,8 +25,12 @@ from prune2deploy.graph.visible import LEAVE
 Answer = tuple[str, Any]
 
 
+class FollowsInput(PruneError):  # noqa: N818  reads as the reason it is
+    """Code reads values that depend on the input, so that it cannot be captured."""
+
+
 def check_answers(source: nn.Module, recording: Recording) -> None:
-    """Raise PruneError if the code reads values that depend on the input."""
+    """Raise FollowsInput if the code reads values that depend on the input."""
     asked = [op for op in recording.operations if not op.outputs and op.name != LEAVE]
     if recording.on_shapes or not asked:  # shapes alone decided what the code does
         return
@@ -39,8 +43,8 @@ def check_answers(source: nn.Module, recording: Recording) -> None:
                 raise _refusal(at or type(source).__name__, *pair)
 
 
-def _refusal(where: str, one: Answer, other: Answer) -> PruneError:
-    return PruneError(
+def _refusal(where: str, one: Answer, other: Answer) -> FollowsInput:
+    return FollowsInput(
         f"the code of {where} reads the value of a tensor that depends on the input ({one[1]} for "
         f"one input, {other[1]} for another), and holds widths as constants elsewhere, so that "
         "recorded operators would have to stand for it; they would repeat one answer. Keep the "
