@@ -111,9 +111,7 @@ def _own(model: nn.Module, example: Any, stage: str, result: Result) -> None:
         begun = time.perf_counter()
         try:
             checks[name] = step()
-        except (
-            FollowsInput
-        ) as refusal:  # of the captured form, which the pruned model does not need
+        except FollowsInput as refusal:  # the pruned model keeps its own code
             checks[name] = None
             _note(result, f"no captured form: {refusal}")
         except Exception as error:  # noqa: BLE001  how it fails is a result
