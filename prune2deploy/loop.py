@@ -36,7 +36,7 @@ from prune2deploy.plan.latency_model import LatencyModel
 from prune2deploy.plan.plan import Plan
 from prune2deploy.plan.probes import probes
 from prune2deploy.recover.batchnorm import reestimate_batchnorm
-from prune2deploy.search import candidate, depth, payoff, planning, worth
+from prune2deploy.search import accuracy, candidate, depth, payoff, planning, worth
 from prune2deploy.search.candidate import Built, Workshop
 from prune2deploy.search.job import Attempt, Baseline, Job, Outcome, aim, best, judge
 from prune2deploy.search.learning import COVERED, Lessons, half_width
@@ -326,6 +326,7 @@ class Search:
             lessons.whole,
             lessons.multiple_source,
             self._gap(plan),
+            accuracy.take(shop, self.baseline.built, found.built),
         )
 
     def _gap(self, plan: Plan) -> Gap | None:

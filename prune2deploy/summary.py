@@ -18,6 +18,7 @@ from prune2deploy.plan.choices import grid
 from prune2deploy.plan.latency_model import numbers
 from prune2deploy.report import write
 from prune2deploy.report.content import (
+    AccuracyLine,
     AxisLine,
     BuildLine,
     LayerLine,
@@ -92,6 +93,7 @@ def describe(outcome: Outcome, seconds: float, name: str, notes: tuple[str, ...]
         seconds=seconds,
         baseline=_row(seen.reference, outcome.baseline.built),
         final=_row(seen.candidate, final.built),
+        accuracy=_accuracy(outcome),
         limits=_limits(outcome),
         parity=tuple(_parity(final.built)),
         removed=final.built.plan.removed,
@@ -102,6 +104,11 @@ def describe(outcome: Outcome, seconds: float, name: str, notes: tuple[str, ...]
         environment=environment(outcome.target, seen.fingerprint),
         notes=(*_paid(outcome), *outcome.notes, *final.built.notes, *flags, *notes),
     )
+
+
+def _accuracy(outcome: Outcome) -> AccuracyLine | None:
+    found = outcome.accuracy
+    return None if found is None else AccuracyLine(found.samples, found.unpruned, found.pruned)
 
 
 def _paid(outcome: Outcome) -> tuple[str, ...]:

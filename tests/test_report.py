@@ -12,6 +12,7 @@ import pytest
 from prune2deploy.errors import ConfigError
 from prune2deploy.report import html, svg, text, write
 from prune2deploy.report.content import (
+    AccuracyLine,
     AxisLine,
     BuildLine,
     LayerLine,
@@ -192,3 +193,12 @@ def test_what_is_predicted_is_called_so_once():
     lines = [line for line in text.run_text(report).splitlines() if line.startswith("predicted")]
     assert lines
     assert all(line.count("predicted") == 1 for line in lines)
+
+
+def test_accuracy_is_told_where_it_was_measured():
+    scored = replace(RUN, accuracy=AccuracyLine(512, 0.897, 0.8821))
+    told = text.run_text(scored)
+    assert "top-1 on 512 samples of the data" in told
+    assert all(part in told for part in ("89.7%", "88.2%", "-1.5 points"))
+    assert from_json(to_json(scored), Path("report.json")) == scored
+    assert "top-1" not in text.run_text(RUN)

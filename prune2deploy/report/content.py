@@ -146,6 +146,15 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class AccuracyLine:
+    """Top-1 accuracy of the ONNX files as fractions, on samples of the run's own data."""
+
+    samples: int
+    baseline: float
+    final: float
+
+
+@dataclass(frozen=True)
 class RunReport:
     """Everything that the report of one run shows; ``removed`` are blocks that were taken out.
 
@@ -171,6 +180,7 @@ class RunReport:
     notes: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
     curve: tuple[tuple[float, float], ...] = ()
+    accuracy: AccuracyLine | None = None
     kind: str = "run"
     schema: int = SCHEMA
 

@@ -73,6 +73,10 @@ def result_rows(report: RunReport) -> list[list[str]]:
         ("ONNX file", before.bytes, after.bytes, "B"),
     ):
         rows.append(line(name, a, b, (readable(a, unit), readable(b, unit))))
+    if (found := report.accuracy) is not None:
+        shown = f"{found.baseline:.1%}", f"{found.final:.1%}"
+        points = f"{100 * (found.final - found.baseline):+.1f} points"
+        rows.append([f"top-1 on {found.samples} samples of the data", *shown, points])
     return rows
 
 

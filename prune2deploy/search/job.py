@@ -20,6 +20,7 @@ from prune2deploy.plan.allocate import Gap
 from prune2deploy.plan.latency_model import LatencyModel
 from prune2deploy.progress import Progress, silent
 from prune2deploy.rundir import RunDir
+from prune2deploy.search.accuracy import Accuracy
 from prune2deploy.search.candidate import Built
 from prune2deploy.search.payoff import Payoff
 from prune2deploy.target import Target
@@ -120,6 +121,7 @@ class Outcome:
         multiple_source: Where the channel multiple is from.
         gap: What other widths of the same predicted latency could keep at most beyond the plan.
         whole: The latency model of all blocks, where some were taken out.
+        accuracy: Top-1 before and after; ``None`` where the data has no class labels.
         paid: The precision against fp32 on the unpruned model; ``None`` for fp32.
     """
 
@@ -140,6 +142,7 @@ class Outcome:
     whole: LatencyModel | None = None
     multiple_source: str = "detected on this machine"
     gap: Gap | None = None
+    accuracy: Accuracy | None = None
 
 
 def judge(comparison: Comparison, budget: Budget) -> tuple[float, float, str]:

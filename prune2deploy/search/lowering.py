@@ -206,7 +206,8 @@ def top1(path: Path, batches: Data, limit: int = SCORED_SAMPLES) -> tuple[float,
     """Top-1 accuracy of an ONNX file and the samples it was taken on.
 
     Returns:
-        ``None`` where the data has no class labels or the first output is not (batch, classes).
+        ``None`` where the data has no class labels, none that fit, or the first output is not
+        (batch, classes).
     """
     inputs, outputs = onnx_file.signature(path)
     if len(outputs[0].shape) != 2:
@@ -220,6 +221,8 @@ def top1(path: Path, batches: Data, limit: int = SCORED_SAMPLES) -> tuple[float,
         for feed in feeds(path, [(tensors, None)]):
             rows = len(feed[inputs[0].name])
             scores = run(feed)[outputs[0].name]
+            if int(labels.max()) >= scores.shape[1]:
+                return None
             right += int((scores.argmax(1) == labels[start : start + rows].numpy()).sum())
             start += rows
         seen += start

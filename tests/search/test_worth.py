@@ -140,7 +140,14 @@ def test_labels_are_used_where_they_fit(batches, tmp_path, target):
     labelled = [(inputs, torch.arange(16) % 4) for inputs, _ in batches]
     misfit = [(inputs, torch.arange(16)) for inputs, _ in batches]
     for given, name in ((labelled, "a"), (misfit, "b")):
-        assert run(target, tmp_path / name, given).met
+        result = run(target, tmp_path / name, given)
+        assert result.met
+        assert (result.report.accuracy is None) == (given is misfit)
+    fit = run(target, tmp_path / "a", labelled, resume=True)
+    with torch.no_grad():
+        right = [(fit.module.eval()(*x).argmax(1) == y).float().mean().item() for x, y in labelled]
+    assert fit.report.accuracy.samples == 48
+    assert fit.report.accuracy.final == pytest.approx(sum(right) / 3)
 
 
 def curves_of(widths):

@@ -1,0 +1,42 @@
+"""What accuracy the shipped file keeps, where the data of the run has class labels.
+
+In: the unpruned build and the one that is shipped. Out: top-1 of both ONNX files on the same
+samples. These are samples of the run's own data: where the run trains on them, they flatter it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prune2deploy.search.candidate import Built, Workshop
+from prune2deploy.search.lowering import top1
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Top-1 of two ONNX files.
+
+    Attributes:
+        samples: On how many samples of the run's data.
+        unpruned: Fraction that the unpruned model gets right.
+        pruned: Fraction that the final one gets right.
+    """
+
+    samples: int
+    unpruned: float
+    pruned: float
+
+
+def take(shop: Workshop, before: Built, after: Built) -> Accuracy | None:
+    """Score both files; ``None`` without labels, or class scores of shape (batch, classes)."""
+    data, journal, key = shop.batches, shop.run.journal, f"{after.key}/accuracy"
+    if data is None:
+        return None
+    if key not in journal:
+        shop.say("taking accuracy", after.number)
+        first = top1(shop.run / before.onnx, data)
+        second = first and top1(shop.run / after.onnx, data)
+        if not first or not second:
+            return None
+        journal.write(key, Accuracy(first[1], first[0], second[0]))
+    return journal.read(key, Accuracy)
