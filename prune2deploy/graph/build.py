@@ -12,7 +12,17 @@ import numpy.typing as npt
 
 from prune2deploy.errors import TraceError
 from prune2deploy.graph.axes import Axis, Block, Graph, Layer, Member, Polynomial
-from prune2deploy.graph.layout import CAT, LEAF, Layout, Node, find, freeze, tie_root
+from prune2deploy.graph.layout import (
+    CAT,
+    LEAF,
+    PROD,
+    Layout,
+    Node,
+    factors,
+    find,
+    freeze,
+    tie_root,
+)
 from prune2deploy.graph.recording import Recording
 from prune2deploy.graph.rules import KERNEL
 
@@ -218,6 +228,17 @@ def _blocks(recording: Recording) -> Iterable[Block]:
                 yield Block(call.name, weights)
 
 
-def _term_by_term(dims: Layout) -> list[Node | None]:
-    """The terms of a layout; all dimensions of size one are alike."""
-    return [find(node) if node.size > 1 else None for node in dims]
+def _term_by_term(dims: Layout) -> list[Any]:
+    """The terms of a layout by what they are made of; all dimensions of size one are alike."""
+    return [_form(node) for node in dims]
+
+
+def _form(node: Node) -> Any:
+    """The same for terms that are the same leaf, or the same product or concatenation of such."""
+    node = find(node)
+    if node.size == 1:
+        return None
+    if node.kind == LEAF:
+        return id(node)
+    parts = factors(node) if node.kind == PROD else node.parts
+    return (node.kind, *(_form(part) for part in parts))

@@ -158,3 +158,41 @@ def test_blocks_with_more_than_one_argument_are_removable_too(captured):
         pruned = capture(copy.deepcopy(pruned), model, graph, plan)
     mask = x.sum(-1, keepdim=True) > 0
     torch.testing.assert_close(pruned(x), model.head(model.blocks[1](model.stem(x), mask)))
+
+
+class Windows(nn.Module):
+    """Mixes within windows of two by two, then flattens the positions and restores them."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix, self.widen = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        b, h, w, c = x.shape
+        parts = x.view(b, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 2, 4, 5)
+        mixed = self.mix(parts).permute(0, 1, 3, 2, 4, 5).reshape(b, h, w, c)
+        x = (x + mixed).reshape(b, -1, c)
+        return (x + self.widen(x)).reshape(b, h, w, c)
+
+
+class Swinging(nn.Module):
+    """Two such blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(3, 8), nn.Linear(8, 4)
+        self.blocks = nn.Sequential(Windows(), Windows())
+
+    def forward(self, x):
+        return self.head(self.blocks(self.stem(x)).mean((1, 2)))
+
+
+def test_blocks_that_split_positions_into_windows_are_found():
+    torch.manual_seed(0)
+    model, x = Swinging().eval(), torch.randn(2, 6, 6, 3)
+    graph = trace(model, x)
+    assert {"blocks.0", "blocks.1"} <= {block.name for block in graph.blocks}
+    pruned = apply(model, graph, Plan({}, removed=("blocks.0",)))
+    with torch.no_grad():
+        expected = model.head(model.blocks[1](model.stem(x)).mean((1, 2)))
+        torch.testing.assert_close(pruned(x), expected)
