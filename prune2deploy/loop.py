@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from prune2deploy import measure
-from prune2deploy.calibration import notices
+from prune2deploy.calibration import notices, serves
 from prune2deploy.config import FILL, RunOptions
 from prune2deploy.graph.axes import Graph
 from prune2deploy.importance import score
@@ -35,7 +35,7 @@ from prune2deploy.plan.choices import Choice, Problem, choices
 from prune2deploy.plan.latency_model import LatencyModel
 from prune2deploy.plan.plan import Plan
 from prune2deploy.plan.probes import probes
-from prune2deploy.recover.batchnorm import reestimate_batchnorm
+from prune2deploy.recover.reconstruct import restore
 from prune2deploy.search import accuracy, candidate, depth, payoff, planning, worth
 from prune2deploy.search.candidate import Built, Workshop
 from prune2deploy.search.job import Attempt, Baseline, Job, Outcome, aim, best, judge
@@ -123,7 +123,7 @@ class Search:
 
     @property
     def _recovers(self) -> bool:
-        return self.job.batches is not None or self.job.finetune is not None
+        return serves(self.job.batches, "bn") or self.job.finetune is not None
 
     def probe(self) -> None:
         """Build and profile random aligned plans: the latency model is learnt from them."""
@@ -353,13 +353,17 @@ class Search:
             state = torch.load(self.shop.run / name, weights_only=True)
             module.load_state_dict(state)
         else:
-            self.shop.say("recovering accuracy", number)
-            if self.job.batches is not None:
-                reestimate_batchnorm(module, self.job.batches)
+            shop, told = self.shop, ""
+            shop.say("recovering accuracy", number)
+            if serves(self.job.batches, "bn"):
+                plan = found.built.plan
+                told = restore(module, shop.module, shop.graph, plan, self.job.batches)
             if self.job.finetune is not None:
                 module = self.job.finetune(module) or module
-            with self.shop.run.place(name) as path:
+            with shop.run.place(name) as path:
                 torch.save(module.state_dict(), path)
-            self.shop.run.journal.write(key, None)
+            shop.run.journal.write(key, told)
+        told = self.shop.run.journal.read(key, str)
+        self.notes += [told] if told else []
         built = candidate.build_module(self.shop, number, found.built.plan, module.eval())
         return module, self._measure(built, found.predicted_ms)

@@ -308,6 +308,7 @@ def test_data_reestimates_batch_norm(net, target, tmp_path):
     assert [line.step for line in better.report.steps].count("final") == 1
     assert "data-free" in " ".join(plain.report.notes)
     told = " ".join(better.report.notes)
+    assert "fitted to what the unpruned model computes on 32 samples" in told
     assert "measured on 32 samples" in told
     assert "compared by their loss on 32 samples" in told
     assert "compared" not in " ".join(plain.report.notes)

@@ -27,7 +27,13 @@ from prune2deploy.importance import score
 from prune2deploy.plan import sensitivity
 from prune2deploy.plan.allocate import channels
 from prune2deploy.plan.choices import choices, importance_curves, trained_curves
-from prune2deploy.recover import FinetuneOptions, evaluate, finetune, reestimate_batchnorm
+from prune2deploy.recover import (
+    FinetuneOptions,
+    evaluate,
+    finetune,
+    reconstruct,
+    reestimate_batchnorm,
+)
 from prune2deploy.search.worth import TIE, blended
 from prune2deploy.surgery.slicing import apply
 
@@ -148,8 +154,7 @@ def train(seed: int, epochs: int, folder: Path) -> Case:
 
 
 def recovered(case: Case, module: nn.Module, epochs: Sequence[int]) -> dict[int, float]:
-    """Top-1 after BatchNorm re-estimation (0), and after fine-tuning for so many epochs each."""
-    reestimate_batchnorm(module, case.few)
+    """Top-1 as the module is (0), and after fine-tuning for so many epochs each."""
     found = {0: evaluate(module, case.test).top1}
     for many in epochs:
         options = FinetuneOptions(epochs=many, lr=0.02, seed=case.seed, device="cpu")
@@ -187,10 +192,16 @@ class Pruner:
         return bisect(self._peer, self.yard, limit, most)
 
     def module(self, trial: Trial) -> nn.Module:
-        """The pruned network of a build, with its weights."""
+        """The pruned network of a build: ours reconstructed, the peer's BatchNorm re-estimated."""
         if isinstance(trial.setting, float):
-            return self._peer(trial.setting)
-        return self._cut(trial.setting)
+            module = self._peer(trial.setting)
+            reestimate_batchnorm(module, self.case.few)
+            return module
+        plan = channels(self.yard.graph, self.scores, trial.setting)
+        module = self._cut(trial.setting)
+        done = reconstruct(module, self.case.module, self.yard.graph, plan, self.case.few)
+        assert not done.note, done.note
+        return module
 
     def _cut(self, counts: Mapping[str, int]) -> nn.Module:
         plan = channels(self.yard.graph, self.scores, counts)

@@ -8,6 +8,7 @@ from prune2deploy.calibration.batches import (
     notices,
     open_recipe,
     require,
+    serves,
 )
 from prune2deploy.calibration.preprocessing import Preprocessing
 from prune2deploy.calibration.recipe import PURPOSES, Recipe, load_recipe
@@ -24,4 +25,5 @@ __all__ = [
     "notices",
     "open_recipe",
     "require",
+    "serves",
 ]

@@ -181,6 +181,12 @@ def require(data: object, purpose: str) -> None:
         data.need(purpose)
 
 
+def serves(data: object, purpose: str) -> bool:
+    """Whether there is data for a purpose; a caller's own batches are for all of them."""
+    assert purpose in PURPOSES, purpose
+    return data is not None and (not isinstance(data, Batches) or purpose in data.purposes)
+
+
 def notices(data: object) -> tuple[str, ...]:
     """What the user must be told of data; a caller's own batches say nothing."""
     return data.notices if isinstance(data, Batches) else ()

@@ -1,15 +1,18 @@
-"""Getting accuracy back: BatchNorm re-estimation, fine-tuning with a teacher, sparse training."""
+"""Getting accuracy back: reconstruction of weights, BatchNorm re-estimation, training."""
 
 from prune2deploy.recover.batchnorm import Reestimated, reestimate_batchnorm
 from prune2deploy.recover.evaluate import Accuracy, evaluate
 from prune2deploy.recover.finetune import Finetuned, FinetuneOptions, finetune
+from prune2deploy.recover.reconstruct import Reconstructed, reconstruct
 
 __all__ = [
     "Accuracy",
     "FinetuneOptions",
     "Finetuned",
+    "Reconstructed",
     "Reestimated",
     "evaluate",
     "finetune",
+    "reconstruct",
     "reestimate_batchnorm",
 ]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from prune2deploy import atomic
-from prune2deploy.calibration import Batches
+from prune2deploy.calibration import Batches, serves
 from prune2deploy.graph.axes import Counts
 from prune2deploy.journal import decode, encode
 from prune2deploy.plan import sensitivity
@@ -112,7 +112,7 @@ def _lacks(shop: Workshop) -> str:
     """Why no losses can be measured; empty where they can."""
     if shop.batches is None:
         return "there is no data (add --data to have them measured)"
-    if isinstance(shop.batches, Batches) and "sensitivity" not in shop.batches.purposes:
+    if not serves(shop.batches, "sensitivity"):
         return f"recipe {shop.batches.name!r} is not for 'sensitivity'"
     return ""
 

@@ -1,0 +1,267 @@
+"""Reconstruction: the weights that are left take over what the pruned ones did, no training.
+
+In: a pruned module, the original, and calibration samples without labels. Out: the module's
+weights changed in place so that each layer gives again, from what is left of its inputs, what it
+gave in the original. Each layer is a linear regression on what the *pruned* model hands it, one
+layer after the other, so that later layers make up for what earlier ones could not (He et al.,
+Channel Pruning for Accelerating Very Deep Neural Networks, arXiv 1707.06168, section 3.2).
+
+Two forward passes do it: the original's, in which outputs at some positions are noted, and the
+pruned model's, in which every layer is corrected on the way, before it hands anything on.
+BatchNorm layers take their statistics in that second pass, so that what follows is fitted to what
+they will give. A correction has to hold on samples that it was not fitted to, else the layer stays
+as it is; so do transposed convolutions, weights that are used more than once, and weights that are
+computed from others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from prune2deploy.graph.axes import Graph
+from prune2deploy.graph.calling import quiet, run, stored_tensors, tensors_in
+from prune2deploy.graph.recording import Recording
+from prune2deploy.plan.plan import Plan
+from prune2deploy.recover.batchnorm import Batch, collecting, reestimate_batchnorm
+from prune2deploy.recover.contractions import Contraction, contraction, positions_of
+from prune2deploy.recover.least_squares import correction
+from prune2deploy.surgery.slicing import Kept, kept_positions
+
+SAMPLES = 512  # at most
+LEAST = 16  # and at least
+MEMORY = 2 << 30  # bytes, about, that activations and noted outputs may each take
+LIVE = 4  # activations of the largest size that are alive at once, about
+ROWS = (4096, 32768)  # noted per layer: 16 per input, within these
+WIDEST = 8192  # inputs beyond which a layer is left alone: its normal equations would be too large
+SAME = 1e-10  # of the outputs' energy: what is missing less than this needs no correction
+
+
+@dataclass(frozen=True)
+class Reconstructed:
+    """What :func:`reconstruct` did.
+
+    Attributes:
+        layers: Layers whose weights were changed.
+        of: Layers that gave other outputs than in the original.
+        samples: Samples that they were fitted to.
+        note: Why nothing was done, or empty.
+    """
+
+    layers: int
+    of: int
+    samples: int
+    note: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class _Noted:
+    """Outputs of one layer of the original, of the channels that are kept.
+
+    Attributes:
+        positions: int64 (p,), noted positions of each sample.
+        outputs: float32 (samples, p, channels).
+        count: Number of positions that each sample has in all.
+    """
+
+    positions: Tensor
+    outputs: Tensor
+    count: int
+
+
+def reconstruct(
+    module: nn.Module, original: nn.Module, graph: Graph, plan: Plan, batches: Iterable[Batch]
+) -> Reconstructed:
+    """Fit the weights of a pruned module to what the original computes, in place.
+
+    Runs in evaluation mode but for BatchNorm, whose running statistics are replaced. Deterministic.
+
+    Args:
+        module: The pruned module, in either form; its mode is as before afterwards.
+        original: The module that it was pruned from.
+        graph: Its graph.
+        plan: What was pruned.
+        batches: (inputs, labels or ``None``); labels are not used.
+
+    Returns:
+        How many layers were changed; ``note`` says why nothing was done, e.g. where there are too
+        few samples, or the model takes no batch of that size: the module is then as it was.
+    """
+    recording: Recording = graph.recording
+    inputs = _together(batches, _affordable(recording), module)
+    samples = len(inputs[0]) if inputs else 0
+    if samples < LEAST:
+        return Reconstructed(0, 0, samples, f"{samples} samples are too few, expected {LEAST}")
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    sizes = graph.sizes(plan.counts)
+    width = sum(layer.out_width(sizes) for layer in graph.without(plan.removed).layers)
+    rows = min(ROWS[1], MEMORY // (4 * max(width, 1)))
+    listening = _Listening(original, kept_positions(graph, plan), samples, rows)
+    try:
+        with quiet(original), listening:
+            run(original, inputs, recording.forward_fn)
+        correcting = _Correcting(module, listening.once(), samples)
+        with quiet(module), collecting(module), correcting:
+            run(module, inputs, recording.forward_fn)
+    except Exception as error:  # noqa: BLE001  the user's code may refuse such a batch in any way
+        module.load_state_dict(before)
+        return Reconstructed(0, 0, 0, f"the model does not take {samples} samples at once: {error}")
+    return Reconstructed(correcting.changed, correcting.met, samples)
+
+
+def restore(
+    module: nn.Module, original: nn.Module, graph: Graph, plan: Plan, batches: Iterable[Batch]
+) -> str:
+    """Reconstruct a pruned module in place; where that is not possible, re-estimate BatchNorm.
+
+    Args:
+        module: The pruned module.
+        original: The module that it was pruned from.
+        graph: Its graph.
+        plan: What was pruned.
+        batches: May be gone through more than once.
+
+    Returns:
+        What was done, in words.
+    """
+    done = reconstruct(module, original, graph, plan, batches)
+    if not done.note:
+        return (
+            f"weights of {done.layers} layers were fitted to what the unpruned model computes on "
+            f"{done.samples} samples"
+        )
+    seen = reestimate_batchnorm(module, batches)
+    instead = seen.note or f"statistics of {seen.layers} BatchNorm layers were re-estimated"
+    return f"no weights were fitted to what the unpruned model computes: {done.note}; {instead}"
+
+
+def _affordable(recording: Recording) -> int:
+    """How many samples may be run at once."""
+    made = [recording.values[n] for one in recording.operations for n in one.outputs]
+    sizes = [math.prod(node.size for node in value.dims) for value in made if not value.weight]
+    batch = next((len(t) for t in tensors_in(recording.example) if t.ndim), 1)
+    largest = max(sizes, default=1) / max(batch, 1)
+    return int(min(SAMPLES, max(LEAST, MEMORY / (4 * LIVE * largest))))
+
+
+def _together(batches: Iterable[Batch], most: int, module: nn.Module) -> tuple[Tensor, ...]:
+    """The first samples of all batches as one."""
+    device = next((t.device for _, t in stored_tensors(module)), torch.device("cpu"))
+    found: list[tuple[Tensor, ...]] = []
+    left = most
+    for inputs, _ in batches:
+        found.append(tuple(one[:left].to(device) for one in inputs))
+        left -= len(inputs[0])
+        if left <= 0:
+            break
+    return tuple(torch.cat(column) for column in zip(*found, strict=True))
+
+
+class _Watch(TorchDispatchMode):
+    """Sees every linear operator whose weight is a stored tensor of its own."""
+
+    def __init__(self, module: nn.Module, samples: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        self.samples = samples
+        self.reads: Counter[str] = Counter()
+        stored = [(_storage(tensor), name) for name, tensor in stored_tensors(module)]
+        shared = Counter(place for place, _ in stored)
+        self._names = {place: name for place, name in stored if shared[place] == 1}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.reads.update(name for t in tensors_in(args) if (name := self.name(t)))
+        call = contraction(func, args)
+        name = None if call is None else self.name(call.weight)
+        if call is None or name is None or not self.see(name, call, made):
+            return made
+        return func(*args, **(kwargs or {}))
+
+    def name(self, tensor: Tensor | None) -> str | None:
+        """Of the stored tensor that a tensor is, or is a view of."""
+        return None if tensor is None else self._names.get(_storage(tensor))
+
+    def see(self, name: str, call: Contraction, made: Tensor) -> bool:
+        """Hear of a linear operator; whether it has to be computed again."""
+        raise NotImplementedError
+
+
+class _Listening(_Watch):
+    """Notes what the layers of the original give."""
+
+    def __init__(self, module: nn.Module, kept: Kept, samples: int, rows: int) -> None:
+        super().__init__(module, samples)
+        self._stored = dict(stored_tensors(module))
+        self._kept, self._rows = kept, rows
+        self._noted: dict[str, _Noted] = {}
+        self._dice = torch.Generator().manual_seed(0)
+
+    def once(self) -> dict[str, _Noted]:
+        """What was noted of stored tensors that are read once."""
+        return {name: noted for name, noted in self._noted.items() if self.reads[name] == 1}
+
+    def see(self, name: str, call: Contraction, made: Tensor) -> bool:
+        """Note the outputs of kept channels at some positions."""
+        dim = call.output_dim(self._stored[name])
+        count = positions_of(call, made, self.samples)
+        if dim is None or not count:
+            return False
+        wanted = max(ROWS[0], 16 * call.weight.numel() // made.shape[call.channel_dim])
+        some = min(count, math.ceil(min(wanted, self._rows) / self.samples))
+        positions = torch.randperm(count, generator=self._dice)[:some].to(made.device)
+        outputs = call.rows_out(made, self.samples, positions)
+        kept = self._kept[name][dim]
+        if kept is not None:
+            outputs = outputs[..., torch.as_tensor(kept, device=made.device)]
+        self._noted[name] = _Noted(positions, outputs.float(), count)
+        return False
+
+
+class _Correcting(_Watch):
+    """Corrects the layers of the pruned module on the way."""
+
+    def __init__(self, module: nn.Module, noted: Mapping[str, _Noted], samples: int) -> None:
+        super().__init__(module, samples)
+        self._noted = noted
+        self.met = self.changed = 0
+
+    def see(self, name: str, call: Contraction, made: Tensor) -> bool:
+        """Correct the layer, if it gives other outputs than in the original."""
+        noted = self._noted.get(name)
+        if noted is None or positions_of(call, made, self.samples) != noted.count:
+            return False
+        missing = noted.outputs - call.rows_out(made, self.samples, noted.positions)
+        if missing.square().sum() <= SAME * noted.outputs.square().sum():
+            return False
+        self.met += 1
+        if self.name(call.bias) is None:
+            call = replace(call, bias=None)
+        inputs = call.rows_in(self.samples, noted.positions).float()
+        if inputs.shape[-1] > WIDEST:
+            return False
+        if call.bias is not None:
+            inputs = functional.pad(inputs, (0, 1), value=1.0)
+        fitted = (torch.arange(self.samples, device=made.device) % 2 == 0)[:, None]
+        change = correction(
+            inputs.flatten(0, 1),
+            missing.flatten(0, 1).unflatten(1, (inputs.shape[2], -1)),
+            fitted.expand(-1, len(noted.positions)).flatten(),
+        )
+        if change is None:
+            return False
+        call.add(change)
+        self.changed += 1
+        return True
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -1,0 +1,305 @@
+"""Weights that are left take over: against planted redundancy, closed forms and convolutions."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from prune2deploy.graph import trace
+from prune2deploy.plan.plan import Plan
+from prune2deploy.recover import reconstruct, reestimate_batchnorm
+from prune2deploy.recover.contractions import contraction
+from prune2deploy.recover.least_squares import correction
+from prune2deploy.surgery.slicing import apply
+
+EXAMPLE = (torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(9)),)
+
+
+def data(count=64, seed=1, shape=(3, 8, 8), batch=16):
+    dice = torch.Generator().manual_seed(seed)
+    return [((torch.randn(batch, *shape, generator=dice),), None) for _ in range(count // batch)]
+
+
+def pruned(net, kept, removed=(), example=EXAMPLE):
+    """A pruned copy, with its graph and plan; ``kept`` maps a word in an axis' name to channels."""
+    graph = trace(net, example)
+    names = {next(a.name for a in graph.prunable if a.name == word): c for word, c in kept.items()}
+    plan = Plan(names, tuple(removed))
+    return apply(net, graph, plan, example), graph, plan
+
+
+def apart(one, other, batches):
+    """Squared difference of two models' outputs relative to the second's, on samples of batches."""
+    with torch.no_grad():
+        pairs = [(one(*inputs), other(*inputs)) for inputs, _ in batches]
+    return float(sum((a - b).square().sum() for a, b in pairs)) / float(
+        sum(b.square().sum() for _, b in pairs)
+    )
+
+
+class Net(nn.Module):
+    """Two convolutions with batch normalisation, and a classifier."""
+
+    def __init__(self, width=16):
+        super().__init__()
+        self.one, self.norm1 = nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.two, self.norm2 = nn.Conv2d(width, 12, 3, 2, 1, bias=False), nn.BatchNorm2d(12)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = self.norm1(self.one(x)).relu()
+        x = self.norm2(self.two(x)).relu()
+        return self.head(x.mean((2, 3)))
+
+
+def with_copies():
+    """Channels 8 to 15 of the first layer are copies of the first eight, twice as large."""
+    torch.manual_seed(0)
+    net = Net()
+    with torch.no_grad():
+        net.one.weight[8:] = 2 * net.one.weight[:8]
+        net.norm1.weight.uniform_(0.5, 1.5)
+        net.norm1.weight[8:] = net.norm1.weight[:8]
+    reestimate_batchnorm(net, data(256, seed=3))
+    return net.eval()
+
+
+def test_copies_that_go_are_made_up_for():
+    net = with_copies()
+    small, graph, plan = pruned(net, {"one": tuple(range(8))})
+    plain = copy.deepcopy(small)
+    reestimate_batchnorm(plain, data())
+    done = reconstruct(small, net, graph, plan, data())
+    assert done.note == "" and done.layers >= 1 and done.samples == 64
+    fresh = data(seed=2)
+    assert apart(plain, net, fresh) > 0.05
+    assert apart(small, net, fresh) < 1e-3
+
+
+def test_original_modes_and_repeats():
+    net = with_copies()
+    state = copy.deepcopy(net.state_dict())
+    small, graph, plan = pruned(net, {"one": tuple(range(8))})
+    again = copy.deepcopy(small)
+    again.norm1.train()
+    reconstruct(small, net, graph, plan, data())
+    reconstruct(again, net, graph, plan, data())
+    assert again.norm1.training and not again.norm2.training
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, state[name]), name
+    for name, value in small.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_nothing_pruned_changes_no_weight():
+    net = with_copies()
+    small, graph, plan = pruned(net, {})
+    done = reconstruct(small, net, graph, plan, data())
+    own = dict(small.named_parameters())
+    assert done.of <= 2  # statistics of other samples may differ
+    assert apart(small, net, data(seed=2)) < 0.02
+    assert torch.equal(own["one.weight"], net.one.weight)
+
+
+def test_random_nets_come_nearer_than_by_batchnorm_alone():
+    for seed in range(4):
+        torch.manual_seed(seed)
+        net = Net(24)
+        reestimate_batchnorm(net, data(256, seed=3))
+        net.eval()
+        small, graph, plan = pruned(net, {"one": tuple(range(0, 24, 2)), "two": tuple(range(9))})
+        plain = copy.deepcopy(small)
+        reestimate_batchnorm(plain, data(128))
+        assert reconstruct(small, net, graph, plan, data(128)).layers >= 2
+        fresh = data(seed=2)
+        assert apart(small, net, fresh) < 0.5 * apart(plain, net, fresh)
+
+
+class Residual(nn.Module):
+    """A stream with a block that may go."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.blocks = nn.ModuleList(Inner() for _ in range(2))
+        self.head = nn.Conv2d(16, 4, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class Inner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 1)
+
+    def forward(self, x):
+        return x + self.up(self.down(x).relu())
+
+
+def test_what_is_left_makes_up_for_a_removed_block():
+    torch.manual_seed(0)
+    net = Residual().eval()
+    small, graph, plan = pruned(net, {"blocks.1.down": tuple(range(8))}, ["blocks.0"])
+    before = apart(small, net, data(seed=2))
+    done = reconstruct(small, net, graph, plan, data())
+    assert done.layers >= 2
+    assert apart(small, net, data(seed=2)) < 0.5 * before
+
+
+class Fixed(nn.Module):
+    """Code that spells its width out, so that its pruned form is a captured one."""
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.mid, self.out = nn.Linear(12, 32), nn.Linear(32, 32), nn.Linear(32, 6)
+
+    def forward(self, x):
+        heads = self.into(x).view(-1, 4, 8).relu()
+        return self.out(self.mid(heads.reshape(-1, 32)).relu())
+
+
+def test_captured_form():
+    torch.manual_seed(0)
+    net, example = Fixed().eval(), (torch.randn(1, 12),)
+    graph = trace(net, example)
+    kept = {a.name: tuple(range(a.size // 2)) for a in graph.prunable}
+    plan = Plan(kept)
+    small = apply(net, graph, plan, example)
+    assert isinstance(small, torch.fx.GraphModule)
+    before = apart(small, net, data(seed=2, shape=(12,)))
+    done = reconstruct(small, net, graph, plan, data(256, shape=(12,)))
+    assert done.layers == 2, done
+    assert apart(small, net, data(seed=2, shape=(12,))) < 0.7 * before
+
+
+class Twice(nn.Module):
+    """A weight that is used twice, one that serves as a table as well, and a transposed one."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.both = nn.Conv2d(8, 8, 3, padding=1)
+        self.wide = nn.ConvTranspose2d(8, 6, 2, 2)
+        self.last = nn.Conv2d(6, 2, 1)
+
+    def forward(self, x):
+        x = self.both(self.both(self.first(x)).relu()).relu()
+        return self.last(self.wide(x))
+
+
+def test_weights_that_others_use_too_stay():
+    torch.manual_seed(0)
+    net = Twice().eval()
+    graph = trace(net, EXAMPLE)
+    plan = Plan({a.name: tuple(range(a.size // 2)) for a in graph.prunable})
+    small = apply(net, graph, plan, EXAMPLE)
+    sliced = copy.deepcopy(small.state_dict())
+    done = reconstruct(small, net, graph, plan, data())
+    changed = {n for n, value in small.state_dict().items() if not torch.equal(value, sliced[n])}
+    assert changed == {"last.weight", "last.bias"} and done.layers == 1
+
+
+def test_model_of_one_batch_size_is_left_as_it_is():
+    class One(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.norm, self.head = (
+                nn.Conv2d(3, 8, 3),
+                nn.BatchNorm2d(8),
+                nn.Linear(8, 2),
+            )
+
+        def forward(self, x):
+            assert len(x) == 1, "one at a time"
+            return self.head(self.norm(self.layer(x)).mean((2, 3)))
+
+    net = One().eval()
+    small, graph, plan = pruned(net, {"layer": (0, 1, 2)})
+    before = copy.deepcopy(small.state_dict())
+    done = reconstruct(small, net, graph, plan, data())
+    assert "does not take 64 samples at once" in done.note and done.layers == 0
+    assert all(torch.equal(v, before[n]) for n, v in small.state_dict().items())
+
+
+def test_too_few_samples():
+    net = with_copies()
+    small, graph, plan = pruned(net, {"one": tuple(range(8))})
+    before = copy.deepcopy(small.state_dict())
+    for few in ([], data(8, batch=8)):
+        done = reconstruct(small, net, graph, plan, few)
+        assert "too few" in done.note
+    assert all(torch.equal(v, before[n]) for n, v in small.state_dict().items())
+
+
+def test_correction_is_the_ridge_regression_of_its_closed_form():
+    dice = torch.Generator().manual_seed(0)
+    inputs = torch.randn(400, 2, 5, generator=dice)
+    truth = torch.randn(2, 5, 3, generator=dice)
+    missing = torch.einsum("rgd,gdo->rgo", inputs, truth)
+    found = correction(inputs, missing, torch.arange(400) % 2 == 0)
+    for group in range(2):
+        a, b = inputs[:, group].double().numpy(), missing[:, group].double().numpy()
+        ridge = 1e-3 * np.square(a).sum(0).mean()  # the smallest of those that are tried
+        exact = np.linalg.solve(a.T @ a + ridge * np.eye(5), a.T @ b)
+        np.testing.assert_allclose(found[group].numpy(), exact, rtol=1e-4, atol=1e-6)
+
+
+def test_noise_is_not_fitted():
+    dice = torch.Generator().manual_seed(0)
+    inputs = torch.randn(60, 1, 40, generator=dice)
+    missing = torch.randn(60, 1, 20, generator=dice)
+    assert correction(inputs, missing, torch.arange(60) % 2 == 0) is None
+
+
+def test_constant_and_empty_inputs_are_solved():
+    inputs = torch.zeros(40, 1, 3)
+    inputs[:, 0, 0] = 1.0  # one input is constant, two are dead
+    found = correction(inputs, torch.full((40, 1, 2), 3.0), torch.arange(40) % 2 == 0)
+    assert torch.isfinite(found).all()
+    torch.testing.assert_close(found[0, 0], torch.full((2,), 3.0).double(), rtol=2e-2, atol=0)
+    assert (found[0, 1:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "made", "kernel", "more"),
+    [
+        ((6, 9), 8, (3,), {"padding": 1}),
+        ((6, 9, 7), 8, (3, 2), {"padding": (1, 0), "stride": (2, 1)}),
+        ((6, 9, 11), 12, (3, 3), {"groups": 3, "dilation": 2, "padding": 2}),
+        ((6, 8, 8), 12, (5, 5), {"groups": 6, "padding": 2, "stride": 2}),
+        ((4, 5, 6, 7), 6, (2, 3, 1), {"groups": 2, "padding": (1, 1, 0)}),
+    ],
+)
+def test_rows_times_weights_are_the_outputs_of_a_convolution(shape, made, kernel, more):
+    dice = torch.Generator().manual_seed(0)
+    groups = more.get("groups", 1)
+    x = torch.randn(5, *shape, generator=dice)
+    weight = torch.randn(made, shape[0] // groups, *kernel, generator=dice)
+    sides = len(kernel)
+    result = (functional.conv1d, functional.conv2d, functional.conv3d)[sides - 1](x, weight, **more)
+
+    def each(name, default):
+        value = more.get(name, default)
+        return [value] * sides if isinstance(value, int) else list(value)
+
+    window = [each("stride", 1), each("padding", 0), each("dilation", 1)]
+    args = (x, weight, None, *window, False, [0] * sides, groups)
+    call = contraction(torch.ops.aten.convolution.default, args)
+    positions = torch.randperm(result[0, 0].numel(), generator=dice)[:7]
+    rows = call.rows_in(5, positions)
+    by_group = weight.flatten(1).unflatten(0, (groups, -1))
+    again = torch.einsum("npgd,god->npgo", rows, by_group).flatten(2)
+    torch.testing.assert_close(again, call.rows_out(result, 5, positions))
+    before = weight.clone()
+    change = torch.randn(groups, rows.shape[-1], made // groups, generator=dice)
+    call.add(change.double())
+    torch.testing.assert_close(
+        weight - before, change.transpose(1, 2).flatten(0, 1).reshape(weight.shape)
+    )
