@@ -90,6 +90,18 @@ def test_the_second_example_of_the_readme_runs(tmp_path, monkeypatch):
     assert (known["result"].run_dir / "model.onnx").exists()
 
 
+def test_the_example_of_reconstruction_runs(capsys):
+    torch.manual_seed(0)
+    known = {
+        "model": nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 1)).eval(),
+        "example_inputs": (torch.randn(1, 3, 8, 8),),
+        "batches": [((torch.randn(32, 3, 8, 8),), None)],
+    }
+    (text,) = (p.values[0] for p in blocks("python") if "reconstruct(" in p.values[0])
+    exec(compile(text, "training.md", "exec"), known)
+    assert capsys.readouterr().out == "1 32 \n"  # the layer behind the one that was cut
+
+
 @pytest.mark.parametrize("text", blocks("python"))
 def test_every_python_block_parses_and_imports_what_there_is(text):
     tree = ast.parse(text)
