@@ -356,8 +356,8 @@ class Search:
             shop, told = self.shop, ""
             shop.say("recovering accuracy", number)
             if serves(self.job.batches, "bn"):
-                plan = found.built.plan
-                told = restore(module, shop.module, shop.graph, plan, self.job.batches)
+                known = (shop.module, shop.graph, found.built.plan, self.job.batches)
+                told = restore(module, *known, trains=self.job.finetune is not None)
             if self.job.finetune is not None:
                 module = self.job.finetune(module) or module
             with shop.run.place(name) as path:

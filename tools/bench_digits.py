@@ -31,9 +31,9 @@ from prune2deploy.recover import (
     FinetuneOptions,
     evaluate,
     finetune,
-    reconstruct,
     reestimate_batchnorm,
 )
+from prune2deploy.recover.reconstruct import restore
 from prune2deploy.search.worth import TIE, blended
 from prune2deploy.surgery.slicing import apply
 
@@ -199,8 +199,8 @@ class Pruner:
             return module
         plan = channels(self.yard.graph, self.scores, trial.setting)
         module = self._cut(trial.setting)
-        done = reconstruct(module, self.case.module, self.yard.graph, plan, self.case.few)
-        assert not done.note, done.note
+        trains = self.method == TRAINED
+        restore(module, self.case.module, self.yard.graph, plan, self.case.few, trains=trains)
         return module
 
     def _cut(self, counts: Mapping[str, int]) -> nn.Module:

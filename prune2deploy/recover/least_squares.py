@@ -10,34 +10,42 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # tried, relative to the mean square of the inputs
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # tried, relative to the mean square of the inputs
 _ROWS = 4096  # multiplied at once in single precision; the sums of those are double
 
 
-def correction(inputs: Tensor, missing: Tensor, fitted: Tensor) -> Tensor | None:
+def correction(
+    inputs: Tensor, missing: Tensor, fitted: Tensor, share: float = 1.0
+) -> Tensor | None:
     """What to add to weights so that least is missing.
 
-    The ridge is the one whose correction, fitted to one part of the rows, leaves least missing on
-    the other; with that ridge the correction is then fitted to all rows.
+    Corrections with several ridges are fitted to one part of the rows and judged on the other. Of
+    those that gain there at least ``share`` of what the best one gains, the strongest ridge is
+    taken, and a correction with it fitted to all rows.
 
     Args:
         inputs: float32 (rows, groups, d).
         missing: float32 (rows, groups, o), to be added to the outputs.
-        fitted: bool (rows,), the part to fit to; the others decide.
+        fitted: bool (rows,), the part to fit to; the others judge.
+        share: 0..1; the less, the nearer weights stay to what they were.
 
     Returns:
         float64 (groups, d, o) to add to weights that inputs are multiplied by from the left;
-        ``None`` where leaving them alone is best on the rows that decide.
+        ``None`` where leaving them alone is best on the rows that judge.
     """
     gram, cross = _moments(inputs[fitted], missing[fitted])
     other_gram, other_cross = _moments(inputs[~fitted], missing[~fitted])
-    best, least = None, 0.0
-    for ridge in RIDGES:
+
+    def gain(ridge: float) -> float:
         found = _solve(gram, cross, ridge)
-        change = float((found * (other_gram @ found - 2 * other_cross)).sum())
-        if change < least:
-            best, least = ridge, change
-    return None if best is None else _solve(gram + other_gram, cross + other_cross, best)
+        return float((found * (2 * other_cross - other_gram @ found)).sum())
+
+    gains = {ridge: gain(ridge) for ridge in RIDGES}
+    most = max(gains.values())
+    if most <= 0:
+        return None
+    ridge = max(ridge for ridge, gained in gains.items() if gained >= share * most)
+    return _solve(gram + other_gram, cross + other_cross, ridge)
 
 
 def _moments(inputs: Tensor, missing: Tensor) -> tuple[Tensor, Tensor]:

@@ -42,6 +42,7 @@ MEMORY = 2 << 30  # bytes, about, that activations and noted outputs may each ta
 LIVE = 4  # activations of the largest size that are alive at once, about
 ROWS = (4096, 32768)  # noted per layer: 16 per input, within these
 WIDEST = 8192  # inputs beyond which a layer is left alone: its normal equations would be too large
+GENTLE = 0.9  # of what can be gained, where training follows
 SAME = 1e-10  # of the outputs' energy: what is missing less than this needs no correction
 
 
@@ -78,7 +79,12 @@ class _Noted:
 
 
 def reconstruct(
-    module: nn.Module, original: nn.Module, graph: Graph, plan: Plan, batches: Iterable[Batch]
+    module: nn.Module,
+    original: nn.Module,
+    graph: Graph,
+    plan: Plan,
+    batches: Iterable[Batch],
+    share: float = 1.0,
 ) -> Reconstructed:
     """Fit the weights of a pruned module to what the original computes, in place.
 
@@ -90,6 +96,7 @@ def reconstruct(
         graph: Its graph.
         plan: What was pruned.
         batches: (inputs, labels or ``None``); labels are not used.
+        share: Of what a layer can gain, 0..1: how much is worth having its weights move farther.
 
     Returns:
         How many layers were changed; ``note`` says why nothing was done, e.g. where there are too
@@ -108,7 +115,7 @@ def reconstruct(
     try:
         with quiet(original), listening:
             run(original, inputs, recording.forward_fn)
-        correcting = _Correcting(module, listening.once(), samples)
+        correcting = _Correcting(module, listening.once(), samples, share)
         with quiet(module), collecting(module), correcting:
             run(module, inputs, recording.forward_fn)
     except Exception as error:  # noqa: BLE001  the user's code may refuse such a batch in any way
@@ -118,9 +125,19 @@ def reconstruct(
 
 
 def restore(
-    module: nn.Module, original: nn.Module, graph: Graph, plan: Plan, batches: Iterable[Batch]
+    module: nn.Module,
+    original: nn.Module,
+    graph: Graph,
+    plan: Plan,
+    batches: Iterable[Batch],
+    *,
+    trains: bool = False,
 ) -> str:
     """Reconstruct a pruned module in place; where that is not possible, re-estimate BatchNorm.
+
+    Weights that were moved far by least squares train worse: they are large and cancel each other.
+    Where training follows, each layer therefore takes the smallest correction that has ``GENTLE``
+    of the gain.
 
     Args:
         module: The pruned module.
@@ -128,11 +145,12 @@ def restore(
         graph: Its graph.
         plan: What was pruned.
         batches: May be gone through more than once.
+        trains: Whether the module will be trained.
 
     Returns:
         What was done, in words.
     """
-    done = reconstruct(module, original, graph, plan, batches)
+    done = reconstruct(module, original, graph, plan, batches, GENTLE if trains else 1.0)
     if not done.note:
         return (
             f"weights of {done.layers} layers were fitted to what the unpruned model computes on "
@@ -229,9 +247,11 @@ class _Listening(_Watch):
 class _Correcting(_Watch):
     """Corrects the layers of the pruned module on the way."""
 
-    def __init__(self, module: nn.Module, noted: Mapping[str, _Noted], samples: int) -> None:
+    def __init__(
+        self, module: nn.Module, noted: Mapping[str, _Noted], samples: int, share: float
+    ) -> None:
         super().__init__(module, samples)
-        self._noted = noted
+        self._noted, self._share = noted, share
         self.met = self.changed = 0
 
     def see(self, name: str, call: Contraction, made: Tensor) -> bool:
@@ -255,6 +275,7 @@ class _Correcting(_Watch):
             inputs.flatten(0, 1),
             missing.flatten(0, 1).unflatten(1, (inputs.shape[2], -1)),
             fitted.expand(-1, len(noted.positions)).flatten(),
+            self._share,
         )
         if change is None:
             return False

@@ -246,9 +246,21 @@ def test_correction_is_the_ridge_regression_of_its_closed_form():
     found = correction(inputs, missing, torch.arange(400) % 2 == 0)
     for group in range(2):
         a, b = inputs[:, group].double().numpy(), missing[:, group].double().numpy()
-        ridge = 1e-3 * np.square(a).sum(0).mean()  # the smallest of those that are tried
+        ridge = 1e-3 * np.square(a).sum(0).mean()  # the smallest of those tried
         exact = np.linalg.solve(a.T @ a + ridge * np.eye(5), a.T @ b)
         np.testing.assert_allclose(found[group].numpy(), exact, rtol=1e-4, atol=1e-6)
+
+
+def test_the_strongest_ridge_that_keeps_the_share_is_taken():
+    dice = torch.Generator().manual_seed(0)
+    inputs = torch.randn(400, 1, 5, generator=dice)
+    missing = inputs @ torch.randn(5, 3, generator=dice)
+    part = torch.arange(400) % 2 == 0
+    sizes = [float(correction(inputs, missing, part, s).norm()) for s in (1.0, 0.9, 0.6, 0.0)]
+    truth = float(torch.linalg.lstsq(inputs[:, 0], missing[:, 0]).solution.norm())
+    # with ridge r on unit inputs the solution shrinks by 1 / (1 + r); r = 0.1 gains 1 - (1/11)^2
+    shrunk = [truth / (1 + ridge) for ridge in (1e-3, 0.1, 1.0, 10.0)]
+    np.testing.assert_allclose(sizes, shrunk, rtol=0.08)
 
 
 def test_noise_is_not_fitted():
