@@ -249,24 +249,37 @@ def _try(evaluator: Evaluator, found: Found, g: int, step: Callable[[int, int], 
 
 
 def _try_block(evaluator: Evaluator, found: Found, block: int) -> None:
-    """Take a block out; or bring it back, with the widths it has and with its narrowest ones."""
-    for narrowest in (False,) if found.kept[block] else (False, True):
-        found.restore(evaluator)
-        own = [g for g, owners in enumerate(evaluator.owners) if owners == (block,)]
-        for g in own if narrowest else ():
-            evaluator.set(g, 0)
+    """Take a block out or bring it back, with the widths that there are and from the narrowest."""
+    start, kept = found.chosen, found.kept
+    assert start is not None
+    for chosen in (start, np.zeros_like(start)):
+        evaluator.assign(chosen, kept)
         evaluator.flip(block)
-        if not evaluator.feasible():
-            _repair(evaluator, keep_block=block)
-        if evaluator.spare >= 0:
-            fill(evaluator)
-            found.offer(evaluator)
+        while not evaluator.feasible():
+            if not _repair(evaluator, keep_block=block) and not _give_up(evaluator, block):
+                break
+        fill(evaluator)
+        found.offer(evaluator)
 
 
-def _repair(evaluator: Evaluator, *, keep: int = -1, keep_block: int = -1) -> None:
+def _give_up(evaluator: Evaluator, keep_block: int) -> bool:
+    """Take out the other block that is missed least for what it costs; False if none is left."""
+    rates = []
+    for block in np.flatnonzero(evaluator.kept).tolist():
+        if block != keep_block:
+            worth, costs = evaluator.flipped(block)
+            saved = float((-costs / evaluator.limits).max())
+            rates.append((worth / max(saved, 1e-9), block))
+    if rates:
+        evaluator.flip(max(rates)[1])
+    return bool(rates)
+
+
+def _repair(evaluator: Evaluator, *, keep: int = -1, keep_block: int = -1) -> bool:
     """Narrow the one other choice, or take out the one other block, that is missed least.
 
-    Such a move restores the limits, and the number of blocks that have to be out.
+    Such a move restores the limits, and the number of blocks that have to be out. False, and
+    nothing done, where there is none.
     """
     moves: list[tuple[float, Callable[[], None]]] = []
     for g, worths in enumerate(evaluator.worths) if evaluator.spare >= 0 else ():
@@ -283,3 +296,4 @@ def _repair(evaluator: Evaluator, *, keep: int = -1, keep_block: int = -1) -> No
             moves.append((worth_change, partial(evaluator.flip, block)))
     if moves:
         max(moves, key=lambda move: move[0])[1]()
+    return bool(moves)

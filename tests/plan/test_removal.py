@@ -63,7 +63,7 @@ class Truth:
 
     def _one(self, number, counts):
         operator = self.model.operators[number]
-        key = (number, *(counts[axis] for axis in sorted(operator.axes)))
+        key = (number, *(counts.get(axis) for axis in sorted(operator.axes)))
         if key not in self._ms:
             self._ms[key] = replace(self.model, operators=(operator,)).operators_ms(counts)
         return self._ms[key]
@@ -72,7 +72,10 @@ class Truth:
         left = {axis.name for axis in self.graph.axes}
         offered = zip(self.problem.choices, picks, strict=True)
         return {
-            a: int(choice.options[pick]) for choice, pick in offered for a in choice.axes if a in left
+            a: int(choice.options[pick])
+            for choice, pick in offered
+            for a in choice.axes
+            if a in left
         }
 
     def worth(self, picks):
@@ -133,7 +136,7 @@ def test_exact_method_agrees_with_trying_everything(seed, share, least, shared):
 def test_search_comes_close_to_trying_everything(seed, share, least, shared):
     one = problem(share, seed, shared=shared, least_removed=least)
     found = allocate(one)
-    assert found.objective >= brute(one)[0] - 0.03 * span(one)
+    assert found.objective >= 0.97 * brute(one)[0]
     assert found.predicted_ms <= one.budget_ms * (1 + 1e-6)
     assert len(found.removed) >= least
 
@@ -190,7 +193,7 @@ def test_a_problem_without_blocks_that_went_has_the_same_choices_anew():
 
 
 @QUICK
-@given(SEEDS, st.sampled_from([(), ("b0.0", "b1.0"), ("stem", "b2.0")]), st.booleans())
+@given(SEEDS, st.sampled_from([(), ("b0.0", "b1.0"), ("stem", "b1.0")]), st.booleans())
 def test_incremental_costs_equal_the_graph_that_is_left(seed, tied, shared):
     one = problem(0.5, seed, tied=tied, shared=shared, max_params=10**9, max_macs=10**9)
     rng = np.random.default_rng(seed)
@@ -244,7 +247,9 @@ def test_an_idle_choice_keeps_its_option_and_costs_nothing():
 def one_width(graph, model, worths):
     """Choices between the full width and a channel less that is worth next to nothing."""
     found = [
-        Choice((a.name,), a.size, np.array([a.size - 1, a.size]), np.array([[-9.0, worths[a.name]]]))
+        Choice(
+            (a.name,), a.size, np.array([a.size - 1, a.size]), np.array([[-9.0, worths[a.name]]])
+        )
         for a in graph.prunable
     ]
     return Problem(graph, model, tuple(found), 1.0)
