@@ -255,15 +255,16 @@ def _try_block(evaluator: Evaluator, found: Found, block: int) -> None:
     for chosen in (start, np.zeros_like(start)):
         evaluator.assign(chosen, kept)
         evaluator.flip(block)
-        while not evaluator.feasible():
-            if not _repair(evaluator, keep_block=block) and not _give_up(evaluator, block):
+        for _ in evaluator.kept:
+            if evaluator.feasible() or _repair(evaluator, keep_block=block):
                 break
+            _give_up(evaluator, keep_block=block)
         fill(evaluator)
         found.offer(evaluator)
 
 
-def _give_up(evaluator: Evaluator, keep_block: int) -> bool:
-    """Take out the other block that is missed least for what it costs; False if none is left."""
+def _give_up(evaluator: Evaluator, *, keep_block: int) -> None:
+    """Take out the other block that is missed least for what it costs, if one is left."""
     rates = []
     for block in np.flatnonzero(evaluator.kept).tolist():
         if block != keep_block:
@@ -272,14 +273,13 @@ def _give_up(evaluator: Evaluator, keep_block: int) -> bool:
             rates.append((worth / max(saved, 1e-9), block))
     if rates:
         evaluator.flip(max(rates)[1])
-    return bool(rates)
 
 
 def _repair(evaluator: Evaluator, *, keep: int = -1, keep_block: int = -1) -> bool:
     """Narrow the one other choice, or take out the one other block, that is missed least.
 
-    Such a move restores the limits, and the number of blocks that have to be out. False, and
-    nothing done, where there is none.
+    Such a move restores the limits, and with them the number of blocks that have to be out.
+    False, and nothing done, where there is none.
     """
     moves: list[tuple[float, Callable[[], None]]] = []
     for g, worths in enumerate(evaluator.worths) if evaluator.spare >= 0 else ():
@@ -290,7 +290,7 @@ def _repair(evaluator: Evaluator, *, keep: int = -1, keep_block: int = -1) -> bo
             worth = np.where(fits, worths, -np.inf) - worths[evaluator.chosen[g]]
             option = int(np.argmax(worth))
             moves.append((float(worth[option]), partial(evaluator.set, g, option)))
-    for block in np.flatnonzero(evaluator.kept).tolist():
+    for block in np.flatnonzero(evaluator.kept).tolist() if evaluator.spare >= -1 else ():
         worth_change, costs = evaluator.flipped(block)
         if block != keep_block and (evaluator.totals + costs <= evaluator.limits).all():
             moves.append((worth_change, partial(evaluator.flip, block)))

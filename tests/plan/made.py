@@ -96,14 +96,16 @@ def residual(stream, inners, tied=()):
     """Image → stem → blocks (convolutions, then an addition to their input) → classes.
 
     Block ``b0`` has the axes ``b0.0``, ``b0.1``, ... of the sizes ``inners[0]``; the stream is
-    ``stem``. Axes of ``tied`` keep equally many channels.
+    ``stem``. The last block begins with a convolution from stream to stream, which has no axis
+    of the block. Axes of ``tied`` keep equally many channels.
     """
     layers = [layer("stem", const(3), width("stem"), 64)]
     sizes = {"stem": stream}
     for number, inner in enumerate(inners):
         names = [f"b{number}.{i}" for i in range(len(inner))]
         sizes |= dict(zip(names, inner, strict=True))
-        for i, (one, other) in enumerate(itertools.pairwise(["stem", *names, "stem"])):
+        mixed = ["stem"] if number == len(inners) - 1 else []
+        for i, (one, other) in enumerate(itertools.pairwise([*mixed, "stem", *names, "stem"])):
             layers.append(layer(f"b{number}.conv{i}", width(one), width(other), 64))
     layers.append(layer("head", width("stem"), const(10), 1))
     plain = graph_of(sizes, layers, ties=dict.fromkeys(tied, 1))
