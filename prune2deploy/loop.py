@@ -174,7 +174,7 @@ class Search:
     def _shorten(self) -> bool:
         """Take out blocks, since the narrowest widths miss the budget; False if none are left.
 
-        The first time as many as leave the worthiest plan, the second time all.
+        The first time those that the worthiest plan lacks, the second time all.
         """
         left = depth.removable(self.graph)
         if not left or not self.builds_left or not self.baseline.profile:
@@ -195,12 +195,14 @@ class Search:
     def _expendable(self) -> tuple[str, ...]:
         """Blocks to take out of the whole model."""
         problem = self._problem()
-        floor = self.attempts[-1].built.plan.counts
-        saves = depth.saved(self.graph, problem.model, floor)
-        value = worth.of_blocks(self.shop, self.scores, self.worth)
-        losses = value if self.worth.measured else dict.fromkeys(value, 0.0)
+        losses = worth.of_blocks(self.shop, self.scores, self.worth)
         aimed = replace(problem, budget_ms=aim(problem.budget_ms, self._half_width()))
-        return depth.choose(aimed, depth.ordered(saves, value), losses, self._offer)
+
+        def work() -> tuple[str, ...]:
+            self.shop.say("choosing blocks to take out", self._next)
+            return depth.choose(aimed, losses)
+
+        return self.shop.run.journal.once("blocks to take out", tuple[str, ...], work)
 
     def _offer(self, graph: Graph) -> tuple[Choice, ...]:
         return choices(graph, self.worth.curves, multiple=self.lessons.multiple)

@@ -1,15 +1,16 @@
 """Choose the kept channels of every axis so that the predicted latency keeps the budget.
 
-In: a problem (choices, latency model, budget, caps). Out: an allocation, i.e. counts per axis with
-their predicted latency, objective and optimality gap; then, with scores, a plan of channels.
+In: a problem (choices, latency model, budget, caps, blocks that may go). Out: an allocation, i.e.
+counts per axis and blocks to take out with their predicted latency, objective and optimality gap;
+then, with scores, a plan of channels.
 
 ``lagrangian`` searches with prices and exchanges (a second or two), ``milp`` proves its result,
-``uniform``, ``global`` and ``greedy`` are there to compare with.
+``uniform``, ``global`` and ``greedy`` are there to compare with: they keep every block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,6 +24,7 @@ from prune2deploy.plan.evaluate import Evaluator
 from prune2deploy.plan.milp import solve
 from prune2deploy.plan.plan import Plan
 from prune2deploy.plan.search import Found, search, smallest
+from prune2deploy.plan.terms import Flags
 
 METHODS = ("lagrangian", "milp", *BASELINES)
 
@@ -32,10 +34,10 @@ Curve = tuple[tuple[float, float], ...]
 
 @dataclass(frozen=True)
 class Allocation:
-    """Kept channels per axis.
+    """Kept channels per axis, and what goes whole.
 
     Attributes:
-        counts: Kept channels of every axis that may be pruned.
+        counts: Kept channels of every axis that may be pruned and does not go with a block.
         predicted_ms: Predicted latency of the whole model.
         objective: Summed worth.
         gap: How much more the best assignment could be worth at most, as a fraction; ``None``
@@ -43,6 +45,7 @@ class Allocation:
         method: One of ``METHODS``.
         curve: What other latencies are worth, as found on the way.
         linearised: Operators whose cost the exact method approximated.
+        removed: Blocks to take out.
     """
 
     counts: Mapping[str, int]
@@ -52,6 +55,7 @@ class Allocation:
     method: str
     curve: Curve
     linearised: int = 0
+    removed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,21 +73,26 @@ class Gap:
 
 
 class SmallestMisses(BudgetUnreachable):
-    """Even the least widths are predicted to miss the budget.
+    """Even the least widths, without any block that may go, are predicted to miss the budget.
 
     Attributes:
         floor_ms: Predicted latency of the fastest plan found.
         fixed_share: Share of the unpruned model's time that no width changes.
         counts: The fastest plan found.
+        removed: The blocks that it lacks.
     """
 
-    def __init__(self, problem: Problem, counts: Counts) -> None:
-        self.floor_ms = problem.model.predict(counts)
+    def __init__(self, problem: Problem, chosen: Ints, kept: Flags) -> None:
+        picks, flags = chosen.tolist(), kept.tolist()
+        self.floor_ms = problem.predict(picks, flags)
         self.fixed_share = problem.model.fixed_share
-        self.counts = dict(counts)
+        self.counts = problem.counts(picks, flags)
+        self.removed = tuple(block.name for block in problem.without(flags))
+        lacks = f", without {', '.join(self.removed)}," if self.removed else ""
         super().__init__(
-            f"a budget of {problem.budget_ms:.4g} ms was asked for, but the narrowest allowed plan "
-            f"is predicted to take {self.floor_ms:.4g} ms; {100 * self.fixed_share:.0f} % of the "
+            f"a budget of {problem.budget_ms:.4g} ms was asked for, but the narrowest allowed plan"
+            f"{lacks} is predicted to take {self.floor_ms:.4g} ms; "
+            f"{100 * self.fixed_share:.0f} % of the "
             "unpruned model's time is in operators that pruning cannot touch; raise the budget, "
             "allow narrower layers, or take a faster target or precision"
         )
@@ -99,49 +108,61 @@ def allocate(problem: Problem, method: str = "lagrangian", *, seconds: float = 2
 
     Raises:
         SmallestMisses: The budget cannot be kept.
-        PlanError: A cap cannot be kept, the method is unknown, or there is nothing to choose.
+        PlanError: A cap cannot be kept, the method is unknown or cannot take out blocks that have
+            to go, more of them have to than may, or there is nothing to choose.
     """
-    if method not in METHODS:
-        raise PlanError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
-    if not problem.choices:
-        raise PlanError("nothing to allocate: every axis is frozen or has a single allowed width")
+    _require(problem, method)
     evaluator = Evaluator(problem)
     _require_floor(problem, evaluator)
     if method in BASELINES:
         chosen = BASELINES[method](evaluator)
         if chosen is None:
-            raise SmallestMisses(problem, problem.counts([0] * len(problem.choices)))
-        return _result(problem, chosen, method, Found())
+            evaluator.assign([0] * len(problem.choices))
+            raise SmallestMisses(problem, evaluator.chosen, evaluator.kept)
+        evaluator.assign(chosen)
+        found = Found()
+        found.offer(evaluator)
+        return _result(problem, found, method)
     found = search(evaluator)
     if found.chosen is None:
-        raise SmallestMisses(problem, problem.counts(evaluator.chosen.tolist()))
+        raise SmallestMisses(problem, evaluator.chosen, evaluator.kept)
     if method == "lagrangian":
-        return _result(problem, found.chosen, method, found)
+        return _result(problem, found, method)
     return _exact(problem, evaluator, found, seconds)
 
 
-def optimality_gap(problem: Problem, counts: Counts, *, seconds: float = 10.0) -> Gap | None:
+def optimality_gap(
+    problem: Problem, counts: Counts, removed: Sequence[str] = (), *, seconds: float = 10.0
+) -> Gap | None:
     """Bound what the best plan of the same predicted latency could keep beyond this one.
 
     Args:
         problem: Its caps hold; its budget does not matter.
         counts: The plan; its widths must be among the options.
+        removed: Blocks of the problem that the plan lacks.
         seconds: Time limit of the exact solver.
 
     Returns:
         ``None`` where the solver found no bound in its time.
+
+    Raises:
+        PlanError: A block is not among those that may go.
     """
+    names = [block.name for block in problem.blocks]
+    if not set(removed) <= set(names):
+        raise PlanError(f"blocks {sorted(removed)} were removed, but only {names} may be")
+    kept = np.array([name not in removed for name in names], dtype=bool)
     picks = [
         int(np.searchsorted(c.options, counts.get(c.axes[0], c.size))) for c in problem.choices
     ]
-    same = replace(problem, budget_ms=problem.model.predict(counts))
+    same = replace(problem, budget_ms=problem.predict(picks, kept.tolist()))
     evaluator = Evaluator(same)
-    evaluator.assign(picks)
+    evaluator.assign(picks, kept)
     solved = solve(evaluator, seconds=seconds)
     if not np.isfinite(solved.bound):
         return None
     least, most = problem.ends
-    more = max(0.0, solved.bound - problem.worth(picks)) / max(most - least, 1e-12)
+    more = max(0.0, solved.bound - evaluator.worth) / max(most - least, 1e-12)
     return Gap(more, exact=not solved.linearised and not solved.thinned)
 
 
@@ -176,11 +197,27 @@ def channels(graph: Graph, scores: Mapping[str, npt.ArrayLike], counts: Counts) 
     return plan
 
 
+def _require(problem: Problem, method: str) -> None:
+    """Check that there is something to do, and that the method can do it."""
+    if method not in METHODS:
+        raise PlanError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
+    least, most = problem.least_removed, len(problem.blocks)
+    if not problem.choices and not most:
+        raise PlanError("nothing to allocate: every axis is frozen or has a single allowed width")
+    if least > most:
+        raise PlanError(f"{least} blocks have to go, but only {most} may; offer more of them")
+    if least and method in BASELINES:
+        raise PlanError(
+            f"{least} blocks have to go, but method {method!r} keeps every block; "
+            "choose lagrangian or milp"
+        )
+
+
 def _require_floor(problem: Problem, evaluator: Evaluator) -> None:
     smallest(evaluator)
     over = evaluator.totals > evaluator.limits + 1e-9
     if over[0]:
-        raise SmallestMisses(problem, problem.counts(evaluator.chosen.tolist()))
+        raise SmallestMisses(problem, evaluator.chosen, evaluator.kept)
     names = [f"{v} {n}" for v, n in ((problem.max_params, "parameters"),
              (problem.max_macs, "multiply-accumulates")) if v is not None]  # fmt: skip
     for name, is_over, total in zip(names, over[1:], evaluator.totals[1:], strict=True):
@@ -192,25 +229,27 @@ def _require_floor(problem: Problem, evaluator: Evaluator) -> None:
 
 
 def _exact(problem: Problem, evaluator: Evaluator, found: Found, seconds: float) -> Allocation:
-    assert found.chosen is not None
-    evaluator.assign(found.chosen)
+    found.restore(evaluator)
     solved = solve(evaluator, seconds=seconds)
     if solved.chosen is not None:
-        evaluator.assign(solved.chosen)
+        evaluator.assign(solved.chosen, solved.kept)
         found.offer(evaluator)
     gap = None
     if not solved.linearised and not solved.thinned and np.isfinite(solved.bound):
         gap = max(0.0, solved.bound - found.worth) / max(abs(solved.bound), 1e-12)
-    result = _result(problem, found.chosen, "milp", found)
+    result = _result(problem, found, "milp")
     return replace(result, gap=gap, linearised=solved.linearised)
 
 
-def _result(problem: Problem, chosen: Ints, method: str, found: Found) -> Allocation:
-    picks = [int(option) for option in chosen]
-    counts = problem.counts(picks)
-    here = (problem.model.predict(counts), problem.worth(picks))
+def _result(problem: Problem, found: Found, method: str) -> Allocation:
+    assert found.chosen is not None
+    picks, kept = found.chosen.tolist(), found.kept.tolist()
+    here = (problem.predict(picks, kept), problem.worth(picks, kept))
     curve = [(ms + problem.model.offset_ms(ms), worth) for ms, worth in found.points]
-    return Allocation(counts, *here, None, method, _rising([*curve, here]))
+    removed = tuple(block.name for block in problem.without(kept))
+    counts = problem.counts(picks, kept)
+    rising = _rising([*curve, here])
+    return Allocation(counts, *here, None, method, rising, removed=removed)
 
 
 def _rising(points: list[tuple[float, float]]) -> Curve:

@@ -3,7 +3,7 @@
 ``uniform`` keeps the same fraction everywhere; ``global`` keeps what exceeds one threshold over
 all scores (here: over the worth of the next channel); ``greedy`` narrows, step by step, the choice
 that loses least worth per millisecond saved. Each returns the widest assignment of its kind that
-keeps the limits, on the same grid as the others.
+keeps the limits, on the same grid as the others, and keeps every block.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 In: a graph and, per axis, a curve of worth over kept channels (retained importance, or minus the
 measured loss). Out: one choice per free axis or tie of axes, on the grid of widths that the
-device runs well at. The full width is always allowed; frozen axes offer no choice.
+device runs well at. The full width is always allowed; frozen axes offer no choice. A problem may
+also offer blocks to take out whole: their axes and operators go with them.
 
 Three sources of worth serve three situations: measured losses (``sensitivity``) where there is
 data and no training follows; ``importance_curves`` where there is no data; ``trained_curves``
@@ -31,13 +32,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
 from prune2deploy.errors import PlanError
-from prune2deploy.graph.axes import Axis, Graph, Polynomial
+from prune2deploy.graph.axes import Axis, Graph
 from prune2deploy.plan.latency_model import LatencyModel
 
 Floats = npt.NDArray[np.float64]
@@ -52,13 +54,41 @@ class Choice:
         axes: The axes decided together.
         size: Their full width.
         options: int array, the widths allowed, ascending; the last is ``size``.
-        worth: float array, one per option; more is better.
+        by_axis: float array (axes, options), what each axis adds to the objective.
     """
 
     axes: tuple[str, ...]
     size: int
     options: Ints
-    worth: Floats
+    by_axis: Floats
+
+    @cached_property
+    def worth(self) -> Floats:
+        """Float array (options,), of all its axes together; more is better."""
+        return np.asarray(self.by_axis.sum(axis=0), dtype=np.float64)
+
+    def among(self, allowed: npt.NDArray[np.bool_]) -> Choice:
+        """The same decision with some of its options only; ``allowed`` has one flag for each."""
+        return replace(self, options=self.options[allowed], by_axis=self.by_axis[:, allowed])
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A block that may be taken out whole.
+
+    Attributes:
+        name: Of the block in the graph.
+        loss: What the objective loses with it, beside the worth of its axes.
+        axes: The axes that go with it; no other block has them.
+        operators: Numbers of the operators of the latency model that go with it. An operator of
+            several blocks goes with the first of them; one that depends on an axis which goes
+            need not be named.
+    """
+
+    name: str
+    loss: float
+    axes: frozenset[str]
+    operators: frozenset[int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +102,9 @@ class Problem:
         budget_ms: Upper limit of the predicted latency.
         max_params: Upper limit of the number of parameters, if any.
         max_macs: Upper limit of the multiply-accumulates, if any.
+        blocks: What may be taken out; none holds another. Flags of blocks are in this order:
+            true where the block is kept.
+        least_removed: How many of them have to go.
     """
 
     graph: Graph
@@ -80,22 +113,59 @@ class Problem:
     budget_ms: float
     max_params: int | None = None
     max_macs: int | None = None
+    blocks: tuple[Removal, ...] = ()
+    least_removed: int = 0
 
-    def counts(self, chosen: Sequence[int]) -> dict[str, int]:
-        """Kept channels per axis when choice ``i`` takes its option ``chosen[i]``."""
+    def counts(self, chosen: Sequence[int], kept: Sequence[bool] | None = None) -> dict[str, int]:
+        """Kept channels per axis when choice ``i`` takes its option ``chosen[i]``.
+
+        Axes that went with a block are left out.
+        """
+        gone = self.gone(kept)
         return {
             axis: int(choice.options[option])
             for choice, option in zip(self.choices, chosen, strict=True)
             for axis in choice.axes
+            if axis not in gone
         }
 
-    def worth(self, chosen: Sequence[int]) -> float:
-        """The objective: summed worth of the options taken."""
-        return float(sum(c.worth[option] for c, option in zip(self.choices, chosen, strict=True)))
+    def worth(self, chosen: Sequence[int], kept: Sequence[bool] | None = None) -> float:
+        """The objective: summed worth of the options taken, less what removed blocks lose."""
+        gone = self.gone(kept)
+        total = -sum(block.loss for block in self.without(kept))
+        for choice, option in zip(self.choices, chosen, strict=True):
+            if gone.isdisjoint(choice.axes):
+                total += float(choice.worth[option])
+            else:
+                left = [axis not in gone for axis in choice.axes]
+                total += float(choice.by_axis[left, option].sum())
+        return total
+
+    def predict(self, chosen: Sequence[int], kept: Sequence[bool] | None = None) -> float:
+        """Predicted latency in milliseconds, offset included."""
+        out = self.without(kept)
+        model = self.model
+        if out:
+            left = [
+                operator
+                for number, operator in enumerate(model.operators)
+                if not any(number in b.operators or operator.axes & b.axes for b in out)
+            ]
+            model = replace(model, operators=tuple(left))
+        return model.predict(self.counts(chosen, kept))
+
+    def without(self, kept: Sequence[bool] | None) -> tuple[Removal, ...]:
+        """The blocks that are taken out; ``None`` keeps all."""
+        flags = [True] * len(self.blocks) if kept is None else kept
+        return tuple(b for b, stays in zip(self.blocks, flags, strict=True) if not stays)
+
+    def gone(self, kept: Sequence[bool] | None) -> frozenset[str]:
+        """The axes that go with the blocks that are taken out."""
+        return frozenset().union(*(block.axes for block in self.without(kept)))
 
     @property
     def ends(self) -> tuple[float, float]:
-        """Worth of the narrowest widths, and of the full ones."""
+        """Worth of the narrowest widths, and of the full ones; every block kept."""
         most = self.worth([len(choice.options) - 1 for choice in self.choices])
         return self.worth([0] * len(self.choices)), most
 
@@ -237,18 +307,7 @@ def choices(
         options = allowed(size, step, max(1, math.ceil(least * size)), limit)
         if len({graph[name].size for name in axes}) > 1:
             raise PlanError(f"tied axes must have equal sizes, found {axes}")
-        worth = np.sum([curves[name][options] for name in axes], axis=0)
+        by_axis = np.array([curves[name][options] for name in axes])
         if len(options) > 1:
-            found.append(Choice(tuple(axes), size, options, worth))
-    return tuple(found)
-
-
-def total_params(graph: Graph) -> tuple[Polynomial, ...]:
-    """Number of elements of every parameter, as formulas."""
-    found = []
-    for name in sorted(graph.parameters):
-        product = Polynomial.constant(1)
-        for dim in graph.tensors[name]:
-            product = product * dim
-        found.append(product)
+            found.append(Choice(tuple(axes), size, options, by_axis))
     return tuple(found)

@@ -1,9 +1,14 @@
 """Cost of changing one choice, for all its options at once: the inner loop of every allocator.
 
 In: a problem. Out: an evaluator that holds a current assignment and answers what latency (and
-parameters and multiply-accumulates, where capped) would be for every option of one choice. An
-operator's work is a polynomial of widths, so only the terms that contain the choice are computed
-again; a question takes some tens of microseconds.
+parameters and multiply-accumulates, where capped) would be for every option of one choice, or
+without one block. An operator's work is a polynomial of widths, so only the terms that contain the
+choice are computed again; a question takes some tens of microseconds.
+
+The time of an operator is known at the present widths whether it is there or not; while one of
+its blocks is out it weighs nothing. A choice all of whose axes went with blocks is *idle*: it has
+an option still, which counts when a block comes back, but costs nothing and is worth nothing. Of
+a tie that has lost some of its axes only the others are worth something.
 """
 
 from __future__ import annotations
@@ -13,36 +18,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prune2deploy.graph.axes import Polynomial
-from prune2deploy.plan.choices import Floats, Ints, Problem, total_params
-from prune2deploy.plan.latency_model import OperatorModel, time_ns
-from prune2deploy.units import NS_PER_MS
-
-
-@dataclass(frozen=True, eq=False)
-class Terms:
-    """Work of all operators as monomials over choice variables.
-
-    Variables are numbered: choice ``g`` as it is (``g``), rounded up to blocks (``g + n``), and
-    the constant one (``2 n``).
-
-    Attributes:
-        coefficient: float array (terms,).
-        variables: int array (terms, degree), padded with the constant one.
-        row: int array (terms,): three times the operator plus which kind of work.
-        cost: float array (operators, 4), milliseconds (or a count) per unit of work and call.
-        seen: float array (operators, builds, 3).
-        residual: float array (operators, builds), NaN where there is none.
-        limit: int array (operators,): which limit the operator counts towards.
-    """
-
-    coefficient: Floats
-    variables: Ints
-    row: Ints
-    cost: Floats
-    seen: Floats
-    residual: Floats
-    limit: Ints
+from prune2deploy.plan.choices import Floats, Ints, Problem
+from prune2deploy.plan.latency_model import time_ns
+from prune2deploy.plan.terms import Flags, collect
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,32 +43,47 @@ class _Local:
 
 
 class Evaluator:
-    """A current assignment of options to choices, with its costs.
+    """A current assignment of options to choices, and of blocks that are kept, with its costs.
 
     Attributes:
         problem: What is being allocated.
         limits: float array: the budget of the operators in milliseconds, then the caps.
-        constant: float array, the cost against each limit that no choice changes.
+        constant: float array, the cost against each limit that neither choice nor block changes.
+        owners: For every choice the numbers of the blocks that take its axes with them; it is
+            idle while all of them are out. None where an axis stays in any case.
+        members: For every block the numbers of the choices that it takes axes of.
         chosen: int array, the option that each choice takes at present.
+        kept: bool array, whether each block is there at present.
         totals: float array, the present cost against each limit.
+        worths: For every choice the worth of its options with these blocks, float array (options,).
     """
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         model = problem.model
-        self.limits, self.terms, self.constant = _terms(problem)
-        blocks = [-(-c.options // model.multiple) * model.multiple for c in problem.choices]
+        self.limits, self.terms, self.constant = collect(problem)
+        padded = [-(-c.options // model.multiple) * model.multiple for c in problem.choices]
         self._values = [
-            np.array([c.options, b], dtype=np.float64)
-            for c, b in zip(problem.choices, blocks, strict=True)
+            np.array([c.options, p], dtype=np.float64)
+            for c, p in zip(problem.choices, padded, strict=True)
         ]
         self._locals = [self._local(g) for g in range(len(problem.choices))]
+        self._blocks = _blocks_of_axes(problem)
+        self.members = [
+            tuple(g for g, blocks in enumerate(self._blocks) if block in blocks)
+            for block in range(len(problem.blocks))
+        ]
+        self.owners = [
+            tuple(np.unique(blocks).tolist()) if (blocks >= 0).all() else ()
+            for blocks in self._blocks
+        ]
         self.chosen = np.zeros(0, dtype=np.int64)
+        self.kept = np.zeros(0, dtype=bool)
         self.totals = np.zeros(0)
         self.assign([len(c.options) - 1 for c in problem.choices])
 
-    def assign(self, chosen: Sequence[int] | Ints) -> None:
-        """Take an option for every choice."""
+    def assign(self, chosen: Sequence[int] | Ints, kept: Flags | None = None) -> None:
+        """Take an option for every choice, and keep the blocks of ``kept`` (all by default)."""
         self.chosen = np.array(chosen, dtype=np.int64)
         values = [v[:, o] for v, o in zip(self._values, self.chosen, strict=True)]
         pairs = np.array(values).reshape(-1, 2)
@@ -101,13 +94,19 @@ class Evaluator:
         work = np.bincount(self.terms.row, self._monomial, 3 * operators)
         self._work = work.astype(np.float64)
         self._time = self._times(every, self._work.reshape(-1, 3, 1))[:, 0]
-        self.totals = self.constant + np.bincount(self.terms.limit, self._time, len(self.limits))
+        self._keep(np.ones(len(self.problem.blocks), dtype=bool) if kept is None else kept.copy())
 
-    def costs(self, choice: int) -> Floats:
-        """Cost against each limit for every option of one choice, float array (limits, options)."""
+    def costs(self, choice: int, *, whole: bool = False) -> Floats:
+        """Cost against each limit for every option of one choice, float array (limits, options).
+
+        With ``whole``, all operators that depend on the choice count as if no block were out:
+        what tells the options of an idle choice apart.
+        """
         local = self._locals[choice]
         times = self._times(local.operators, self._new_work(choice))
         change = times - self._time[local.operators][:, None]
+        if self._lacking and not whole:
+            change *= self._weight[local.operators][:, None]
         found = np.repeat(self.totals[:, None], times.shape[1], axis=1)
         np.add.at(found, self.terms.limit[local.operators], change)
         return found
@@ -117,7 +116,7 @@ class Evaluator:
         local = self._locals[choice]
         work = self._new_work(choice)[:, :, option]
         times = self._times(local.operators, work[:, :, None])[:, 0]
-        change = times - self._time[local.operators]
+        change = (times - self._time[local.operators]) * self._weight[local.operators]
         np.add.at(self.totals, self.terms.limit[local.operators], change)
         self._time[local.operators] = times
         self._work[local.rows] = work
@@ -125,9 +124,75 @@ class Evaluator:
         self._monomial[local.terms] *= own
         self.chosen[choice] = option
 
-    def feasible(self, totals: Floats | None = None) -> bool:
-        """Whether the present (or given) costs keep every limit."""
-        return bool((self.totals if totals is None else totals).__le__(self.limits + 1e-9).all())
+    def flip(self, block: int) -> None:
+        """Take a block out, or bring it back with the widths that its choices have."""
+        kept = self.kept.copy()
+        kept[block] = not kept[block]
+        self._keep(kept)
+
+    def flipped(self, block: int) -> tuple[float, Floats]:
+        """What :meth:`flip` would add to the objective and to the cost against each limit."""
+        kept = self.kept.copy()
+        kept[block] = not kept[block]
+        mine = np.flatnonzero(self.terms.held[:, block])
+        change = self._weights(kept, mine) - self._weight[mine]
+        costs = np.zeros(len(self.limits))
+        np.add.at(costs, self.terms.limit[mine], change * self._time[mine])
+        worth = self.problem.blocks[block].loss * (1.0 if kept[block] else -1.0)
+        for g in self.members[block]:
+            option = int(self.chosen[g])
+            worth += float(self._worth_with(kept, g)[option] - self.worths[g][option])
+        return worth, costs
+
+    def idle(self, choice: int) -> bool:
+        """Whether all axes of a choice have gone with blocks."""
+        owners = self.owners[choice]
+        return self._lacking and bool(owners) and not self.kept[list(owners)].any()
+
+    @property
+    def worth(self) -> float:
+        """The objective at present."""
+        lost = sum(
+            b.loss for b, kept in zip(self.problem.blocks, self.kept, strict=True) if not kept
+        )
+        return float(sum(w[o] for w, o in zip(self.worths, self.chosen, strict=True)) - lost)
+
+    @property
+    def spare(self) -> int:
+        """How many more blocks are out than have to be; negative where too few are."""
+        return int(np.count_nonzero(~self.kept)) - self.problem.least_removed
+
+    def feasible(self) -> bool:
+        """Whether the present costs keep every limit, and enough blocks are out."""
+        return self.spare >= 0 and bool((self.totals <= self.limits + 1e-9).all())
+
+    def _keep(self, kept: Flags) -> None:
+        """Keep these blocks, at the present widths."""
+        self.kept = kept
+        self._lacking = not kept.all()
+        every: Ints = np.arange(len(self._time), dtype=np.int64)
+        self._weight = self._weights(kept, every)
+        spent = np.bincount(self.terms.limit, self._time * self._weight, len(self.limits))
+        self.totals = self.constant + spent
+        self.worths = [choice.worth for choice in self.problem.choices]
+        for g in {g for b in np.flatnonzero(~kept) for g in self.members[b]}:
+            self.worths[g] = self._worth_with(kept, g)
+
+    def _weights(self, kept: Flags, operators: Ints) -> Floats:
+        """One for operators that are there with these blocks, zero for those that are not."""
+        gone = (self.terms.held[operators] & ~kept).any(axis=1)
+        return np.asarray(~gone, dtype=np.float64)
+
+    def _worth_with(self, kept: Flags, choice: int) -> Floats:
+        """Worth of the options of a choice with these blocks."""
+        one, blocks = self.problem.choices[choice], self._blocks[choice]
+        there = np.append(kept, True)[blocks]  # -1, an axis without a block, finds the last
+        return one.worth if there.all() else np.asarray(one.by_axis[there].sum(axis=0))
+
+    def axes_of(self, choice: int, block: int) -> Floats:
+        """What the axes of a choice that go with a block (-1: with none) add, float (options,)."""
+        with_it = self._blocks[choice] == block
+        return np.asarray(self.problem.choices[choice].by_axis[with_it].sum(axis=0))
 
     def involved(self, operator: int) -> tuple[int, ...]:
         """The choices that an operator's cost depends on."""
@@ -174,9 +239,9 @@ class Evaluator:
         shape = tuple(len(self.problem.choices[c].options) for c in choices)
         value = np.full(shape, self.terms.coefficient[term])
         for variable in self.terms.variables[term]:
-            kind, choice = divmod(int(variable), count)
-            if kind == 2:  # the constant one
+            if variable >= 2 * count:  # the constant one
                 continue
+            kind, choice = divmod(int(variable), count)
             if choice in choices:
                 place = list(choices).index(choice)
                 line = [-1 if i == place else 1 for i in range(len(shape))]
@@ -213,73 +278,10 @@ class Evaluator:
         return _Local(operators, rows, terms, power, scatter)
 
 
-def _terms(problem: Problem) -> tuple[Floats, Terms, Floats]:
-    """Limits, monomials, and the cost against each limit that no choice changes."""
-    limits = [problem.model.operator_budget_ms(problem.budget_ms)]
-    nothing = np.zeros((0, 3)), np.zeros(0)
-    rows = [(_ms(o), (o.work.macs, o.work.read, o.work.written), o.padded, 0, o.seen, o.residual)
-            for o in problem.model.operators]  # fmt: skip
-    zero = Polynomial.constant(0)
-    unit = np.array([1.0, 0.0, 0.0, 0.0])
-    if problem.max_params is not None:
-        formulas = total_params(problem.graph)
-        rows += [(unit, (f, zero, zero), False, len(limits), *nothing) for f in formulas]
-        limits.append(float(problem.max_params))
-    if problem.max_macs is not None:
-        layers = problem.graph.layers
-        rows += [(unit, (y.macs, zero, zero), False, len(limits), *nothing) for y in layers]
-        limits.append(float(problem.max_macs))
-    return _collect(problem, rows, np.array(limits))
-
-
-def _ms(operator: OperatorModel) -> Floats:
-    return np.array(operator.cost) * operator.share / NS_PER_MS
-
-
-_Row = tuple[Floats, tuple[Polynomial, Polynomial, Polynomial], bool, int, Floats, Floats]
-
-
-def _collect(
-    problem: Problem, rows: Sequence[_Row], limits: Floats
-) -> tuple[Floats, Terms, Floats]:
-    where = {axis: g for g, choice in enumerate(problem.choices) for axis in choice.axes}
-    count = len(problem.choices)
-    sizes = {axis.name: axis.size for axis in problem.graph.axes}
-    kept = [row for row in rows if any(formula.axes & where.keys() for formula in row[1])]
-    constant = np.zeros(len(limits))
-    for cost, formulas, padded, limit, seen, residual in rows:
-        if not any(formula.axes & where.keys() for formula in formulas):
-            fixed = _sizes(sizes, padded, problem.model.multiple)
-            work = np.array([float(formula(fixed)) for formula in formulas])
-            constant[limit] += float(time_ns(work, cost, seen, residual))
-    found: list[tuple[float, list[int], int]] = []
-    for number, (_, formulas, padded, *_rest) in enumerate(kept):
-        fixed = _sizes(sizes, padded, problem.model.multiple)
-        for part, formula in enumerate(formulas):
-            for coefficient, axes in formula.terms:
-                free = [where[a] + (count if padded else 0) for a in axes if a in where]
-                bound = [fixed[a] for a in axes if a not in where]
-                value = float(coefficient) * float(np.prod(bound)) if bound else float(coefficient)
-                found.append((value, free, 3 * number + part))
-    degree = max((len(free) for _, free, _ in found), default=1) or 1
-    variables = [free + [2 * count] * (degree - len(free)) for _, free, _ in found]
-    builds = max((len(row[5]) for row in kept), default=0)
-    terms = Terms(
-        np.array([value for value, _, _ in found]),
-        np.array(variables, dtype=np.int64).reshape(-1, degree),
-        np.array([row for _, _, row in found], dtype=np.int64),
-        np.array([row[0] for row in kept]).reshape(-1, 4),
-        np.array([_fill(row[4], builds, 0.0) for row in kept]).reshape(len(kept), builds, 3),
-        np.array([_fill(row[5], builds, np.nan) for row in kept]).reshape(len(kept), builds),
-        np.array([row[3] for row in kept], dtype=np.int64),
-    )
-    return limits, terms, constant
-
-
-def _sizes(sizes: dict[str, int], padded: bool, multiple: int) -> dict[str, int]:
-    return {n: -(-s // multiple) * multiple for n, s in sizes.items()} if padded else sizes
-
-
-def _fill(values: Floats, length: int, blank: float) -> Floats:
-    missing = np.full((length - len(values), *values.shape[1:]), blank)
-    return np.concatenate([values, missing])
+def _blocks_of_axes(problem: Problem) -> list[Ints]:
+    """For every choice the block that takes each of its axes with it, -1 where none does."""
+    where = {axis: b for b, block in enumerate(problem.blocks) for axis in block.axes}
+    return [
+        np.array([where.get(axis, -1) for axis in choice.axes], dtype=np.int64)
+        for choice in problem.choices
+    ]

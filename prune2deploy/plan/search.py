@@ -5,17 +5,23 @@ worth. Prices on the limits turn the constrained problem into a sequence of free
 1963); each is climbed one choice at a time, exact over all options of that choice. The best
 price is bracketed on a logarithmic grid and bisected; exchanges between choices then use up what
 the prices left of the budget. It finds local optima: the exact method is ``milp``.
+
+At given prices the best widths inside a block do not depend on whether it is there. So those of
+blocks that are out are climbed too, and a block is there where its worth exceeds its cost at
+the widths it would have.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
 from prune2deploy.plan.choices import Floats, Ints
 from prune2deploy.plan.evaluate import Evaluator
+from prune2deploy.plan.terms import Flags
 
 _GRID = 13  # prices tried before bisecting
 _HALVINGS = 14
@@ -30,22 +36,30 @@ class Found:
 
     Attributes:
         chosen: Options of the best feasible assignment, ``None`` while there is none.
+        kept: Which blocks it keeps, bool array.
         worth: Its objective.
         points: ``(cost against the first limit, objective)`` of local optima.
     """
 
     chosen: Ints | None = None
+    kept: Flags = field(default_factory=lambda: np.ones(0, dtype=bool))
     worth: float = -np.inf
     points: list[tuple[float, float]] = field(default_factory=list)
 
     def offer(self, evaluator: Evaluator) -> bool:
         """Note the evaluator's present assignment; True when it is feasible."""
-        worth = evaluator.problem.worth(evaluator.chosen.tolist())
+        worth = evaluator.worth
         self.points.append((float(evaluator.totals[0]), worth))
         fits = evaluator.feasible()
         if fits and worth > self.worth:
-            self.chosen, self.worth = evaluator.chosen.copy(), worth
+            self.chosen, self.kept = evaluator.chosen.copy(), evaluator.kept.copy()
+            self.worth = worth
         return fits
+
+    def restore(self, evaluator: Evaluator) -> None:
+        """Give the evaluator the best feasible assignment."""
+        assert self.chosen is not None
+        evaluator.assign(self.chosen, self.kept)
 
 
 def search(evaluator: Evaluator) -> Found:
@@ -60,27 +74,29 @@ def search(evaluator: Evaluator) -> Found:
         use = evaluator.totals / evaluator.limits
         weights = weights * np.clip(use / use.mean(), 0.5, 2.0)
     if found.chosen is not None:
-        evaluator.assign(found.chosen)
+        found.restore(evaluator)
         exchange(evaluator, found)
     return found
 
 
 def smallest(evaluator: Evaluator) -> None:
-    """Move to a least-cost assignment (a local one: all least widths, then single moves)."""
+    """Move to a least-cost assignment (a local one: all least widths, then single moves).
+
+    Every block that costs anything is out.
+    """
     evaluator.assign([0] * len(evaluator.problem.choices))
     _climb(evaluator, np.full(len(evaluator.limits), np.inf))
 
 
 def _bisect(evaluator: Evaluator, weights: Floats, found: Found) -> None:
     """Find the lowest price at which the climbed assignment is feasible."""
-    worths = [c.worth for c in evaluator.problem.choices]
-    scale = sum(float(w.max() - w.min()) for w in worths) or 1.0
+    scale = _scale(evaluator)
     unit = scale * weights / evaluator.limits
-    evaluator.assign([len(w) - 1 for w in worths])
+    evaluator.assign([len(c.options) - 1 for c in evaluator.problem.choices])
     low, high = -6.0, 3.0  # natural powers of ten of the price
-    last: Ints | None = None
+    last: tuple[Ints, Flags] | None = None
     for power in np.linspace(low, high, _GRID):
-        previous = evaluator.chosen.copy()
+        previous = evaluator.chosen.copy(), evaluator.kept.copy()
         _climb(evaluator, unit * 10.0**power)
         if found.offer(evaluator):
             high = float(power)
@@ -91,12 +107,19 @@ def _bisect(evaluator: Evaluator, weights: Floats, found: Found) -> None:
         return
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        evaluator.assign(last)
+        evaluator.assign(*last)
         _climb(evaluator, unit * 10.0**middle)
         if found.offer(evaluator):
             high = middle
         else:
-            low, last = middle, evaluator.chosen.copy()
+            low, last = middle, (evaluator.chosen.copy(), evaluator.kept.copy())
+
+
+def _scale(evaluator: Evaluator) -> float:
+    """What there is to lose: the span of every choice, and what blocks are worth themselves."""
+    problem = evaluator.problem
+    spans = sum(float(c.worth.max() - c.worth.min()) for c in problem.choices)
+    return spans + sum(abs(block.loss) for block in problem.blocks) or 1.0
 
 
 def _climb(evaluator: Evaluator, prices: Floats) -> None:
@@ -104,37 +127,79 @@ def _climb(evaluator: Evaluator, prices: Floats) -> None:
     choices = evaluator.problem.choices
     only_cost = bool(np.isinf(prices).any())
     weights = 1.0 / evaluator.limits if only_cost else prices
-    pending = set(range(len(choices)))
     for _ in range(_SWEEPS):
         moved = False
-        for g in sorted(pending):
-            gain = -(weights @ evaluator.costs(g))
+        for g, choice in enumerate(choices):
+            idle = evaluator.idle(g)
+            gain = -(weights @ evaluator.costs(g, whole=idle))
             if not only_cost:
-                gain = gain + choices[g].worth
+                gain = gain + (choice.worth if idle else evaluator.worths[g])
             best = int(np.argmax(gain))
             if gain[best] > gain[evaluator.chosen[g]] + 1e-12:
                 evaluator.set(g, best)
                 moved = True
+        moved = _flip_what_pays(evaluator, weights, 0.0 if only_cost else 1.0) or moved
         if not moved:
             return
 
 
+def _flip_what_pays(evaluator: Evaluator, prices: Floats, per_worth: float) -> bool:
+    """Take out the blocks that cost more than they are worth, and bring back the others.
+
+    As many as have to go are out in any case: those that are missed least.
+    """
+    gains = []
+    for block, kept in enumerate(evaluator.kept):
+        worth, costs = evaluator.flipped(block)
+        gain = per_worth * worth - float(prices @ costs)
+        gains.append(gain - 1e-12 if kept else 1e-12 - gain)  # what its absence is worth
+    order = np.argsort(-np.array(gains), kind="stable").tolist()
+    moved = False
+    for place, block in enumerate(order):
+        stays = place >= evaluator.problem.least_removed and gains[block] <= 0
+        if stays != evaluator.kept[block]:
+            evaluator.flip(block)
+            moved = True
+    return moved
+
+
 def fill(evaluator: Evaluator) -> None:
-    """Widen choices, best worth per cost first, while every limit is kept."""
+    """Widen choices and bring blocks back, best worth per cost first, within every limit."""
     pending = list(range(len(evaluator.problem.choices)))
-    while pending:
+    absent = np.flatnonzero(~evaluator.kept).tolist()
+    while pending or absent:
+        back = _best_return(evaluator, absent)
         moves = [(move, g) for g in pending if (move := _best_widening(evaluator, g)) is not None]
         moves.sort(key=lambda found: (-found[0][0], found[1]))
+        if back is not None and (not moves or back[0] >= moves[0][0][0]):
+            evaluator.flip(back[1])
+            absent.remove(back[1])
+            pending = sorted({*pending, *evaluator.members[back[1]]})
+            continue
         pending = []  # costs only grow from here on: what does not fit now never will
         for place, (move, g) in enumerate(moves):
             now = move if place == 0 else _best_widening(evaluator, g)
             if now is not None:
                 evaluator.set(g, now[1])
                 pending.append(g)
+        if not moves:
+            return
+
+
+def _best_return(evaluator: Evaluator, absent: list[int]) -> tuple[float, int] | None:
+    """The block that is worth most per cost among those that may come back, if one fits."""
+    best: tuple[float, int] | None = None
+    for block in absent if evaluator.spare > 0 else ():
+        worth, costs = evaluator.flipped(block)
+        fits = bool((evaluator.totals + costs <= evaluator.limits).all())
+        rate = worth / max(float((costs / evaluator.limits).max()), 1e-9)
+        if fits and worth > 1e-12 and (best is None or rate > best[0]):
+            best = (rate, block)
+    return best
 
 
 def _best_widening(evaluator: Evaluator, g: int) -> tuple[float, int] | None:
-    worth = evaluator.problem.choices[g].worth
+    worth = evaluator.worths[g]
     gain = worth - worth[evaluator.chosen[g]]
     if gain.max() <= 1e-12:
         return None
@@ -148,7 +213,10 @@ def _best_widening(evaluator: Evaluator, g: int) -> tuple[float, int] | None:
 
 
 def exchange(evaluator: Evaluator, found: Found) -> None:
-    """Use up the slack, then give one choice a step less and spend it elsewhere, while it pays."""
+    """Use up the slack, then give one choice a step less and spend it elsewhere, while it pays.
+
+    Likewise with a block less, or with one more that the others make room for.
+    """
     fill(evaluator)
     found.offer(evaluator)
     steps: tuple[Callable[[int, int], int], ...] = (lambda o, _: o - 1, lambda o, n: min(o + 1, n))
@@ -157,6 +225,8 @@ def exchange(evaluator: Evaluator, found: Found) -> None:
         for g in range(len(evaluator.problem.choices)):
             for step in steps:
                 _try(evaluator, found, g, step)
+        for block in range(len(evaluator.problem.blocks)):
+            _try_block(evaluator, found, block)
         if found.worth <= before + 1e-12:
             return
 
@@ -168,7 +238,9 @@ def _try(evaluator: Evaluator, found: Found, g: int, step: Callable[[int, int], 
     option = step(int(start[g]), last)
     if option < 0 or option == start[g]:
         return
-    evaluator.assign(start)
+    found.restore(evaluator)
+    if evaluator.idle(g):
+        return
     evaluator.set(g, option)
     if not evaluator.feasible():
         _repair(evaluator, keep=g)
@@ -176,17 +248,52 @@ def _try(evaluator: Evaluator, found: Found, g: int, step: Callable[[int, int], 
     found.offer(evaluator)
 
 
-def _repair(evaluator: Evaluator, keep: int) -> None:
-    """Narrow the one other choice that loses least worth while restoring the limits."""
-    best: tuple[float, int, int] | None = None
-    for g, choice in enumerate(evaluator.problem.choices):
-        if g == keep:
+def _try_block(evaluator: Evaluator, found: Found, block: int) -> None:
+    """Take a block out or bring it back, with the widths that there are and from the narrowest."""
+    start, kept = found.chosen, found.kept
+    assert start is not None
+    for chosen in (start, np.zeros_like(start)):
+        evaluator.assign(chosen, kept)
+        evaluator.flip(block)
+        for _ in evaluator.kept:
+            if evaluator.feasible() or _repair(evaluator, keep_block=block):
+                break
+            _give_up(evaluator, keep_block=block)
+        fill(evaluator)
+        found.offer(evaluator)
+
+
+def _give_up(evaluator: Evaluator, *, keep_block: int) -> None:
+    """Take out the other block that is missed least for what it costs, if one is left."""
+    rates = []
+    for block in np.flatnonzero(evaluator.kept).tolist():
+        if block != keep_block:
+            worth, costs = evaluator.flipped(block)
+            saved = float((-costs / evaluator.limits).max())
+            rates.append((worth / max(saved, 1e-9), block))
+    if rates:
+        evaluator.flip(max(rates)[1])
+
+
+def _repair(evaluator: Evaluator, *, keep: int = -1, keep_block: int = -1) -> bool:
+    """Narrow the one other choice, or take out the one other block, that is missed least.
+
+    Such a move restores the limits, and with them the number of blocks that have to be out.
+    False, and nothing done, where there is none.
+    """
+    moves: list[tuple[float, Callable[[], None]]] = []
+    for g, worths in enumerate(evaluator.worths) if evaluator.spare >= 0 else ():
+        if g == keep or evaluator.idle(g):
             continue
         fits = (evaluator.costs(g) <= evaluator.limits[:, None]).all(axis=0)
         if fits.any():
-            worth = np.where(fits, choice.worth, -np.inf) - choice.worth[evaluator.chosen[g]]
+            worth = np.where(fits, worths, -np.inf) - worths[evaluator.chosen[g]]
             option = int(np.argmax(worth))
-            if best is None or worth[option] > best[0]:
-                best = (float(worth[option]), g, option)
-    if best is not None:
-        evaluator.set(best[1], best[2])
+            moves.append((float(worth[option]), partial(evaluator.set, g, option)))
+    for block in np.flatnonzero(evaluator.kept).tolist() if evaluator.spare >= -1 else ():
+        worth_change, costs = evaluator.flipped(block)
+        if block != keep_block and (evaluator.totals + costs <= evaluator.limits).all():
+            moves.append((worth_change, partial(evaluator.flip, block)))
+    if moves:
+        max(moves, key=lambda move: move[0])[1]()
+    return bool(moves)

@@ -1,23 +1,28 @@
 """Which blocks go where no width is narrow enough.
 
-In: the allocation problem of the whole model, and what every block is worth. Out: names of blocks
-to take out. They are ordered by least worth per predicted millisecond; as many of them go as leave
-the worthiest plan for the rest. Plain arithmetic on predictions.
+In: the allocation problem of the whole model, and what the objective loses with every block. Out:
+names of blocks to take out: those that the best plan lacks, blocks and widths chosen together by
+the exact method. Plain arithmetic on predictions.
 
 What a block saves is the time of the operators that depend on an axis which goes with it, and of
 what follows the last of them element by element (the addition to the shortcut, an activation).
+The widths of the best plan stay on the grid of the whole model; what is left is allocated anew
+once it has been built and timed.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 from prune2deploy.graph.axes import Block, Counts, Graph
 from prune2deploy.plan.allocate import SmallestMisses, allocate
-from prune2deploy.plan.choices import Choice, Problem
+from prune2deploy.plan.choices import Problem, Removal
 from prune2deploy.plan.latency_model import LatencyModel, OperatorModel
+
+SECONDS = 20.0  # that the exact method may take; the plan that it starts from is never worse
 
 
 def removable(graph: Graph) -> tuple[Block, ...]:
@@ -63,55 +68,46 @@ def _elementwise(operator: OperatorModel, sizes: Counts) -> bool:
     return bool(work.axes) and not work.macs.axes and work.read(sizes) in (made, 2 * made)
 
 
-def ordered(saves: Mapping[str, float], worth: Mapping[str, float]) -> tuple[str, ...]:
-    """Blocks by worth per millisecond saved, the least first; without those that save nothing."""
-    able = [name for name, ms in saves.items() if ms > 0]
-    return tuple(sorted(able, key=lambda name: (worth[name] / saves[name], name)))
-
-
-def choose(
-    problem: Problem,
-    order: Sequence[str],
-    losses: Mapping[str, float],
-    offer: Callable[[Graph], tuple[Choice, ...]],
-) -> tuple[str, ...]:
-    """How many blocks to take out: as many as leave the worthiest plan for the rest.
+def removals(problem: Problem, losses: Mapping[str, float]) -> tuple[Removal, ...]:
+    """The blocks that may go, as an allocator takes them: those that save time.
 
     Args:
         problem: Of the whole model.
-        order: Blocks in the order in which they go.
-        losses: What the objective loses with each block beside the worth of its axes.
-        offer: The choices of what is left.
+        losses: What the objective loses with each block, beside the worth of its axes.
+    """
+    graph, model = problem.graph, problem.model
+    return tuple(
+        Removal(name, losses[name], gone(graph, name), operators(graph, model, name))
+        for name, ms in saved(graph, model, {}).items()
+        if ms > 0
+    )
+
+
+def choose(
+    problem: Problem, losses: Mapping[str, float], *, seconds: float = SECONDS
+) -> tuple[str, ...]:
+    """Which blocks to take out: those that the best plan of the budget lacks, one at least.
+
+    Widths are known not to reach the budget, whatever is predicted of them: hence the one.
+
+    Args:
+        problem: Of the whole model.
+        losses: What the objective loses with each block, beside the worth of its axes. A block
+            whose loss is not finite goes only where all do.
+        seconds: Time limit of the exact method.
 
     Returns:
-        The first blocks of ``order``; all of them where even that is predicted to miss.
+        Names of blocks; all that save time where even without them the budget is predicted to be
+        missed.
     """
-    best: tuple[float, int] | None = None
-    for many in range(1, len(order) + 1):
-        value = _value(problem, order[:many], offer)
-        if value is None:
-            continue
-        value -= sum(losses[name] for name in order[:many])
-        if best is not None and value <= best[0]:
-            break
-        best = (value, many)
-    return tuple(order[: best[1] if best else len(order)])
-
-
-def _value(
-    problem: Problem, removed: Sequence[str], offer: Callable[[Graph], tuple[Choice, ...]]
-) -> float | None:
-    """Objective of the best plan for what is left; ``None`` where all miss the budget."""
-    graph, model = problem.graph, problem.model
-    left = graph.without(removed)
-    out = frozenset().union(*(operators(graph, model, name) for name in removed))
-    kept = tuple(operator for i, operator in enumerate(model.operators) if i not in out)
-    small = replace(problem, graph=left, model=replace(model, operators=kept), choices=offer(left))
-    if not small.choices:
-        return 0.0 if small.model.predict({}) <= problem.budget_ms else None
-    if small.model.operator_budget_ms(problem.budget_ms) <= 0:
-        return None
+    every = removals(problem, losses)
+    able = tuple(block for block in every if math.isfinite(block.loss))
+    names = tuple(block.name for block in every)
+    if not able or problem.model.operator_budget_ms(problem.budget_ms) <= 0:
+        return names
     try:
-        return allocate(small).objective
+        return allocate(
+            replace(problem, blocks=able, least_removed=1), "milp", seconds=seconds
+        ).removed
     except SmallestMisses:
-        return None
+        return names

@@ -188,7 +188,7 @@ def _with_options(problem: Problem, number: int, allowed: Flags) -> list[Allocat
         return []
     held = list(problem.choices)
     choice = held[number]
-    held[number] = replace(choice, options=choice.options[allowed], worth=choice.worth[allowed])
+    held[number] = choice.among(allowed)
     with contextlib.suppress(SmallestMisses):
         return [allocate(replace(problem, choices=tuple(held)))]
     return []

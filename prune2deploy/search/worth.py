@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -126,14 +127,26 @@ def blended(
 
 
 def of_blocks(shop: Workshop, scores: Scores, worth: Worth) -> dict[str, float]:
-    """What each removable block is worth: the rise of the loss without it, else its axes' worth."""
+    """What the objective loses with each removable block, beside the worth of its axes.
+
+    Where losses are measured, it is the rise of the loss without the block. Where they are not,
+    its axes say all that is known. Where training follows, the axes have worth by scores and the
+    rises choose blocks: scaled, so that they weigh as much in all as the axes of the blocks.
+    """
     names = [block.name for block in depth.removable(shop.graph)]
     if not worth.samples:
-        return {
-            name: sum(float(worth.curves[axis][-1]) for axis in depth.gone(shop.graph, name)
-                      if axis in worth.curves)
-            for name in names
-        }  # fmt: skip
+        return dict.fromkeys(names, 0.0)
+    rises = _rises(shop, scores, worth, names)
+    if worth.measured:
+        return rises
+    axes = {axis for name in names for axis in depth.gone(shop.graph, name)}
+    whole = sum(float(worth.curves[axis][-1]) for axis in axes if axis in worth.curves)
+    total = sum(rise for rise in rises.values() if math.isfinite(rise))
+    return {name: rise * (whole / total if total else 1.0) for name, rise in rises.items()}
+
+
+def _rises(shop: Workshop, scores: Scores, worth: Worth, names: Sequence[str]) -> dict[str, float]:
+    """How much the loss rises without each block."""
 
     def work() -> dict[str, float]:
         loss = Loss(shop, scores, _first(shop.batches, worth.samples))

@@ -5,8 +5,10 @@ import math
 
 import numpy as np
 
-from prune2deploy.graph.axes import Axis, Graph, Layer, Polynomial
-from prune2deploy.plan.latency_model import Build
+from prune2deploy.graph.axes import Axis, Block, Graph, Layer, Member, Polynomial
+from prune2deploy.plan.choices import Removal
+from prune2deploy.plan.latency_model import Anchor, Build, LatencyModel, OperatorModel
+from prune2deploy.plan.work import Work
 from prune2deploy.timing import OperatorTiming
 
 
@@ -88,3 +90,75 @@ def builds(graph, plans, offset_ms=0.3, **options):
         measured = total_ms(profile) + offset_ms if number == 0 else None
         found.append(Build(counts, profile, measured))
     return found
+
+
+def residual(stream, inners, tied=()):
+    """Image → stem → blocks (convolutions, then an addition to their input) → classes.
+
+    Block ``b0`` has the axes ``b0.0``, ``b0.1``, ... of the sizes ``inners[0]``; the stream is
+    ``stem``. The last block begins with a convolution from stream to stream, which has no axis
+    of the block. Axes of ``tied`` keep equally many channels.
+    """
+    layers = [layer("stem", const(3), width("stem"), 64)]
+    sizes = {"stem": stream}
+    for number, inner in enumerate(inners):
+        names = [f"b{number}.{i}" for i in range(len(inner))]
+        sizes |= dict(zip(names, inner, strict=True))
+        mixed = ["stem"] if number == len(inners) - 1 else []
+        for i, (one, other) in enumerate(itertools.pairwise([*mixed, "stem", *names, "stem"])):
+            layers.append(layer(f"b{number}.conv{i}", width(one), width(other), 64))
+    layers.append(layer("head", width("stem"), const(10), 1))
+    plain = graph_of(sizes, layers, ties=dict.fromkeys(tied, 1))
+    axes = tuple(
+        Axis(a.name, a.size, tuple(_members(a, layers)), a.frozen, a.tie) for a in plain.axes
+    )
+    blocks = tuple(Block(f"b{number}", ()) for number in range(len(inners)))
+    shape = (plain.tensors, plain.parameters, plain.widths, plain.unknown)
+    return Graph(axes, plain.layers, *shape, blocks)
+
+
+def _members(axis, layers):
+    for one in layers:
+        for dim, made in enumerate((one.out_width, one.in_width)):
+            if axis.name in made.axes:
+                yield Member(one.weight, dim, "out" if dim == 0 else "in", np.arange(axis.size))
+
+
+def residual_model(graph, rng, *, calls=500.0):
+    """One operator per layer, an addition behind every block, and two that no width changes.
+
+    The first constant operator is the last but one; the last goes with ``b0``.
+    """
+    sizes = {axis.name: axis.size for axis in graph.axes}
+    zero, none, operators = const(0), (np.zeros((0, 3)), np.zeros(0)), []
+    for one, behind in itertools.pairwise([*graph.layers, None]):
+        work = Work(one.macs, one.in_width * const(64), one.out_width * const(64))
+        cost = (0.01 * rng.uniform(0.5, 2), 0.2, 0.2 * rng.uniform(0.5, 2), calls)
+        amounts = [[f(sizes) * share for f in (work.macs, work.read, work.written)]
+                   for share in (0.3, 1)]  # fmt: skip
+        cells = np.log(amounts), rng.normal(0, 0.1, 2)
+        operators.append(OperatorModel(one.name, "Conv", "conv", work, True, cost, *cells))
+        block = one.name.split(".")[0]
+        if block in {b.name for b in graph.blocks} and not behind.name.startswith(f"{block}."):
+            made = one.out_width * const(64)
+            work, cost = Work(zero, made + made, made), (0.0, 0.3, 0.3, calls)
+            operators.append(OperatorModel(f"{block}.add", "Add", "add", work, False, cost, *none))
+    for name in ("resize", "b0.resize"):
+        empty = Work(zero, zero, zero), False, (0.0, 0.0, 0.0, 8000.0)
+        operators.append(OperatorModel(name, "Resize", "resize", *empty, *none))
+    return LatencyModel(sizes, 16, tuple(operators), (Anchor(0.5, 0.02, 0.01),), "profiles")
+
+
+def removals(graph, model, losses):
+    """Every block with the axes and operators that bear its name."""
+    return tuple(
+        Removal(
+            block.name,
+            losses[number],
+            frozenset(a.name for a in graph.axes if a.name.startswith(f"{block.name}.")),
+            frozenset(
+                i for i, o in enumerate(model.operators) if o.name.startswith(f"{block.name}.")
+            ),
+        )
+        for number, block in enumerate(graph.blocks)
+    )

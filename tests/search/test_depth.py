@@ -1,5 +1,7 @@
 """Where the narrowest widths miss the budget, blocks go; and only then."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,8 @@ from torch import nn
 import prune2deploy
 from prune2deploy.graph import trace
 from prune2deploy.journal import Journal
+from prune2deploy.plan.allocate import allocate
+from prune2deploy.plan.choices import Problem, choices, importance_curves
 from prune2deploy.plan.latency_model import Build, fit
 from prune2deploy.plan.plan import Plan
 from prune2deploy.rundir import read_manifest
@@ -150,11 +154,50 @@ def test_data_decides_which_blocks_matter(target, tmp_path, floor):
     assert result.met and set(result.plan.removed) >= {"blocks.0", "blocks.4"}
 
 
-def test_least_worth_per_millisecond_goes_first():
-    saves = {"a": 2.0, "b": 1.0, "c": 4.0, "none": 0.0}
-    worth = dict.fromkeys(saves, 1.0)
-    assert depth.ordered(saves, worth) == ("c", "a", "b")
-    assert depth.ordered(saves, {**worth, "b": 0.1}) == ("b", "c", "a")
+@pytest.fixture(scope="module")
+def whole(net):
+    """The allocation problem of the net at twice the latency of no pruning at all."""
+    graph = trace(*net)
+    model = fit(graph, [Build({}, (), 10.0)])
+    curves = importance_curves(graph, {a.name: torch.ones(a.size) for a in graph.prunable})
+    return Problem(graph, model, choices(graph, curves, multiple=8), 20.0)
+
+
+def test_those_go_that_the_best_plan_lacks(whole):
+    names = [block.name for block in depth.removable(whole.graph)]
+    little = {name: 0.002 * number for number, name in enumerate(names)}
+    least = [0] * len(whole.choices)
+    blocks = depth.removals(whole, little)
+    assert [block.name for block in blocks] == names
+    floor, none = whole.model.predict(whole.counts(least)), [False] * len(blocks)
+    bare = replace(whole, blocks=blocks).predict(least, none)
+    between = replace(whole, budget_ms=(floor + bare) / 2)
+    found = depth.choose(between, little)
+    assert 0 < len(found) < len(names)
+    best = allocate(replace(between, blocks=blocks), "milp")
+    assert found == best.removed and best.gap < 1e-3
+    dear = little | dict.fromkeys(found, 5.0)
+    assert set(depth.choose(between, dear)).isdisjoint(found)
+    assert depth.choose(replace(whole, budget_ms=0.5 * bare), little) == tuple(names)
+    assert depth.choose(replace(whole, budget_ms=-1.0), little) == tuple(names)
+
+
+def test_one_goes_where_widths_are_predicted_to_reach(whole):
+    losses = {block.name: 1.0 for block in depth.removable(whole.graph)}
+    assert depth.choose(whole, losses | {"blocks.4": 0.5}) == ("blocks.4",)
+    endless = dict.fromkeys(losses, float("inf"))
+    assert depth.choose(whole, endless | {"blocks.1": 2.0}) == ("blocks.1",)
+    assert depth.choose(whole, endless) == tuple(losses)
+
+
+def test_a_block_that_saves_nothing_is_not_offered(whole):
+    losses = {block.name: 1.0 for block in depth.removable(whole.graph)}
+    free = [
+        replace(o, share=0.0) if o.name.startswith("blocks.0.") else o
+        for o in whole.model.operators
+    ]
+    one = replace(whole, model=replace(whole.model, operators=tuple(free)))
+    assert depth.choose(one, losses | {"blocks.0": 0.0, "blocks.3": 0.5}) == ("blocks.3",)
 
 
 def test_savings_are_the_operators_that_go(net):

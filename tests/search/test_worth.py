@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,10 +12,11 @@ from torch import nn
 import prune2deploy
 from prune2deploy.graph import trace
 from prune2deploy.importance import score
+from prune2deploy.journal import Journal
 from prune2deploy.plan.allocate import allocate
 from prune2deploy.plan.choices import Problem, choices, importance_curves, trained_curves
 from prune2deploy.plan.latency_model import Build, fit
-from prune2deploy.search import recall
+from prune2deploy.search import recall, worth
 from prune2deploy.search.worth import Loss, blended
 
 FORMULA = """
@@ -212,3 +214,40 @@ def test_channels_that_nothing_needs_are_worth_nothing_where_training_follows():
     scores[first] = np.where(np.arange(64) < 16, 1.0, 0.0)
     curve = trained_curves(graph, scores)[first]
     assert curve[16] == pytest.approx(curve[64]) and curve[15] < curve[16]
+
+
+class Twice(nn.Module):
+    """Two residual blocks behind a stem."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 4, 1)
+        self.one, self.two = Residual(), Residual()
+
+    def forward(self, x):
+        return self.head(self.two(self.one(self.stem(x))))
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1)
+
+    def forward(self, x):
+        return x + self.up(self.down(x).relu())
+
+
+def test_what_is_lost_with_a_block_beside_the_worth_of_its_axes(tmp_path):
+    graph = trace(Twice().eval(), torch.randn(1, 3, 4, 4))
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.write("sensitivity of blocks", {"one": 1.0, "two": 3.0})
+    shop = SimpleNamespace(graph=graph, run=SimpleNamespace(journal=journal))
+    curves = trained_curves(graph, {a.name: np.ones(a.size) for a in graph.prunable})
+
+    def lost(**facts):
+        return worth.of_blocks(shop, {}, worth.Worth(curves, "", **facts))
+
+    assert lost() == {"one": 0.0, "two": 0.0}
+    assert lost(samples=4, measured=True) == {"one": 1.0, "two": 3.0}
+    inner = curves["one.down"][-1] + curves["two.down"][-1]
+    assert lost(samples=4) == {"one": pytest.approx(inner / 4), "two": pytest.approx(3 * inner / 4)}
