@@ -99,7 +99,7 @@ def test_the_example_of_reconstruction_runs(capsys):
     }
     (text,) = (p.values[0] for p in blocks("python") if "reconstruct(" in p.values[0])
     exec(compile(text, "training.md", "exec"), known)
-    assert capsys.readouterr().out == "1 32 \n"  # the layer behind the one that was cut
+    assert capsys.readouterr().out == "1 28 \n"  # the layer behind the one that was cut
 
 
 @pytest.mark.parametrize("text", blocks("python"))

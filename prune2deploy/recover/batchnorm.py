@@ -7,8 +7,7 @@ normalisation must follow. Source: Li et al., EagleEye, arXiv 2007.02491, sectio
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -50,56 +49,52 @@ def reestimate_batchnorm(module: nn.Module, batches: Batches | None) -> Reestima
     Returns:
         How many layers and samples; ``note`` says why nothing was done.
     """
-    if not any(_tracks(m) for m in module.modules()):
+    layers = [m for m in module.modules() if isinstance(m, _BatchNorm) and _tracks(m)]
+    if not layers:
         return Reestimated(0, 0, "the model has no BatchNorm layer with running statistics")
     if batches is None:
         return Reestimated(0, 0, "no data: BatchNorm statistics are left as they were")
-    device = next(module.parameters()).device
-    samples = 0
-    with collecting(module) as layers, torch.no_grad():
-        for inputs, _ in batches:
-            module(*(one.to(device) for one in inputs))
-            samples += len(inputs[0])
-        seen = sum(int(layer.num_batches_tracked or 0) > 0 for layer in layers)
-    if samples == 0:
-        return Reestimated(0, 0, "no data: BatchNorm statistics are left as they were")
-    return Reestimated(seen, samples)
-
-
-@contextmanager
-def collecting(module: nn.Module) -> Iterator[list[_BatchNorm]]:
-    """While active, every batch goes into new running statistics, the cumulative average.
-
-    All but the BatchNorm layers are in eval mode meanwhile. On leaving, layers that saw no batch
-    have their old statistics back, and momenta and modes are as before.
-
-    Args:
-        module: Its BatchNorm layers that track statistics are changed.
-    """
-    layers = [m for m in module.modules() if isinstance(m, _BatchNorm) and _tracks(m)]
     modes = {m: m.training for m in module.modules()}
     momenta = [layer.momentum for layer in layers]
     before = [_statistics(layer) for layer in layers]
+    device = next(module.parameters()).device
+    samples = 0
     module.eval()
     for layer in layers:
         layer.reset_running_stats()
         layer.momentum = None  # cumulative average
         layer.train()
     try:
-        yield layers
+        with torch.no_grad():
+            for inputs, _ in batches:
+                module(*(one.to(device) for one in inputs))
+                samples += len(inputs[0])
     finally:
-        for layer, momentum, old in zip(layers, momenta, before, strict=True):
+        for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
-            if not int(layer.num_batches_tracked or 0):
-                for name, value in layer.named_buffers():
-                    value.copy_(old[name])
         for part, mode in modes.items():
             part.training = mode
+        used = _keep_unseen(layers, before)
+    if samples == 0:
+        return Reestimated(0, 0, "no data: BatchNorm statistics are left as they were")
+    return Reestimated(used, samples)
 
 
-def _tracks(layer: nn.Module) -> bool:
-    return isinstance(layer, _BatchNorm) and layer.running_mean is not None
+def _tracks(layer: _BatchNorm) -> bool:
+    return layer.running_mean is not None and layer.running_var is not None
 
 
 def _statistics(layer: _BatchNorm) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in layer.named_buffers()}
+
+
+def _keep_unseen(layers: list[_BatchNorm], before: list[dict[str, Tensor]]) -> int:
+    """Give layers that no batch reached their old statistics back; return how many were seen."""
+    seen = 0
+    for layer, old in zip(layers, before, strict=True):
+        if layer.num_batches_tracked is not None and int(layer.num_batches_tracked) > 0:
+            seen += 1
+            continue
+        for name, value in layer.named_buffers():
+            value.copy_(old[name])
+    return seen

@@ -8,10 +8,11 @@ Channel Pruning for Accelerating Very Deep Neural Networks, arXiv 1707.06168, se
 
 Two forward passes do it: the original's, in which outputs at some positions are noted, and the
 pruned model's, in which every layer is corrected on the way, before it hands anything on.
-BatchNorm layers take their statistics in that second pass, so that what follows is fitted to what
-they will give. A correction has to hold on samples that it was not fitted to, else the layer stays
-as it is; so do transposed convolutions, weights that are used more than once, and weights that are
-computed from others.
+BatchNorm keeps the original's statistics: they are those of the very outputs that layers are fitted
+to. A correction has to hold on samples that it was not fitted to, else the layer stays as it is; so
+do transposed convolutions, weights that are used more than once, and weights that are computed from
+others. And the whole has to bring the outputs nearer to the original's than BatchNorm re-estimation
+does, on samples that had no part in anything.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ from prune2deploy.graph.axes import Graph
 from prune2deploy.graph.calling import quiet, run, stored_tensors, tensors_in
 from prune2deploy.graph.recording import Recording
 from prune2deploy.plan.plan import Plan
-from prune2deploy.recover.batchnorm import Batch, collecting, reestimate_batchnorm
+from prune2deploy.recover.batchnorm import Batch, reestimate_batchnorm
 from prune2deploy.recover.contractions import Contraction, contraction, positions_of
+from prune2deploy.recover.distance import apart, outputs
 from prune2deploy.recover.least_squares import correction
 from prune2deploy.surgery.slicing import Kept, kept_positions
 
@@ -42,6 +44,8 @@ MEMORY = 2 << 30  # bytes, about, that activations and noted outputs may each ta
 LIVE = 4  # activations of the largest size that are alive at once, about
 ROWS = (4096, 32768)  # noted per layer: 16 per input, within these
 WIDEST = 8192  # inputs beyond which a layer is left alone: its normal equations would be too large
+JUDGING = 8  # one sample of so many has no part in fitting and judges the whole
+CHUNK = 32  # samples, when statistics are taken
 GENTLE = 0.9  # of what can be gained, where training follows
 SAME = 1e-10  # of the outputs' energy: what is missing less than this needs no correction
 
@@ -88,7 +92,7 @@ def reconstruct(
 ) -> Reconstructed:
     """Fit the weights of a pruned module to what the original computes, in place.
 
-    Runs in evaluation mode but for BatchNorm, whose running statistics are replaced. Deterministic.
+    Everything runs in evaluation mode. Deterministic.
 
     Args:
         module: The pruned module, in either form; its mode is as before afterwards.
@@ -100,28 +104,79 @@ def reconstruct(
 
     Returns:
         How many layers were changed; ``note`` says why nothing was done, e.g. where there are too
-        few samples, or the model takes no batch of that size: the module is then as it was.
+        few samples, the model takes no batch of that size, or outputs come no nearer to the
+        original's on samples that had no part in it: the module is then as it was.
     """
     recording: Recording = graph.recording
     inputs = _together(batches, _affordable(recording), module)
-    samples = len(inputs[0]) if inputs else 0
-    if samples < LEAST:
-        return Reconstructed(0, 0, samples, f"{samples} samples are too few, expected {LEAST}")
-    before = {name: value.clone() for name, value in module.state_dict().items()}
+    many = len(inputs[0]) if inputs else 0
+    if many < LEAST:
+        return Reconstructed(0, 0, many, f"{many} samples are too few, expected {LEAST}")
+    judging = many // JUDGING
+    fitting = tuple(tensor[judging:] for tensor in inputs)
+    unseen = tuple(tensor[:judging] for tensor in inputs)
+    before = _state(module)
+    try:
+        done = _fit(module, original, graph, plan, fitting, share)
+        errors = _errors(module, original, before, fitting, unseen)
+    except Exception as error:  # noqa: BLE001  the user's code may refuse such a batch in any way
+        module.load_state_dict(before)
+        return Reconstructed(0, 0, 0, f"the model does not take {many} samples at once: {error}")
+    if errors[0] < errors[1]:
+        return done
+    module.load_state_dict(before)
+    note = (
+        f"on {judging} other samples the outputs differed from the unpruned model's by "
+        f"{errors[0]:.3g} of their energy with it, by {errors[1]:.3g} without"
+    )
+    return Reconstructed(0, done.of, done.samples, note)
+
+
+def _fit(
+    module: nn.Module,
+    original: nn.Module,
+    graph: Graph,
+    plan: Plan,
+    inputs: tuple[Tensor, ...],
+    share: float,
+) -> Reconstructed:
+    """The two passes."""
+    samples, forward = len(inputs[0]), graph.recording.forward_fn
     sizes = graph.sizes(plan.counts)
     width = sum(layer.out_width(sizes) for layer in graph.without(plan.removed).layers)
     rows = min(ROWS[1], MEMORY // (4 * max(width, 1)))
     listening = _Listening(original, kept_positions(graph, plan), samples, rows)
-    try:
-        with quiet(original), listening:
-            run(original, inputs, recording.forward_fn)
-        correcting = _Correcting(module, listening.once(), samples, share)
-        with quiet(module), collecting(module), correcting:
-            run(module, inputs, recording.forward_fn)
-    except Exception as error:  # noqa: BLE001  the user's code may refuse such a batch in any way
-        module.load_state_dict(before)
-        return Reconstructed(0, 0, 0, f"the model does not take {samples} samples at once: {error}")
+    with quiet(original), listening:
+        run(original, inputs, forward)
+    correcting = _Correcting(module, listening.once(), samples, share)
+    with quiet(module), correcting:
+        run(module, inputs, forward)
     return Reconstructed(correcting.changed, correcting.met, samples)
+
+
+def _errors(
+    module: nn.Module,
+    original: nn.Module,
+    before: Mapping[str, Tensor],
+    seen: tuple[Tensor, ...],
+    unseen: tuple[Tensor, ...],
+) -> tuple[float, float]:
+    """How far outputs are from the original's: as fitted, and with BatchNorm re-estimated instead.
+
+    The module is as fitted afterwards.
+    """
+    wanted, fitted = outputs(original, unseen), _state(module)
+    with_it = apart(outputs(module, unseen), wanted)
+    module.load_state_dict(before)
+    chunks = zip(*(tensor.split(CHUNK) for tensor in seen), strict=True)
+    reestimate_batchnorm(module, [(chunk, None) for chunk in chunks if len(chunk[0]) > 1])
+    without = apart(outputs(module, unseen), wanted)
+    module.load_state_dict(fitted)
+    return with_it, without
+
+
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
 
 
 def restore(

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -34,6 +34,7 @@ from prune2deploy.plan.choices import Choice, choices, importance_curves, traine
 from prune2deploy.plan.plan import Plan
 from prune2deploy.plan.sensitivity import Sensitivity
 from prune2deploy.recover.batchnorm import Batch, reestimate_batchnorm
+from prune2deploy.recover.distance import apart, outputs
 from prune2deploy.search import depth
 from prune2deploy.search.candidate import Workshop
 from prune2deploy.surgery.slicing import apply as apply_plan
@@ -204,7 +205,7 @@ class Loss:
         self._shop, self._scores, self._batches = shop, scores, batches
         whole = apply_plan(shop.module, shop.graph, Plan({}), shop.example_inputs)
         reestimate_batchnorm(whole, batches)
-        self._reference = list(_outputs(whole, batches))
+        self._reference = [outputs(whole, inputs) for inputs, _ in batches]
 
     def __call__(self, counts: Counts) -> float:
         """Loss of the model that keeps ``counts`` channels; absent axes keep all."""
@@ -216,41 +217,19 @@ class Loss:
         module = apply_plan(shop.module, shop.graph, plan, shop.example_inputs)
         reestimate_batchnorm(module, self._batches)
         total, samples = 0.0, 0
-        for found, wanted, (_, labels) in zip(
-            _outputs(module, self._batches), self._reference, self._batches, strict=True
-        ):
+        for wanted, (inputs, labels) in zip(self._reference, self._batches, strict=True):
+            found = outputs(module, inputs)
             size = len(found[0])
             total += size * _loss(found, wanted, labels)
             samples += size
         return total / max(samples, 1)
 
 
-def _outputs(module: nn.Module, batches: Sequence[Batch]) -> Iterable[list[Tensor]]:
-    module.eval()
-    for inputs, _ in batches:
-        with torch.no_grad():
-            yield [t.float() for t in _tensors(module(*inputs)) if t.is_floating_point()]
-
-
-def _tensors(tree: Any) -> Iterable[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, (Mapping, list, tuple)):
-        for part in tree.values() if isinstance(tree, Mapping) else tree:
-            yield from _tensors(part)
-
-
 def _loss(found: list[Tensor], wanted: list[Tensor], labels: Tensor | None) -> float:
     scores = found[0]
     if labels is not None and scores.ndim == 2 and int(labels.max()) < scores.shape[1]:
         return float(functional.cross_entropy(scores, labels))
-    if [t.shape for t in found] != [t.shape for t in wanted]:
-        return float("inf")
-    apart = [
-        float((one - other).square().sum() / other.square().sum().clamp_min(1e-12))
-        for one, other in zip(found, wanted, strict=True)
-    ]
-    return sum(apart) / len(apart)
+    return apart(found, wanted)
 
 
 def _samples(shop: Workshop, scores: Scores, offered: Sequence[Choice]) -> int:
