@@ -291,11 +291,11 @@ class _Listening(_Watch):
         wanted = max(ROWS[0], 16 * call.weight.numel() // made.shape[call.channel_dim])
         some = min(count, math.ceil(min(wanted, self._rows) / self.samples))
         positions = torch.randperm(count, generator=self._dice)[:some].to(made.device)
-        outputs = call.rows_out(made, self.samples, positions)
+        given = call.rows_out(made, self.samples, positions)
         kept = self._kept[name][dim]
         if kept is not None:
-            outputs = outputs[..., torch.as_tensor(kept, device=made.device)]
-        self._noted[name] = _Noted(positions, outputs.float(), count)
+            given = given[..., torch.as_tensor(kept, device=made.device)]
+        self._noted[name] = _Noted(positions, given.float(), count)
         return False
 
 
