@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prune2deploy.calibration import first
 from prune2deploy.exporting import parity, precision, quantize, ranges, simplify
 from prune2deploy.exporting.export import to_onnx
 from prune2deploy.search import lowering
@@ -127,7 +128,7 @@ def trained(net: nn.Module, train: Rows, epochs: int) -> nn.Module:
 def files(path: Path, train: Rows) -> Iterator[tuple[str, Path, str]]:
     """Files in lower precision: a name, the file, the precision that it is judged as."""
     out = path.with_name("low.onnx")
-    real = list(ranges.feeds(path, lowering.few(train)))
+    real = list(ranges.feeds(path, first(train, lowering.QUICK_SAMPLES)))
     yield "fp16", precision.to_fp16(path, out, samples=real).path, "fp16"
     for recipe in RECIPES:
         found = precision.to_int8(path, out, train, precision.Int8Options(recipe=recipe))
@@ -150,7 +151,7 @@ def lines(
     path = simplify.simplify(raw, folder / "net.onnx").path
     before = lowering.top1(path, test)
     assert before is not None
-    samples = list(ranges.feeds(path, lowering.few(train)))
+    samples = list(ranges.feeds(path, first(train, lowering.QUICK_SAMPLES)))
     for kind, file, judged in files(path, train):
         found = parity.compare(
             parity.onnx_runner(path), parity.onnx_runner(file), samples, precision=judged

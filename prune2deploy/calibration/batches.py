@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -114,8 +114,16 @@ class Batches:
         """Check every label against a model that gives scores for ``classes`` classes.
 
         Raises:
-            ConfigError: A label is none of 0 to ``classes - 1``; names the sample.
+            ConfigError: Classes are counted among more or fewer, or a label is none of 0 to
+                ``classes - 1``; names the sample.
         """
+        if self._reader.classes not in (None, classes):
+            raise ConfigError(
+                f"{self._reader.place}: found {self._reader.classes} classes; the model gives "
+                f"{classes} scores, so labels would name other classes than it was trained on. "
+                "List all of its classes in their order, one per line, in a file that "
+                "options.classes of the recipe names, or leave labels out with reader 'images'"
+            )
         for number in self.chosen if self.labelled else ():
             label = self._reader.label(number)
             if label is not None and not 0 <= label < classes:
@@ -154,6 +162,21 @@ class Batches:
         for array in arrays:
             if array.dtype.kind == "f" and not np.isfinite(array).all():
                 raise ConfigError(f"{self._reader.name(number)}: holds values that are not finite")
+
+
+def first(batches: Iterable[Batch], count: int) -> list[Batch]:
+    """Return the first ``count`` samples in batches as they come, the last one cut; may be fewer.
+
+    Reads no batch beyond those.
+    """
+    found: list[Batch] = []
+    for inputs, labels in batches:
+        kept = None if labels is None else labels[:count]
+        found.append((tuple(one[:count] for one in inputs), kept))
+        count -= len(inputs[0])
+        if count <= 0:
+            break
+    return found
 
 
 def check_labels(data: object, outputs: Sequence[tuple[int, ...]]) -> None:

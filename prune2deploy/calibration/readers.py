@@ -37,10 +37,12 @@ class Reader(ABC):
     Attributes:
         labelled: Whether its samples have labels.
         place: Where the samples are from, for messages.
+        classes: How many classes labels are counted among, or ``None`` if that is not known.
     """
 
     labelled: bool
     place: str
+    classes: int | None = None
 
     @abstractmethod
     def __len__(self) -> int:
@@ -60,23 +62,25 @@ class Reader(ABC):
 
 
 class PictureReader(Reader):
-    """Picture files of a folder and its sub-folders; with labels, one sub-folder per class.
+    """Picture files of a folder and its sub-folders, without labels."""
 
-    Classes are numbered in the order of their folders' names, as ImageNet's are.
-    """
+    labelled = False
 
-    def __init__(self, folder: Path, how: Preprocessing, *, labelled: bool) -> None:
+    def __init__(self, folder: Path, how: Preprocessing) -> None:
         if not folder.is_dir():
             raise ConfigError(f"{folder}: not a folder; expected one with pictures")
         self.place = str(folder)
-        self.labelled = labelled
         self._how = how
-        self._files = _class_files(folder) if labelled else [(f, None) for f in _files(folder)]
+        self._files = self._listed(folder)
         if not self._files:
-            below = "class sub-folders with pictures" if labelled else "pictures"
+            below = "class sub-folders with pictures" if self.labelled else "pictures"
             raise ConfigError(
                 f"{folder}: holds no picture; expected {below} ({', '.join(pictures.SUFFIXES)})"
             )
+
+    def _listed(self, folder: Path) -> list[tuple[Path, int | None]]:
+        """Every picture with its label."""
+        return [(file, None) for file in _files(folder)]
 
     def __len__(self) -> int:
         return len(self._files)
@@ -100,9 +104,44 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in found if path.suffix.lower() in pictures.SUFFIXES)
 
 
-def _class_files(folder: Path) -> list[tuple[Path, int | None]]:
-    classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    return [(file, label) for label, place in enumerate(classes) for file in _files(place)]
+class ClassReader(PictureReader):
+    """Picture files with labels: one sub-folder per class.
+
+    Classes are numbered in the order of their folders' names, as ImageNet's are, or as a list of
+    these names says, one per line: then some folders may be missing.
+    """
+
+    labelled = True
+
+    def __init__(self, folder: Path, how: Preprocessing, names: Path | None = None) -> None:
+        self._names = names
+        super().__init__(folder, how)
+
+    @override
+    def _listed(self, folder: Path) -> list[tuple[Path, int | None]]:
+        found = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
+        names = found if self._names is None else _lines(self._names)
+        for name in found:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=3)
+                raise ConfigError(
+                    f"{folder / name}: a class that {self._names} does not list; nearest: "
+                    f"{', '.join(near) or 'none'}; it lists one folder per line, in the order "
+                    "of the model's scores"
+                )
+        self.classes = len(names)
+        numbers = {name: number for number, name in enumerate(names)}
+        return [(file, numbers[name]) for name in found for file in _files(folder / name)]
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path}: cannot be read as a list of classes, one per line: {error}"
+        ) from error
+    return [line.strip() for line in lines if line.strip()]
 
 
 class ArrayReader(Reader):
@@ -314,14 +353,20 @@ def open_reader(recipe: Recipe, how: Preprocessing, examples: tuple[Tensor, ...]
     folder = recipe.data or Path()
     names = tuple(part.strip() for part in options.get("inputs", "").split(",") if part.strip())
     table: dict[str, Callable[[], Reader]] = {
-        "class-folders": lambda: PictureReader(folder, how, labelled=True),
-        "images": lambda: PictureReader(folder, how, labelled=False),
+        "class-folders": lambda: ClassReader(folder, how, _beside(recipe, "classes")),
+        "images": lambda: PictureReader(folder, how),
         "arrays": lambda: ArrayReader(folder, names, options.get("labels")),
         "callable": lambda: _called(recipe, options["callable"], len(examples)),
         "digits": lambda: DigitsReader(how, options.get("split", "train")),
         "random": lambda: RandomReader(examples, recipe.count, recipe.seed),
     }
     return table[recipe.reader]()
+
+
+def _beside(recipe: Recipe, option: str) -> Path | None:
+    """The file that an option names, relative to the recipe; ``None`` where it is not given."""
+    given = dict(recipe.options).get(option)
+    return None if given is None else recipe.path.parent / Path(given).expanduser()
 
 
 def _called(recipe: Recipe, name: str, inputs: int) -> Reader:

@@ -21,7 +21,7 @@ SCHEMA = 1  # 1: reader, path, count, batch, seed, purposes, preprocessing, opti
 PURPOSES = ("importance", "bn", "sensitivity", "int8", "parity", "finetune", "evaluate")
 LABELLED = ("sensitivity", "evaluate")  # purposes that mean nothing without labels
 READERS: Mapping[str, tuple[str, ...]] = {  # reader to the options that it knows
-    "class-folders": (),
+    "class-folders": ("classes",),
     "images": (),
     "arrays": ("inputs", "labels"),
     "callable": ("callable",),

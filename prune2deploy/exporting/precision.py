@@ -10,7 +10,7 @@ carries the parity that was reached and the tolerance.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import onnx
 from onnx import TensorProto, numpy_helper
 
 from prune2deploy.atomic import replacing, scratch
+from prune2deploy.calibration import Batch
 from prune2deploy.errors import ExportError
 from prune2deploy.exporting import parity, quantize
 from prune2deploy.exporting.activations import (
@@ -28,7 +29,7 @@ from prune2deploy.exporting.activations import (
     sort_nodes,
 )
 from prune2deploy.exporting.parity import Array, Parity
-from prune2deploy.exporting.ranges import Batches, calibrate, feeds
+from prune2deploy.exporting.ranges import calibrate, feeds
 
 LARGEST_HALF = 65504.0
 HEADROOM = 0.5  # fp16 range that samples may use; other inputs reach further than they do
@@ -151,7 +152,7 @@ def to_fp16(
 
 
 def to_int8(
-    path: Path, out: Path, batches: Batches, options: Int8Options | None = None
+    path: Path, out: Path, batches: Iterable[Batch], options: Int8Options | None = None
 ) -> PrecisionReport:
     """Quantise ``path`` statically to int8 with pairs of Q and DQ, written to ``out``.
 

@@ -18,14 +18,13 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
-from torch import Tensor
 
 from prune2deploy.atomic import write_text
+from prune2deploy.calibration import Batch
 from prune2deploy.errors import ExportError
 from prune2deploy.exporting.activations import (
     extremes,
@@ -43,8 +42,6 @@ LEVELS = 128  # of the magnitude: int8 without its sign
 PERCENTILE = 99.99
 
 Counts = npt.NDArray[np.int64]
-Batches = Iterable[tuple[tuple[Tensor, ...], Any]]
-"""Yields (inputs, labels or None); must be iterable more than once."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,7 @@ class Ranges:
 
 def calibrate(
     path: Path,
-    batches: Batches,
+    batches: Iterable[Batch],
     method: str = "minmax",
     *,
     data: str = "",
@@ -118,7 +115,7 @@ def calibrate(
     return found
 
 
-def _check(batches: Batches, method: str) -> None:
+def _check(batches: Iterable[Batch], method: str) -> None:
     if method not in METHODS:
         raise ExportError(f"calibration method {method!r}: expected one of {', '.join(METHODS)}")
     if iter(batches) is batches:
@@ -128,7 +125,7 @@ def _check(batches: Batches, method: str) -> None:
         )
 
 
-def feeds(path: Path, batches: Batches) -> Iterator[dict[str, Array]]:
+def feeds(path: Path, batches: Iterable[Batch]) -> Iterator[dict[str, Array]]:
     """Batches as inputs of an ONNX file by name, cut to the file's batch where it is fixed.
 
     Rows that do not fill a last fixed batch are left out.

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from prune2deploy.calibration import Batch
 from prune2deploy.errors import ConfigError
 from prune2deploy.graph.axes import Graph
 from prune2deploy.importance import data, weights
@@ -33,7 +34,7 @@ class Criterion:
         summary: One line for listings.
     """
 
-    function: Callable[[Subject, Iterable[data.Batch], int], Scores]
+    function: Callable[[Subject, Iterable[Batch], int], Scores]
     needs_data: bool
     summary: str
 
@@ -42,7 +43,7 @@ def _free(function: Callable[[Subject], Scores], summary: str) -> Criterion:
     return Criterion(lambda subject, batches, seed: function(subject), False, summary)
 
 
-def _data(function: Callable[[Subject, Iterable[data.Batch]], Scores], summary: str) -> Criterion:
+def _data(function: Callable[[Subject, Iterable[Batch]], Scores], summary: str) -> Criterion:
     return Criterion(lambda subject, batches, seed: function(subject, batches), True, summary)
 
 
@@ -71,7 +72,7 @@ def score(
     name: str,
     model: nn.Module,
     graph: Graph,
-    batches: Iterable[data.Batch] | None = None,
+    batches: Iterable[Batch] | None = None,
     *,
     seed: int = 0,
 ) -> Scores:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from prune2deploy.calibration import Batch
 from prune2deploy.errors import ConfigError
 from prune2deploy.graph.build import positions
 from prune2deploy.graph.calling import quiet, tensors_in
@@ -30,7 +31,6 @@ from prune2deploy.importance.members import (
 )
 from prune2deploy.importance.weights import l2
 
-Batch = tuple[tuple[Tensor, ...], "Tensor | None"]
 Reduce = Callable[[Tensor], Tensor]
 
 

@@ -7,15 +7,16 @@ normalisation must follow. Source: Li et al., EagleEye, arXiv 2007.02491, sectio
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-Batch = tuple[tuple[Tensor, ...], Tensor | None]
-Batches = Iterable[Batch]
+from prune2deploy.calibration import Batch
 
 
 @dataclass(frozen=True)
@@ -33,18 +34,18 @@ class Reestimated:
     note: str = ""
 
 
-def reestimate_batchnorm(module: nn.Module, batches: Batches | None) -> Reestimated:
-    """Replace the running statistics by the cumulative average over ``batches``, in place.
+def reestimate_batchnorm(module: nn.Module, batches: Iterable[Batch] | None) -> Reestimated:
+    """Replace the running statistics by the average over ``batches``, in place.
 
-    Every batch counts alike (momentum ``None``), so batches should be of equal size and not
-    small: each contributes its own variance. Weights, momenta and the mode of every submodule
-    are as before afterwards; all but the BatchNorm layers stay in eval mode meanwhile, so that
-    dropout does not disturb. Deterministic.
+    Every batch counts by its size and contributes its own variance, so batches should not be
+    small; where a layer sees a single value per channel, it has no variance to learn from it.
+    Weights, momenta and the mode of every submodule are as before afterwards; all but the
+    BatchNorm layers stay in eval mode meanwhile, so that dropout does not disturb. Deterministic.
 
     Args:
         module: Its BatchNorm layers that track statistics are changed.
         batches: (inputs, labels or ``None``); inputs go to the module's own device. ``None`` or
-            no batch leaves the module as it is.
+            no batch leaves the module as it is, and so does a forward pass that fails.
 
     Returns:
         How many layers and samples; ``note`` says why nothing was done.
@@ -56,45 +57,61 @@ def reestimate_batchnorm(module: nn.Module, batches: Batches | None) -> Reestima
         return Reestimated(0, 0, "no data: BatchNorm statistics are left as they were")
     modes = {m: m.training for m in module.modules()}
     momenta = [layer.momentum for layer in layers]
-    before = [_statistics(layer) for layer in layers]
-    device = next(module.parameters()).device
-    samples = 0
+    before = [{name: value.clone() for name, value in m.named_buffers()} for m in layers]
+    averaging = _Averaging()
+    hooks = [m.register_forward_pre_hook(averaging.weigh, with_kwargs=True) for m in layers]
     module.eval()
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None  # cumulative average
-        layer.train()
     try:
-        with torch.no_grad():
-            for inputs, _ in batches:
-                module(*(one.to(device) for one in inputs))
-                samples += len(inputs[0])
+        samples = _feed(module, batches)
+    except BaseException:
+        for layer, old in zip(layers, before, strict=True):
+            layer.load_state_dict(old, strict=False)
+        raise
     finally:
+        for hook in hooks:
+            hook.remove()
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
         for part, mode in modes.items():
             part.training = mode
-        used = _keep_unseen(layers, before)
     if samples == 0:
         return Reestimated(0, 0, "no data: BatchNorm statistics are left as they were")
-    return Reestimated(used, samples)
+    return Reestimated(len(averaging.seen), samples)
+
+
+class _Averaging:
+    """Weighs each batch that a BatchNorm layer sees by the values that it has per channel.
+
+    Attributes:
+        seen: Values per channel so far, by layer.
+    """
+
+    def __init__(self) -> None:
+        self.seen: Counter[nn.Module] = Counter()
+
+    def weigh(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a forward pass: the momentum that makes the statistics the average of all."""
+        assert isinstance(layer, _BatchNorm)
+        given = args[0] if args else kwargs["input"]
+        values = given.numel() // given.shape[1]
+        layer.training = values > 1
+        if layer.training:
+            if layer not in self.seen:
+                layer.reset_running_stats()
+            self.seen[layer] += values
+            layer.momentum = values / self.seen[layer]
+
+
+def _feed(module: nn.Module, batches: Iterable[Batch]) -> int:
+    """Run all batches; return the number of samples."""
+    device = next((t.device for t in module.buffers()), torch.device("cpu"))
+    samples = 0
+    with torch.no_grad():
+        for inputs, _ in batches:
+            module(*(one.to(device) for one in inputs))
+            samples += len(inputs[0])
+    return samples
 
 
 def _tracks(layer: _BatchNorm) -> bool:
     return layer.running_mean is not None and layer.running_var is not None
-
-
-def _statistics(layer: _BatchNorm) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in layer.named_buffers()}
-
-
-def _keep_unseen(layers: list[_BatchNorm], before: list[dict[str, Tensor]]) -> int:
-    """Give layers that no batch reached their old statistics back; return how many were seen."""
-    seen = 0
-    for layer, old in zip(layers, before, strict=True):
-        if layer.num_batches_tracked is not None and int(layer.num_batches_tracked) > 0:
-            seen += 1
-            continue
-        for name, value in layer.named_buffers():
-            value.copy_(old[name])
-    return seen

@@ -7,13 +7,14 @@ samples allows. Source of the interval: Wilson, J. Am. Stat. Assoc. 22 (1927), 2
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from prune2deploy.calibration import Batch
 from prune2deploy.errors import ConfigError
-from prune2deploy.recover.batchnorm import Batches
 
 _Z95 = 1.959964  # of the normal distribution, for 95 per cent
 
@@ -56,7 +57,7 @@ def logits_of(outputs: object) -> Tensor:
     )
 
 
-def evaluate(module: nn.Module, batches: Batches) -> Accuracy:
+def evaluate(module: nn.Module, batches: Iterable[Batch]) -> Accuracy:
     """Measure top-1 accuracy in eval mode; the module's mode is as before afterwards.
 
     Args:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from prune2deploy.calibration import Batch
 from prune2deploy.errors import ConfigError
-from prune2deploy.recover.batchnorm import Batch, Batches
 from prune2deploy.recover.evaluate import logits_of
 
 Progress = Callable[[int, int, float], None]
@@ -34,7 +34,7 @@ Penalty = Callable[[nn.Module], Tensor]
 class Shuffled(Protocol):
     """Batches whose samples can be put into another order."""
 
-    def shuffled(self, seed: int) -> Batches:
+    def shuffled(self, seed: int) -> Iterable[Batch]:
         """Return the same samples in the order that ``seed`` decides."""
 
 
@@ -111,7 +111,7 @@ class Finetuned:
 def finetune(
     module: nn.Module,
     teacher: nn.Module | None,
-    batches: Batches | None,
+    batches: Iterable[Batch] | None,
     options: FinetuneOptions | None = None,
     *,
     progress: Progress | None = None,
@@ -186,7 +186,7 @@ class _Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp and not bfloat16)
 
 
-def _epoch(run: _Run, batches: Batches, progress: Progress | None) -> float:
+def _epoch(run: _Run, batches: Iterable[Batch], progress: Progress | None) -> float:
     losses = []
     for batch in batches:
         loss = _step(run, batch)
@@ -288,9 +288,9 @@ def _frozen(teacher: nn.Module | None, device: torch.device) -> nn.Module | None
     return None if teacher is None else copy.deepcopy(teacher).to(device).eval()
 
 
-def _length(batches: Batches) -> int:
+def _length(batches: Iterable[Batch]) -> int:
     return len(batches) if isinstance(batches, Sized) else sum(1 for _ in batches)
 
 
-def _ordered(batches: Batches, seed: int) -> Batches:
+def _ordered(batches: Iterable[Batch], seed: int) -> Iterable[Batch]:
     return batches.shuffled(seed) if isinstance(batches, Shuffled) else batches

@@ -28,11 +28,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from prune2deploy.calibration import Batch, first
 from prune2deploy.graph.axes import Graph
 from prune2deploy.graph.calling import quiet, run, stored_tensors, tensors_in
 from prune2deploy.graph.recording import Recording
 from prune2deploy.plan.plan import Plan
-from prune2deploy.recover.batchnorm import Batch, reestimate_batchnorm
+from prune2deploy.recover.batchnorm import reestimate_batchnorm
 from prune2deploy.recover.contractions import Contraction, contraction, positions_of
 from prune2deploy.recover.distance import apart, outputs
 from prune2deploy.recover.least_squares import correction
@@ -228,14 +229,8 @@ def _affordable(recording: Recording) -> int:
 def _together(batches: Iterable[Batch], most: int, module: nn.Module) -> tuple[Tensor, ...]:
     """The first samples of all batches as one."""
     device = next((t.device for _, t in stored_tensors(module)), torch.device("cpu"))
-    found: list[tuple[Tensor, ...]] = []
-    left = most
-    for inputs, _ in batches:
-        found.append(tuple(one[:left].to(device) for one in inputs))
-        left -= len(inputs[0])
-        if left <= 0:
-            break
-    return tuple(torch.cat(column) for column in zip(*found, strict=True))
+    columns = zip(*(inputs for inputs, _ in first(batches, most)), strict=True)
+    return tuple(torch.cat([one.to(device) for one in column]) for column in columns)
 
 
 class _Watch(TorchDispatchMode):

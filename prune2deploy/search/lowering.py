@@ -15,16 +15,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from prune2deploy.atomic import scratch
 from prune2deploy.backends import onnx_file
-from prune2deploy.calibration import Batches, Preprocessing, check_labels, notices, open_recipe
+from prune2deploy.calibration import (
+    Batch,
+    Batches,
+    Preprocessing,
+    check_labels,
+    first,
+    notices,
+    open_recipe,
+)
 from prune2deploy.errors import ConfigError, ParityError
 from prune2deploy.exporting import parity, precision
 from prune2deploy.exporting.parity import Parity
@@ -34,8 +40,6 @@ from prune2deploy.progress import Progress, tell
 
 QUICK_SAMPLES = 8  # that int8 ranges come from while only latency matters
 SCORED_SAMPLES = 512  # at most, that the accuracy of a file is taken on
-
-Data = Iterable[tuple[tuple[Tensor, ...], Tensor | None]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +59,7 @@ class Wish:
 
     precision: str
     recipe: str = "tensorrt"
-    batches: Data | None = None
+    batches: Iterable[Batch] | None = None
     keep: tuple[str, ...] = ()
     quick: bool = False
     max_drop: float | None = None
@@ -130,7 +134,11 @@ def lower(path: Path, out: Path, wish: Wish) -> Lowered:
     """
     if wish.precision == "fp16":
         tolerance = math.inf if wish.quick else None
-        real = list(feeds(path, few(wish.batches))) if wish.batches is not None else None
+        real = (
+            list(feeds(path, first(wish.batches, QUICK_SAMPLES)))
+            if wish.batches is not None
+            else None
+        )
         report = precision.to_fp16(
             path,
             out,
@@ -142,7 +150,7 @@ def lower(path: Path, out: Path, wish: Wish) -> Lowered:
         return _described(path, report, wish, 0)
     if wish.batches is None:
         raise ConfigError("precision int8 needs calibration data: add --data RECIPE")
-    batches = few(wish.batches) if wish.quick else wish.batches
+    batches = first(wish.batches, QUICK_SAMPLES) if wish.quick else wish.batches
     report = precision.to_int8(path, out, batches, _int8_options(path, wish))
     return _described(path, report, wish, sum(len(inputs[0]) for inputs, _ in batches))
 
@@ -159,7 +167,7 @@ def _accuracy(path: Path, wish: Wish) -> Accuracy | None:
     """What decides where accuracy is to; ``None`` where the outputs' difference is."""
     if wish.max_drop is None or wish.quick:
         return None
-    if wish.batches is None or top1(path, few(wish.batches)) is None:
+    if wish.batches is None or top1(path, first(wish.batches, QUICK_SAMPLES)) is None:
         raise ConfigError(
             "--max-drop: found no class labels in the data, or a model that gives no class scores "
             "of shape (batch, classes); leave it out, and the difference of the outputs decides"
@@ -167,7 +175,7 @@ def _accuracy(path: Path, wish: Wish) -> Accuracy | None:
     return Accuracy(_evaluate(wish.batches), wish.max_drop)
 
 
-def _evaluate(batches: Data) -> Callable[[Path], float]:
+def _evaluate(batches: Iterable[Batch]) -> Callable[[Path], float]:
     def accuracy(path: Path) -> float:
         found = top1(path, batches)
         assert found is not None
@@ -194,15 +202,9 @@ def _described(path: Path, report: PrecisionReport, wish: Wish, samples: int) ->
     )
 
 
-def few(batches: Data, count: int = QUICK_SAMPLES) -> list[tuple[tuple[Tensor, ...], Any]]:
-    """The first ``count`` rows of the first batch, as data that can be read again."""
-    return [
-        (tuple(one[:count] for one in inputs), None if labels is None else labels[:count])
-        for inputs, labels in islice(iter(batches), 1)
-    ]
-
-
-def top1(path: Path, batches: Data, limit: int = SCORED_SAMPLES) -> tuple[float, int] | None:
+def top1(
+    path: Path, batches: Iterable[Batch], limit: int = SCORED_SAMPLES
+) -> tuple[float, int] | None:
     """Top-1 accuracy of an ONNX file and the samples it was taken on.
 
     Returns:

@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from prune2deploy import atomic
-from prune2deploy.calibration import Batches, serves
+from prune2deploy.calibration import Batch, Batches, first, serves
 from prune2deploy.graph.axes import Counts
 from prune2deploy.journal import decode, encode
 from prune2deploy.plan import sensitivity
@@ -33,7 +32,7 @@ from prune2deploy.plan.allocate import channels
 from prune2deploy.plan.choices import Choice, choices, importance_curves, trained_curves
 from prune2deploy.plan.plan import Plan
 from prune2deploy.plan.sensitivity import Sensitivity
-from prune2deploy.recover.batchnorm import Batch, reestimate_batchnorm
+from prune2deploy.recover.batchnorm import reestimate_batchnorm
 from prune2deploy.recover.distance import apart, outputs
 from prune2deploy.search import depth
 from prune2deploy.search.candidate import Workshop
@@ -150,7 +149,7 @@ def _rises(shop: Workshop, scores: Scores, worth: Worth, names: Sequence[str]) -
     """How much the loss rises without each block."""
 
     def work() -> dict[str, float]:
-        loss = Loss(shop, scores, _first(shop.batches, worth.samples))
+        loss = Loss(shop, scores, _first(shop, worth.samples))
         base, found = loss({}), {}
         for number, name in enumerate(names, start=1):
             shop.say("measuring what blocks are worth", 0, f"{number} of {len(names)}")
@@ -165,7 +164,7 @@ def _key(shop: Workshop, scores: Scores, offered: Sequence[Choice]) -> str:
     digest = hashlib.sha256(weights_digest(shop.module).encode())
     for axis in sorted(scores):
         digest.update(np.ascontiguousarray(scores[axis], dtype=np.float64).tobytes())
-    for inputs, labels in _first(shop.batches, LEAST):
+    for inputs, labels in _first(shop, LEAST):
         for tensor in (*inputs, *(() if labels is None else (labels,))):
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     asked = [[*choice.axes, *choice.options.tolist()] for choice in offered]
@@ -180,7 +179,7 @@ def ranking(shop: Workshop, scores: Scores, worth: Worth) -> Callable[[Plan], fl
 
     @cache
     def loss() -> Loss:
-        return Loss(shop, scores, _first(shop.batches, worth.samples))
+        return Loss(shop, scores, _first(shop, worth.samples))
 
     known: dict[str, float] = {}
 
@@ -236,7 +235,7 @@ def _samples(shop: Workshop, scores: Scores, offered: Sequence[Choice]) -> int:
     """How many samples to use so that it takes a bearable time; decided once per run."""
 
     def work() -> int:
-        few = _first(shop.batches, LEAST)
+        few = _first(shop, LEAST)
         seen = sum(len(inputs[0]) for inputs, _ in few)
         started = time.monotonic()
         loss = Loss(shop, scores, few)
@@ -248,17 +247,11 @@ def _samples(shop: Workshop, scores: Scores, offered: Sequence[Choice]) -> int:
     return shop.run.journal.once("sensitivity/samples", int, work)
 
 
-def _first(batches: Any, samples: int) -> list[Batch]:
-    """The first batches, until there are enough samples."""
-    if isinstance(batches, Batches):
-        batches = batches.first(samples).rebatched(BATCH)
-    found: list[Batch] = []
-    for batch in batches:
-        found.append(batch)
-        samples -= len(batch[0][0])
-        if samples <= 0:
-            break
-    return found
+def _first(shop: Workshop, samples: int) -> list[Batch]:
+    """The first samples of the run's data; a recipe's in batches of our size."""
+    assert shop.batches is not None
+    batches = shop.batches
+    return first(batches.rebatched(BATCH) if isinstance(batches, Batches) else batches, samples)
 
 
 def _measure(
@@ -272,7 +265,7 @@ def _measure(
         for one in before.found.values():
             journal.write(f"sensitivity/{one.axes[0]}", one)
     samples = _samples(shop, scores, offered)
-    batches = _first(shop.batches, samples)
+    batches = _first(shop, samples)
     keys = {choice.axes[0]: f"sensitivity/{choice.axes[0]}" for choice in offered}
     known = {n: journal.read(key, Sensitivity) for n, key in keys.items() if key in journal}
     if len(known) < len(keys):

@@ -12,6 +12,7 @@ from prune2deploy import shipped
 from prune2deploy.calibration import (
     Preprocessing,
     check_labels,
+    first,
     from_dataset,
     load_recipe,
     open_recipe,
@@ -56,8 +57,8 @@ def test_every_pass_is_the_same_and_the_seed_decides_the_choice(tmp_path):
     colours(tmp_path / "data", each=10)
     text = 'reader = "class-folders"\npath = "data"\ncount = 9\nbatch = 4\nseed = {}'
     batches = open_recipe(recipe(tmp_path, text.format(1)), model())
-    first, second = list(batches), list(batches)
-    assert all(torch.equal(a[0][0], b[0][0]) for a, b in zip(first, second, strict=True))
+    once, again = list(batches), list(batches)
+    assert all(torch.equal(a[0][0], b[0][0]) for a, b in zip(once, again, strict=True))
     again = open_recipe(recipe(tmp_path, text.format(1)), model())
     other = open_recipe(recipe(tmp_path, text.format(2)), model())
     assert again.chosen == batches.chosen != other.chosen
@@ -247,8 +248,44 @@ def test_labels_that_are_no_class_of_the_model_are_named(tmp_path):
     text = 'reader = "class-folders"\npath = "pictures"\ncount = 12'
     batches = open_recipe(recipe(tmp_path, text), model())
     check_labels(batches, [(1, 3)])
-    with pytest.raises(ConfigError, match=r"cat.*\.png: found label 2, expected 0 to 1"):
-        check_labels(batches, [(1, 2)])
+    for classes in (2, 1000):
+        with pytest.raises(
+            ConfigError, match=rf"pictures: found 3 classes; the model gives {classes}"
+        ):
+            check_labels(batches, [(1, classes)])
+
+
+def test_a_list_of_classes_numbers_the_folders(tmp_path):
+    colours(tmp_path / "data", each=1)
+    text = 'reader = "class-folders"\npath = "data"\n[options]\nclasses = "names.txt"'
+    (tmp_path / "names.txt").write_text("dog\ncat\n\n ant \nbee\n")
+    batches = open_recipe(recipe(tmp_path, text), model())
+    check_labels(batches, [(1, 4)])
+    for (images,), labels in batches:
+        red = (images[:, 0, 0, 0] * 255 / 80).round().long()
+        assert torch.equal(torch.tensor([2, 3, 1])[red], labels)
+    (tmp_path / "names.txt").write_text("cat\nant\nbees\n")
+    with pytest.raises(
+        ConfigError, match=r"data/bee: a class that .*names.txt does not list.* bees"
+    ):
+        open_recipe(recipe(tmp_path, text), model())
+    (tmp_path / "names.txt").unlink()
+    with pytest.raises(ConfigError, match=r"names.txt: cannot be read as a list of classes"):
+        open_recipe(recipe(tmp_path, text), model())
+
+
+def test_the_first_samples_are_cut_from_batches_as_they_come():
+    data = [((torch.arange(4),), torch.arange(4)), ((torch.arange(4, 7),), None)]
+
+    def endless():
+        while True:
+            yield data[0]
+
+    assert [len(inputs[0]) for inputs, _ in first(data, 6)] == [4, 2]
+    assert [len(inputs[0]) for inputs, _ in first(data, 99)] == [4, 3]
+    ((inputs, labels),) = first(endless(), 3)
+    assert inputs[0].tolist() == labels.tolist() == [0, 1, 2]
+    assert first([], 3) == []
 
 
 def test_pixels_that_are_not_scaled_are_told(tmp_path):

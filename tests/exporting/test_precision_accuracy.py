@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from prune2deploy.calibration import first
 from prune2deploy.exporting import parity, quantize, ranges
 from prune2deploy.exporting.export import to_onnx
 from prune2deploy.search import lowering
@@ -64,7 +65,7 @@ def test_the_tolerance_lies_where_accuracy_goes(trained, digits, tmp_path):
     """Spoilt ranges: whatever is accepted keeps its accuracy, and some that is refused does not."""
     path, before = trained
     seen = ranges.calibrate(path, digits[0])
-    samples = list(ranges.feeds(path, lowering.few(digits[0])))
+    samples = list(ranges.feeds(path, first(digits[0], 8)))
     accepted, refused = [], []
     for factor in (0.2, 0.5, 1.0, 2.0, 4.0, 16.0):
         spoilt = {n: (factor * low, factor * high) for n, (low, high) in seen.ranges.items()}

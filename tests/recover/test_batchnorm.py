@@ -69,7 +69,7 @@ def test_without_data_nothing_changes_and_it_says_so(module, data):
 def test_a_failing_forward_restores_everything(module):
     before = copy.deepcopy(module.state_dict())
     with pytest.raises(RuntimeError):
-        reestimate_batchnorm(module, [((torch.zeros(2, 5, 6, 6),), None)])
+        reestimate_batchnorm(module, [*batches(1), ((torch.zeros(2, 5, 6, 6),), None)])
     assert module[1].momentum == 0.1 and not module[1].training
     assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())
 
@@ -90,3 +90,28 @@ def test_it_repairs_a_model_whose_statistics_are_wrong(module):
         assert (module(x) - right).abs().max() > 0.1
         reestimate_batchnorm(module, [((x,), None)])
         torch.testing.assert_close(module(x), right)
+
+
+def test_batches_count_by_their_size(module):
+    whole = batches(1, size=19)[0][0][0]
+    uneven = [((whole[:16],), None), ((whole[16:],), None)]
+    reestimate_batchnorm(module, uneven)
+    seen = module[0](whole).detach()
+    torch.testing.assert_close(module[1].running_mean, seen.mean((0, 2, 3)))
+    parts = [16 / 19 * seen[:16].var((0, 2, 3)), 3 / 19 * seen[16:].var((0, 2, 3))]
+    torch.testing.assert_close(module[1].running_var, sum(parts))
+
+
+def test_one_value_per_channel_says_nothing_of_variance():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval()
+    x = torch.randn(9, 3)
+    reestimate_batchnorm(module, [((x[:8],), None)])
+    eight = copy.deepcopy(module.state_dict())
+    done = reestimate_batchnorm(module, [((x[:8],), None), ((x[8:],), None)])
+    assert (done.layers, done.samples) == (1, 9)
+    for name in ("1.running_mean", "1.running_var"):
+        torch.testing.assert_close(module.state_dict()[name], eight[name])
+    alone = reestimate_batchnorm(module, [((x[8:],), None)])
+    assert alone.layers == 0
+    torch.testing.assert_close(module[1].running_mean, eight["1.running_mean"])

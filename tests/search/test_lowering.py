@@ -12,14 +12,14 @@ from torch import nn
 import prune2deploy
 from prune2deploy import calibration, summary, target
 from prune2deploy.backends import registry
-from prune2deploy.calibration import from_dataset
+from prune2deploy.calibration import first, from_dataset
 from prune2deploy.errors import ConfigError, ParityError
 from prune2deploy.exporting import parity, precision
 from prune2deploy.exporting.export import to_onnx
 from prune2deploy.progress import NOTICE
 from prune2deploy.rundir import RunDir, read_manifest
 from prune2deploy.search import lowering
-from prune2deploy.search.lowering import Wish, few, lower, top1
+from prune2deploy.search.lowering import Wish, lower, top1
 from prune2deploy.search.payoff import Payoff
 
 FORMULA = """
@@ -305,7 +305,7 @@ def test_max_drop_decides_in_place_of_the_outputs_difference(small, tmp_path, ba
 
 def test_fp16_is_held_to_max_drop_like_int8(small, tmp_path, batches, monkeypatch):
     monkeypatch.setattr(parity, "TOLERANCE", {**parity.TOLERANCE, "fp16": 1e-9})
-    strict = lower(small, tmp_path / "a.onnx", Wish("fp16", batches=few(batches)))
+    strict = lower(small, tmp_path / "a.onnx", Wish("fp16", batches=first(batches, 8)))
     lenient = lower(small, tmp_path / "b.onnx", Wish("fp16", batches=batches, max_drop=0.3))
     assert not strict.passed and lenient.passed
     assert lenient.kept == () and lenient.top1 is not None
@@ -362,12 +362,6 @@ def test_a_file_for_timing_is_not_searched_but_judged_all_the_same(
         made = lower(small, tmp_path / f"{wanted}.onnx", wish)
         assert made.kept == () and not made.passed and not made.parity.passed
         assert made.parity.tolerance == 1e-9
-
-
-def test_few_takes_the_first_rows_and_can_be_read_again(batches):
-    rows = few(batches, 3)
-    assert len(rows) == 1 and len(rows[0][0][0]) == 3 and len(rows[0][1]) == 3
-    assert torch.equal(rows[0][0][0], next(iter(batches))[0][0][:3])
 
 
 def test_data_says_what_it_is_not_for(net):
