@@ -44,6 +44,7 @@ Floats = npt.NDArray[np.float64]
 SAMPLES = 512  # that losses are taken on, at most
 LEAST = 32  # and at least, however long it takes
 SECONDS = 600.0  # that all losses together may take before fewer samples are used
+TRIED = 3  # widths of each choice that losses are taken at, about
 BATCH = 32
 TIE = 0.01  # weight of data-free worth beside measured losses: it decides between equals
 
@@ -66,14 +67,14 @@ class Worth:
     Attributes:
         curves: Axis name to worth by kept channels, float array (size + 1,).
         note: Where they are from.
-        samples: On how many samples losses are taken; 0 where there are none to take.
-        measured: Whether the curves are such losses.
+        samples: That the curves are losses on; 0 where they are from scores.
+        data: Whether there is data to take losses on.
     """
 
     curves: Mapping[str, Floats]
     note: str
     samples: int = 0
-    measured: bool = False
+    data: bool = False
 
 
 def find(
@@ -98,15 +99,14 @@ def find(
     offered = choices(shop.graph, free, multiple=multiple)
     lacks = _lacks(shop)
     if trains:
-        samples = 0 if lacks else _samples(shop, scores, offered)
-        return Worth(trained_curves(shop.graph, scores), BALANCED, samples)
+        return Worth(trained_curves(shop.graph, scores), BALANCED, data=not lacks)
     if lacks:
         return Worth(free, f"{DATA_FREE}: {lacks}")
     held = None if keep_in is None else keep_in / f"{_key(shop, scores, offered)}.json"
     measured = _measure(shop, scores, offered, held)
     rises = sensitivity.curves(shop.graph, measured.found)
     told = f"widths chosen by sensitivity measured on {measured.samples} samples"
-    return Worth(blended(rises, free, TIE), told, measured.samples, measured=True)
+    return Worth(blended(rises, free, TIE), told, measured.samples, data=True)
 
 
 def _lacks(shop: Workshop) -> str:
@@ -134,10 +134,10 @@ def of_blocks(shop: Workshop, scores: Scores, worth: Worth) -> dict[str, float]:
     rises choose blocks: scaled, so that they weigh as much in all as the axes of the blocks.
     """
     names = [block.name for block in depth.removable(shop.graph)]
-    if not worth.samples:
+    if not worth.data:
         return dict.fromkeys(names, 0.0)
     rises = _rises(shop, scores, worth, names)
-    if worth.measured:
+    if worth.samples:
         return rises
     axes = {axis for name in names for axis in depth.gone(shop.graph, name)}
     whole = sum(float(worth.curves[axis][-1]) for axis in axes if axis in worth.curves)
@@ -149,7 +149,8 @@ def _rises(shop: Workshop, scores: Scores, worth: Worth, names: Sequence[str]) -
     """How much the loss rises without each block."""
 
     def work() -> dict[str, float]:
-        loss = Loss(shop, scores, _first(shop, worth.samples))
+        samples = worth.samples or _samples(shop, scores, len(names))
+        loss = Loss(shop, scores, _first(shop, samples))
         base, found = loss({}), {}
         for number, name in enumerate(names, start=1):
             shop.say("measuring what blocks are worth", 0, f"{number} of {len(names)}")
@@ -174,7 +175,7 @@ def _key(shop: Workshop, scores: Scores, offered: Sequence[Choice]) -> str:
 
 def ranking(shop: Workshop, scores: Scores, worth: Worth) -> Callable[[Plan], float] | None:
     """The loss of whole plans, each measured once; ``None`` where losses do not decide."""
-    if not worth.measured:
+    if not worth.samples:
         return None
 
     @cache
@@ -231,8 +232,8 @@ def _loss(found: list[Tensor], wanted: list[Tensor], labels: Tensor | None) -> f
     return apart(found, wanted)
 
 
-def _samples(shop: Workshop, scores: Scores, offered: Sequence[Choice]) -> int:
-    """How many samples to use so that it takes a bearable time; decided once per run."""
+def _samples(shop: Workshop, scores: Scores, losses: int) -> int:
+    """On how many samples to take so many losses in a bearable time; decided once per run."""
 
     def work() -> int:
         few = _first(shop, LEAST)
@@ -242,7 +243,7 @@ def _samples(shop: Workshop, scores: Scores, offered: Sequence[Choice]) -> int:
         started, before = time.monotonic(), time.monotonic() - started
         loss({})
         each = min(before, time.monotonic() - started) / max(seen, 1)
-        return int(min(SAMPLES, max(LEAST, SECONDS / max(each * 3 * len(offered), 1e-9))))
+        return int(min(SAMPLES, max(LEAST, SECONDS / max(each * losses, 1e-9))))
 
     return shop.run.journal.once("sensitivity/samples", int, work)
 
@@ -264,7 +265,7 @@ def _measure(
         journal.write("sensitivity/samples", before.samples)
         for one in before.found.values():
             journal.write(f"sensitivity/{one.axes[0]}", one)
-    samples = _samples(shop, scores, offered)
+    samples = _samples(shop, scores, TRIED * len(offered))
     batches = _first(shop, samples)
     keys = {choice.axes[0]: f"sensitivity/{choice.axes[0]}" for choice in offered}
     known = {n: journal.read(key, Sensitivity) for n, key in keys.items() if key in journal}

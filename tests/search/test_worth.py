@@ -248,6 +248,6 @@ def test_what_is_lost_with_a_block_beside_the_worth_of_its_axes(tmp_path):
         return worth.of_blocks(shop, {}, worth.Worth(curves, "", **facts))
 
     assert lost() == {"one": 0.0, "two": 0.0}
-    assert lost(samples=4, measured=True) == {"one": 1.0, "two": 3.0}
+    assert lost(samples=4, data=True) == {"one": 1.0, "two": 3.0}
     inner = curves["one.down"][-1] + curves["two.down"][-1]
-    assert lost(samples=4) == {"one": pytest.approx(inner / 4), "two": pytest.approx(3 * inner / 4)}
+    assert lost(data=True) == {"one": pytest.approx(inner / 4), "two": pytest.approx(3 * inner / 4)}
