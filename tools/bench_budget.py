@@ -24,9 +24,10 @@ any search of this method on this network that does not exceed the wanted latenc
     measured sensitivity, plans nearly as good compared by their loss, where no training follows;
     kept in balance by scores where it does; channels by Taylor; weights reconstructed. The
     peer, which has no such step, gets BatchNorm re-estimation. Both from the same 512 samples, and
-    then the same fine-tuning with the dense model as teacher, ``FINETUNE`` epochs; what there is
-    without it is told too (0 epochs). Told: top-1 points lost against the dense model, mean over
-    seeds. Six probe builds, once for all seeds.
+    then the same fine-tuning with the dense model as teacher, ``FINETUNE`` epochs in each of
+    ``ORDERS`` orders of the samples; what there is without it is told too (0 epochs). Told: top-1
+    points lost against the dense model, mean over orders and seeds. Six probe builds, once for
+    all seeds.
 (b) The networks of (a) with planted channels in two of the four blocks: ``dead`` (nothing reads
     them) or ``copied`` (original and copy read at half weight). Wanted of all methods: 1.02 times
     the latency of the network before planting. Recovered as in (a), no fine-tuning. ``*``:
