@@ -88,7 +88,7 @@ def _model_arguments(to: argparse.ArgumentParser) -> None:
     to.add_argument("--model", default="resnet50", help="resnet50, timm:NAME, yolov8n.yaml, ...")
     to.add_argument("--weights", type=Path, help="file with a state dict")
     to.add_argument("--batch", type=int, default=1)
-    to.add_argument("--input-size", metavar="HxW", help="the model's own unless given")
+    to.add_argument("--input-size", metavar="HxW", help="pixels; one number for a square")
     to.add_argument("--precision", choices=config.PRECISIONS, help="the target's unless given")
     to.add_argument("--seed", type=int, default=0)
 

@@ -200,18 +200,21 @@ def digest(identity: dict[str, object]) -> str:
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """Read ``HxW`` in pixels.
+    """Read ``HxW``, or ``S`` for a square, in pixels.
 
     >>> parse_size("320x640")
     (320, 640)
+    >>> parse_size("320")
+    (320, 320)
 
     Raises:
         ConfigError: Anything else.
     """
-    match = re.fullmatch(r"(\d{1,5})[xX](\d{1,5})", text.strip())
-    if match is None or 0 in (int(match[1]), int(match[2])):
-        raise ConfigError(f"--input-size: found {text!r}, expected HxW such as 320x320")
-    return int(match[1]), int(match[2])
+    match = re.fullmatch(r"(\d{1,5})(?:[xX](\d{1,5}))?", text.strip())
+    height, width = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not height or not width:
+        raise ConfigError(f"--input-size: found {text!r}, expected HxW such as 320x640, or 320")
+    return height, width
 
 
 def parse_ratios(text: str) -> tuple[float, ...]:
