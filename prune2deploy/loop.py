@@ -186,10 +186,6 @@ class Search:
         self.lessons.take_out(names, self.model)
         self.choices = self._offer(self.graph)
         self.floor_missed = False
-        seed = self.options.model.seed
-        drawn = probes(self.graph, 1, multiple=self.lessons.multiple, seed=seed)
-        for counts in ({}, *drawn)[: max(1, self.builds_left - 1)]:
-            self._probe(self._next, counts)
         return True
 
     def _expendable(self) -> tuple[str, ...]:

@@ -209,7 +209,7 @@ def test_ratios_that_lead_nowhere(text):
 def test_sizes():
     assert parse_size("320x640") == (320, 640)
     assert parse_size("96") == (96, 96)
-    for bad in ("0", "0x320", "32x",  "axb", "-1x3", "3x", "1.5x2"):
+    for bad in ("0", "0x320", "32x", "axb", "-1x3", "3x", "1.5x2"):
         with pytest.raises(ConfigError, match=r"expected HxW"):
             parse_size(bad)
 

@@ -16,7 +16,7 @@ whole-model measurements; ``method`` then says ``"macs"``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -212,6 +212,11 @@ class LatencyModel:
         noise = max(_NOISE, half_width * ms / (1.96 * max(whole, _TINY)))
         return replace(self, anchors=(*self.anchors, Anchor(operators, ms - operators, noise)))
 
+    def without(self, numbers: Collection[int]) -> LatencyModel:
+        """The same model where the operators of these numbers are gone, with a block say."""
+        left = (o for number, o in enumerate(self.operators) if number not in numbers)
+        return replace(self, operators=tuple(left))
+
 
 def _kinship(one: Array, other: Array, spread: tuple[float, float]) -> Array:
     """Covariance of offsets: a constant part, a part in proportion, and a local part.
@@ -248,7 +253,6 @@ def fit(
     *,
     multiple: int = 1,
     known: Sequence[Point] = (),
-    anchors: Sequence[Anchor] = (),
 ) -> LatencyModel:
     """Learn a latency model.
 
@@ -257,7 +261,6 @@ def fit(
         builds: The unpruned build first, then probes and corrections.
         multiple: Channel block of the device; convolutions cost whole blocks.
         known: Timings of other models on the same device, for signatures with few points.
-        anchors: Offsets of builds that are not among ``builds``.
 
     Raises:
         PlanError: There is no build, or nothing was profiled or measured.
@@ -265,7 +268,7 @@ def fit(
     profiled = [build for build in builds if build.profile]
     sizes = {axis.name: axis.size for axis in graph.axes}
     if not profiled:
-        return _anchored(_fit_macs(graph, sizes, builds, anchors), builds)
+        return anchored(_fit_macs(graph, sizes, builds), builds)
     found = _identified(graph, profiled)
     padded = [widths(sizes, build.counts, multiple) for build in profiled]
     points = [p for one in found for p in _points(one, padded).values()]
@@ -273,8 +276,8 @@ def fit(
     costs = fit_costs([*points, *known], whole)
     operators = tuple(_operator(one, padded, costs, len(profiled)) for one in found)
     unmatched = tuple(one.seen.name for one in found if not one.matched)
-    model = LatencyModel(sizes, multiple, operators, tuple(anchors), "profiles", unmatched)
-    return _anchored(model, builds)
+    model = LatencyModel(sizes, multiple, operators, (), "profiles", unmatched)
+    return anchored(model, builds)
 
 
 def signatures(graph: Graph, builds: Sequence[Build]) -> frozenset[str]:
@@ -350,16 +353,15 @@ def _one(operator: OperatorModel, sizes: Counts) -> float:
     return float(time_ns(work, np.array(operator.cost), operator.seen, operator.residual))
 
 
-def _anchored(model: LatencyModel, builds: Sequence[Build]) -> LatencyModel:
+def anchored(model: LatencyModel, builds: Sequence[Build]) -> LatencyModel:
+    """``model`` with the offsets of those of ``builds`` that were measured."""
     for build in builds:
         if build.measured_ms is not None:
             model = model.measured(build.counts, build.measured_ms, build.half_width)
     return model
 
 
-def _fit_macs(
-    graph: Graph, sizes: Mapping[str, int], builds: Sequence[Build], anchors: Sequence[Anchor]
-) -> LatencyModel:
+def _fit_macs(graph: Graph, sizes: Mapping[str, int], builds: Sequence[Build]) -> LatencyModel:
     """One cost per multiply-accumulate and one fixed cost, from whole-model measurements."""
     measured = [build for build in builds if build.measured_ms is not None]
     if not measured:
@@ -387,13 +389,7 @@ def _fit_macs(
         )
         for layer in graph.layers
     ]
-    fixed = OperatorModel(
-        "fixed cost",
-        "fixed",
-        "fixed",
-        Work(none, none, none),
-        False,
-        (0.0, 0.0, 0.0, cost[3]),
-        *nothing,
-    )
-    return LatencyModel(sizes, 1, (*operators, fixed), tuple(anchors), "macs")
+    calls = (0.0, 0.0, 0.0, cost[3])
+    empty = Work(none, none, none)
+    fixed = OperatorModel("fixed cost", "fixed", "fixed", empty, False, calls, *nothing)
+    return LatencyModel(sizes, 1, (*operators, fixed), (), "macs")

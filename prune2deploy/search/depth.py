@@ -7,14 +7,14 @@ the exact method. Plain arithmetic on predictions.
 What a block saves is the time of the operators that depend on an axis which goes with it, and of
 what follows the last of them element by element (the addition to the shortcut, an activation).
 The widths of the best plan stay on the grid of the whole model; what is left is allocated anew
-once it has been built and timed.
+by the latency model of the whole one less those operators, which needs no probes of its own.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from prune2deploy.graph.axes import Block, Counts, Graph
@@ -59,6 +59,11 @@ def saved(graph: Graph, model: LatencyModel, counts: Counts) -> dict[str, float]
         block.name: sum(times[i] for i in operators(graph, model, block.name))
         for block in removable(graph)
     }
+
+
+def shortened(graph: Graph, model: LatencyModel, blocks: Collection[str]) -> LatencyModel:
+    """What ``model`` says of the graph without ``blocks``."""
+    return model.without({i for block in blocks for i in operators(graph, model, block)})
 
 
 def _elementwise(operator: OperatorModel, sizes: Counts) -> bool:

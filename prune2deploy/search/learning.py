@@ -5,8 +5,9 @@ on all of them. Three sources are used: this run's own builds; builds of the sam
 runs, which replace probes; and timings of operators that other models have in common with this
 one (``siblings``), which spare the last probe where they cover most of the time.
 
-Where blocks are taken out, another model begins: it has builds of its own, and keeps of the whole
-one what does not depend on blocks (what an operator costs, what every call costs).
+Where blocks are taken out, the latency model of the whole one goes on without their operators;
+further builds correct its offset. (A model learnt anew would need probes of its own, and would
+know less: operators that were left keep the cells they were measured at.)
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from prune2deploy.graph.axes import Graph
 from prune2deploy.measure import Comparison
 from prune2deploy.plan import latency_model
 from prune2deploy.plan.costs import Point
-from prune2deploy.plan.latency_model import Anchor, Build, LatencyModel
-from prune2deploy.search import candidate, probing, recall
+from prune2deploy.plan.latency_model import Build, LatencyModel
+from prune2deploy.search import candidate, depth, probing, recall
 from prune2deploy.search.candidate import Built, Workshop
 from prune2deploy.search.job import Attempt, Baseline
 from prune2deploy.search.recall import Recalled
@@ -55,7 +56,7 @@ class Lessons:
         self.attempts: list[Attempt] = []
         self.recalled = Recalled()
         self.whole: LatencyModel | None = None
-        self._anchors: tuple[Anchor, ...] = ()
+        self._shorter: LatencyModel | None = None
         self._points: tuple[Point, ...] = ()
 
     @property
@@ -100,12 +101,12 @@ class Lessons:
         One profile alone cannot tell which axis an operator's width belongs to; the whole
         model's latency by its multiply-accumulates has to do until there is a second.
         """
+        if self._shorter is not None:
+            return latency_model.anchored(self._shorter, self._measured())
         builds = self._all()
-        if len(builds) == 1 and not self.removed:
+        if len(builds) == 1:
             builds = [replace(builds[0], profile=())]
-        return latency_model.fit(
-            self.graph, builds, multiple=self.multiple, known=self._points, anchors=self._anchors
-        )
+        return latency_model.fit(self.graph, builds, multiple=self.multiple, known=self._points)
 
     def keep(self) -> None:
         """Add what this run has built to what later ones may recall."""
@@ -116,16 +117,14 @@ class Lessons:
     def take_out(self, names: Sequence[str], model: LatencyModel) -> None:
         """Go on with the model that lacks these blocks too; ``model`` is the last one with them."""
         self.keep()
-        self._anchors = model.anchors
-        self._points = latency_model.points_of(self.graph, self._own(), multiple=self.multiple)
         self.whole = self.whole or model
+        self._shorter = depth.shortened(self.graph, model, names)
         self.removed = (*self.removed, *names)
         self.graph = self._shop.graph.without(self.removed)
 
     def _all(self) -> list[Build]:
         """This run's builds, then those recalled; latencies in baseline milliseconds."""
-        recalled = () if self.removed else self.recalled.builds
-        shares = [(b, b.measured_ms) for b in recalled]
+        shares = [(b, b.measured_ms) for b in self.recalled.builds]
         whole_ms = self._baseline.p50_ms
         return [
             *self._own(),
@@ -133,19 +132,18 @@ class Lessons:
         ]
 
     def _own(self) -> list[Build]:
-        """Everything that this run has profiled, the unpruned model first."""
+        """Everything that this run has profiled of the whole model, the unpruned one first."""
         base = self._baseline
-        builds = [] if self.removed else [Build({}, base.profile, base.p50_ms)]
-        builds += [
-            Build(b.plan.counts, candidate.profile(self._shop, b))
-            for b in self.probes
-            if b.plan.removed == self.removed
-        ]
-        return builds + [
+        probes = (Build(b.plan.counts, candidate.profile(self._shop, b)) for b in self.probes)
+        return [Build({}, base.profile, base.p50_ms), *probes, *self._measured()]
+
+    def _measured(self) -> list[Build]:
+        """The attempts that lack the same blocks."""
+        return [
             Build(
                 a.built.plan.counts,
                 a.profile,
-                a.comparison.ratio * base.p50_ms,
+                a.comparison.ratio * self._baseline.p50_ms,
                 half_width(a.comparison),
             )
             for a in self.attempts
