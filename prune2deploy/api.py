@@ -67,7 +67,7 @@ class Extras(TypedDict, total=False):
         precision: ``fp32``, ``fp16`` or ``int8``; the target's unless given.
         batches: Calibration data: an iterable with a length of (inputs tuple, labels or None).
         percentile: That ``budget_ms`` is for: 50, 95 or 99.
-        max_builds: Engine builds allowed besides the baseline (6).
+        max_builds: Engine builds allowed besides the baseline (8).
         max_drop: Largest top-1 accuracy that ``fp16`` or ``int8`` may cost, as a fraction; needs
             ``batches`` with labels.
         max_size_mb: Cap on the size of the weights, in megabytes.
@@ -211,7 +211,7 @@ def prune_to_budget(
         str(target),
         ModelOptions(name, precision=extras.get("precision"), seed=extras.get("seed", 0)),
         importance=config.one_of("importance", extras.get("importance", "l2"), NAMES),
-        max_builds=extras.get("max_builds", 6),
+        max_builds=extras.get("max_builds", 8),
         max_drop=extras.get("max_drop"),
         cache=extras.get("cache", True),
         max_size_mb=extras.get("max_size_mb"),

@@ -126,7 +126,7 @@ class RunOptions:
     data: str | None = None
     importance: str = "l2"
     finetune_epochs: int = 0
-    max_builds: int = 6
+    max_builds: int = 8
     probes: int = 3
     max_drop: float | None = None
     cache: bool = True

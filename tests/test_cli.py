@@ -152,7 +152,7 @@ def test_targets_are_listed_with_the_line_that_fixes_what_is_missing(capfd):
 def test_arguments_without_a_command_are_those_of_run():
     found = cli.parse(["--target", "ort", "--latency-ms", "20"])
     assert (found.command, found.model, found.latency_ms) == ("run", "resnet50", 20.0)
-    assert cli.parse(["run", "--target", "ort"]).max_builds == 6
+    assert cli.parse(["run", "--target", "ort"]).max_builds == 8
 
 
 def test_json_errors_are_one_document_too():
