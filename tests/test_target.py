@@ -35,7 +35,7 @@ def test_a_file_becomes_a_value_with_defaults_and_its_text(tmp_path):
     assert found.text == GOOD
     assert len(found.sha256) == 64
     assert found.option("provider", "") == "CPUExecutionProvider"
-    assert found.option("device_id", 3) == 3
+    assert found.option("streams", 3) == 3
 
 
 def test_a_target_survives_plain_values(tmp_path):
@@ -120,8 +120,8 @@ def test_options_of_the_wrong_name_or_type_are_named(tmp_path):
     path = write(tmp_path, 'backend = "ort"\ndevice = "cpu"\n[options]\nprovidr = "x"')
     with pytest.raises(ConfigError, match=r"mine\.toml:options\.providr: unknown.*'provider'"):
         registry.for_target(target.load(path))
-    path = write(tmp_path, 'backend = "ort"\ndevice = "cpu"\n[options]\ndevice_id = "0"')
-    with pytest.raises(ConfigError, match=r"mine\.toml:options\.device_id: found '0'"):
+    path = write(tmp_path, 'backend = "ort"\ndevice = "cpu"\n[options]\nspinning = "0"')
+    with pytest.raises(ConfigError, match=r"mine\.toml:options\.spinning: found '0'"):
         registry.for_target(target.load(path))
 
 

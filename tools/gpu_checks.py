@@ -7,7 +7,7 @@ told which). Each check is a process of its own with a time limit, so that a cra
 that check alone. The JSON file, with the date, the machine's fingerprint and one entry per check,
 is written anew after each; after ``--minutes`` no further check is begun, and ``--resume`` goes on
 with the file where it ended. Ends with 0 if every check was made and none failed, 1 otherwise, and
-3, after saying what is missing, where no target is usable.
+3, after saying what is missing (in the file too), where no target is usable.
 """
 
 from __future__ import annotations
@@ -98,6 +98,8 @@ def run_check(name: str, target: str, folder: Path, seconds: float) -> dict[str,
         facts = json.loads(answer.read_text())
     except (OSError, ValueError):
         facts = {"result": "crashed", "error": f"the check ended with {code}"}
+    if facts["result"] == "passed" and code != 0:  # freeing what it held
+        facts |= {"result": "crashed", "error": f"it passed, and then ended with {code}"}
     if facts["result"] not in ("passed", "skipped"):
         facts["log"] = log.read_text(errors="replace")[-LOG_TAIL:]
     return {**facts, "seconds": round(time.perf_counter() - started, 2)}
@@ -165,9 +167,10 @@ def versions(name: str) -> dict[str, str]:
 
 def check_target(report: dict[str, Any], name: str, arguments: argparse.Namespace) -> None:
     """Run those checks of one target that are still to be made; write the report after each."""
-    checks = report["targets"].setdefault(name, {"versions": versions(name), "checks": {}})[
-        "checks"
-    ]
+    entry = report["targets"].setdefault(name, {})
+    entry.pop("skipped", None)
+    entry.setdefault("versions", versions(name))
+    checks = entry.setdefault("checks", {})
     with tempfile.TemporaryDirectory(prefix="p2d-gpu-") as folder:
         for check in wanted(name, arguments):
             if check in checks and checks[check]["result"] != LEFT:
@@ -254,11 +257,11 @@ def main() -> int:
     for name, found in known.items():
         if not found.usable:
             print(f"not checked: {name}: {found.reason}; {found.fix}", file=sys.stderr)
+    arguments.until = time.monotonic() + 60 * arguments.minutes
+    report = begin(arguments, known)
     if not any(found.usable for found in known.values()):
         print("nothing was checked", file=sys.stderr)
         return 3
-    arguments.until = time.monotonic() + 60 * arguments.minutes
-    report = begin(arguments, known)
     for name, found in known.items():
         if found.usable:
             check_target(report, name, arguments)

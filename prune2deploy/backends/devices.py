@@ -1,8 +1,11 @@
-"""Which kinds of devices this machine has, told from the file system alone: no driver is loaded."""
+"""Which device a profile means, and which kinds this machine has, told from its files alone."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+from prune2deploy.errors import ConfigError
+from prune2deploy.target import Target
 
 _NVIDIA = ("nvidia[0-9]*", "nvhost-gpu", "nvgpu", "dxg")  # discrete, Jetson, WSL
 
@@ -14,3 +17,15 @@ def nvidia_gpu_visible(dev: Path = Path("/dev")) -> bool:
 
 NO_GPU = "no NVIDIA GPU is visible (/dev/nvidia* is missing)"
 NO_GPU_FIX = "install the NVIDIA driver, or give the container its GPU (docker run --gpus all)"
+
+
+def device_index(target: Target) -> int:
+    """Number of the GPU in the profile's ``device`` (``cuda:1``).
+
+    Raises:
+        ConfigError: It is not of that form.
+    """
+    kind, _, number = target.device.partition(":")
+    if kind != "cuda" or not (number or "0").isdigit():
+        raise ConfigError(f"{target.path}:device: found {target.device!r}, expected cuda:0")
+    return int(number or 0)

@@ -69,7 +69,7 @@ class GpuMemory(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Free every buffer."""
+        """Free every buffer and the stream; nothing may be called afterwards."""
 
 
 class CudaPythonMemory(GpuMemory):
@@ -146,6 +146,7 @@ class CudaPythonMemory(GpuMemory):
             self._do("cudaFreeHost", address)
         for event in self._events:
             self._do("cudaEventDestroy", event)
+        self._do("cudaStreamDestroy", self._handle)
         self._buffers, self._hosts, self._events = [], [], []
 
 
@@ -220,6 +221,7 @@ class TorchMemory(GpuMemory):
     def __init__(self, index: int) -> None:
         self._torch = importlib.import_module("torch")
         self._device = self._torch.device("cuda", index)
+        self._torch.cuda.set_device(self._device)  # where TensorRT will put the engine
         self._queue = self._torch.cuda.Stream(self._device)
         self.stream = int(self._queue.cuda_stream)
         self._buffers: dict[int, Any] = {}

@@ -8,6 +8,8 @@ leaves to another one are an error and are named, unless the profile allows it.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,11 +35,12 @@ CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 TENSORRT = "TensorrtExecutionProvider"
 OPENVINO = "OpenVINOExecutionProvider"
-COMPILING = (TENSORRT, OPENVINO)
-"""Providers that run whole subgraphs as one operator each; its time says nothing of widths."""
+ON_GPU = (CUDA, TENSORRT)
+STRONGLY_TYPED = (1, 22)
+"""The first version whose TensorRT provider takes every precision from the file."""
 PACKAGES = {
-    CUDA: "onnxruntime-gpu",
-    TENSORRT: "onnxruntime-gpu",
+    CUDA: "onnxruntime-gpu[cuda,cudnn]",
+    TENSORRT: "onnxruntime-gpu[cuda,cudnn]>=1.22",
     OPENVINO: "onnxruntime-openvino",
 }
 """The package whose onnxruntime carries a provider."""
@@ -49,7 +52,6 @@ class OrtBackend(Backend):
     name = "ort"
     options: ClassVar[Mapping[str, Option]] = {
         "provider": CPU,
-        "device_id": 0,
         "device_type": "CPU",  # of the OpenVINO provider
         "spinning": True,  # idle threads wait busily, as the runtime does by default
         "save_optimized": False,
@@ -60,7 +62,7 @@ class OrtBackend(Backend):
         """Look whether onnxruntime is installed and has the provider."""
         provider = str(target.option("provider", CPU))
         package = PACKAGES.get(provider, "onnxruntime")
-        fix = f"pip install {package}"
+        fix = f'pip install "{package}"'
         if package != "onnxruntime":
             fix = f"pip uninstall -y onnxruntime && {fix}"
         try:
@@ -74,7 +76,10 @@ class OrtBackend(Backend):
                 f"this onnxruntime has no {provider} (it has {', '.join(found)})",
                 fix,
             )
-        return _device(provider)
+        if provider == TENSORRT and _version(onnxruntime) < STRONGLY_TYPED:
+            reason = f"onnxruntime {onnxruntime.__version__} chooses precisions for TensorRT itself"
+            return Availability(False, reason, fix)
+        return _device(provider, target)
 
     def int8_recipe(self, target: Target) -> str:
         """Unsigned activations on the CPU, whose kernels are made for them."""
@@ -96,7 +101,7 @@ class OrtBackend(Backend):
         else:
             self._open(path, target)
         if target.option("provider", CPU) != CPU and not target.option("allow_fallback", False):
-            self._assert_provider(onnx, target)
+            self._assert_provider(path, target)
         return Engine(path, onnx, self.name, time.perf_counter() - started)
 
     def open(self, engine: Engine, target: Target) -> Session:
@@ -106,8 +111,12 @@ class OrtBackend(Backend):
     def profile(
         self, engine: Engine, target: Target, feeds: Mapping[str, Array], runs: int
     ) -> tuple[OperatorTiming, ...]:
-        """Read the runtime's own profile of ``runs`` runs; empty where a provider compiles."""
-        if target.option("provider", CPU) in COMPILING:
+        """Read the runtime's own profile of ``runs`` runs; empty for all providers but the CPU's.
+
+        TensorRT's and OpenVINO's run whole subgraphs as one operator each, and of CUDA's
+        operators the profile has the launches only.
+        """
+        if target.option("provider", CPU) != CPU:
             return ()
         with ort_profile.folder() as prefix:
             session = self._open(engine.path, target, profile=prefix)
@@ -122,18 +131,18 @@ class OrtBackend(Backend):
 
         return {"onnxruntime": onnxruntime.__version__}
 
-    def _assert_provider(self, onnx: Path, target: Target) -> None:
+    def _assert_provider(self, path: Path, target: Target) -> None:
         from prune2deploy.backends.feeds import random_feeds
 
         provider = str(target.option("provider", CPU))
         with ort_profile.folder() as prefix:
-            session = self._open(onnx, target, profile=prefix)
+            session = self._open(path, target, profile=prefix)
             session.run(None, random_feeds(_specs(session.get_inputs()), seed=0))
             events = ort_profile.read(Path(session.end_profiling()))
         strays = ort_profile.elsewhere(events, provider)
         if strays:
             raise BuildError(
-                f"{onnx}: {len(strays)} operators do not run on {provider} but on the CPU: "
+                f"{path}: {len(strays)} operators do not run on {provider} but on the CPU: "
                 f"{', '.join(strays[:8])}{' ...' if len(strays) > 8 else ''}; change the model, "
                 "or set allow_fallback = true in the profile's [options] to accept it"
             )
@@ -152,19 +161,23 @@ class OrtBackend(Backend):
             raise MissingBackend(
                 f"onnxruntime does not import ({error}); pip install onnxruntime"
             ) from error
+        provider = str(target.option("provider", CPU))
+        if provider in ON_GPU and hasattr(onnxruntime, "preload_dlls"):
+            onnxruntime.preload_dlls()  # CUDA and cuDNN that pip installed, where torch has not
+        if provider == TENSORRT and importlib.util.find_spec("tensorrt"):
+            importlib.import_module("tensorrt")  # its libraries, where pip installed them
         options = _session_options(onnxruntime, target)
         if optimized is not None:
             options.optimized_model_filepath = str(optimized)
         if profile is not None:
             options.enable_profiling = True
             options.profile_file_prefix = profile
-        provider = str(target.option("provider", CPU))
         if provider not in onnxruntime.get_available_providers():
             known = self.availability(target)
             raise MissingBackend(f"{target.name}: {known.reason}; {known.fix}")
         try:
             session = onnxruntime.InferenceSession(
-                str(path), options, providers=_providers(target, provider)
+                str(path), options, providers=_providers(target, provider, path.parent)
             )
         except Exception as error:  # its exceptions share no base but Exception
             raise BuildError(f"{path}: ONNX Runtime cannot open it: {error}") from error
@@ -195,24 +208,36 @@ def _session_options(onnxruntime: Any, target: Target) -> Any:
     return options
 
 
-def _providers(target: Target, provider: str) -> list[Any]:
-    device_id = int(target.option("device_id", 0))
+def _providers(target: Target, provider: str, folder: Path) -> list[Any]:
+    """The provider with its options, and the CPU for what it leaves.
+
+    TensorRT keeps the engine that it builds beside the ONNX file, so that it is not built (with
+    kernels chosen anew) at each opening.
+    """
     if provider == TENSORRT:
-        half = target.precision == "fp16"
-        return [(TENSORRT, {"device_id": device_id, "trt_fp16_enable": half}), CPU]
+        cache = str(folder / "tensorrt")
+        settings: dict[str, Any] = {"device_id": devices.device_index(target)}
+        settings |= {"trt_engine_cache_enable": True, "trt_engine_cache_path": cache}
+        return [(TENSORRT, settings), CPU]
     if provider == CUDA:
-        return [(CUDA, {"device_id": device_id, "use_tf32": 0}), CPU]
+        return [(CUDA, {"device_id": devices.device_index(target), "use_tf32": 0}), CPU]
     if provider == OPENVINO:
         kind = str(target.option("device_type", "CPU"))
-        settings = {"device_type": kind, "num_of_threads": str(max(1, target.threads))}
-        return [(provider, settings), CPU]
+        threads = str(max(1, target.threads))
+        return [(provider, {"device_type": kind, "num_of_threads": threads}), CPU]
     return [provider] if provider == CPU else [provider, CPU]
 
 
-def _device(provider: str) -> Availability:
-    if provider in (CUDA, TENSORRT) and not devices.nvidia_gpu_visible():
+def _device(provider: str, target: Target) -> Availability:
+    if provider in ON_GPU and not devices.nvidia_gpu_visible():
         return Availability(False, devices.NO_GPU, devices.NO_GPU_FIX)
+    if provider in ON_GPU:
+        devices.device_index(target)
     return Availability(True)
+
+
+def _version(onnxruntime: Any) -> tuple[int, ...]:
+    return tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
 
 
 def _specs(values: list[Any]) -> tuple[TensorSpec, ...]:
@@ -243,8 +268,8 @@ class OrtSession(Session):
 
     def __init__(self, session: Any, target: Target) -> None:
         self._session = session
-        self._on_gpu = str(target.option("provider", CPU)) in (CUDA, TENSORRT)
-        self._device_id = int(target.option("device_id", 0))
+        self._on_gpu = str(target.option("provider", CPU)) in ON_GPU
+        self._device_id = devices.device_index(target) if self._on_gpu else 0
         self._binding: Any = None
         self.inputs = _specs(session.get_inputs())
         self.outputs = _specs(session.get_outputs())

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 from prune2deploy.backends import engine_store, gpu_driver, gpu_memory, onnx_file
 from prune2deploy.backends.base import Array, Availability, Backend, Engine, Session
+from prune2deploy.backends.devices import device_index
 from prune2deploy.backends.engine_build import BuildRequest
 from prune2deploy.backends.engine_store import Manifest
 from prune2deploy.errors import BackendError, BuildError, ConfigError, MissingBackend
@@ -176,18 +177,6 @@ def import_module(module: str) -> Any:
             f"{module} is installed but does not import ({type(error).__name__}: {error}); "
             f'pip install --force-reinstall "prune2deploy[{INSTALL[module]}]"'
         ) from error
-
-
-def device_index(target: Target) -> int:
-    """Number of the GPU in the profile's ``device`` (``cuda:1``).
-
-    Raises:
-        ConfigError: It is not of that form.
-    """
-    kind, _, number = target.device.partition(":")
-    if kind != "cuda" or not (number or "0").isdigit():
-        raise ConfigError(f"{target.path}:device: found {target.device!r}, expected cuda:0")
-    return int(number or 0)
 
 
 def _profile_problem(target: Target) -> str:

@@ -86,9 +86,19 @@ class TensorRtSession(Session):
         self._memory.synchronize()
         self._drop_graph()
         if self._use_graph:
-            CudaGraph.begin(self._memory.stream)
-            self._context.execute_async_v3(self._memory.stream)
-            self._graph = CudaGraph.end(self._memory.stream)
+            self._graph = self._capture()
+
+    def _capture(self) -> CudaGraph | None:
+        """The computation as a graph; ``None`` where the engine does not let itself be captured.
+
+        TensorRT then refuses, and what was captured is a graph that does nothing.
+        """
+        CudaGraph.begin(self._memory.stream)
+        queued = self._context.execute_async_v3(self._memory.stream)
+        graph = CudaGraph.end(self._memory.stream)
+        if graph is not None and not queued:
+            graph.close()
+        return graph if queued else None
 
     @property
     def captured(self) -> bool:
@@ -97,19 +107,20 @@ class TensorRtSession(Session):
 
     def time_once(self) -> Sample:
         """Run on what ``prepare`` bound; ``device_ns`` is the time between events on the GPU."""
+        first, last = self._events[0], self._events[-1]
         cpu = time.thread_time_ns()
         wall = time.perf_counter_ns()
+        self._memory.record(first)
         if self._transfers:
             self._copy_in()
-        self._memory.record(self._events[1])
         self._launch()
-        self._memory.record(self._events[2])
         if self._transfers:
             self._copy_out()
+        self._memory.record(last)
         self._memory.synchronize()
         wall = time.perf_counter_ns() - wall
         cpu = time.thread_time_ns() - cpu
-        return Sample(wall, cpu, self._memory.elapsed_ns(self._events[1], self._events[2]))
+        return Sample(wall, cpu, self._memory.elapsed_ns(first, last))
 
     def time_parts(self) -> Parts:
         """Run once with both transfers and time each part on the device."""
@@ -148,8 +159,8 @@ class TensorRtSession(Session):
     def close(self) -> None:
         """Free the graph, the buffers and the engine."""
         self._drop_graph()
-        self._context = self._engine = None  # before the buffers and the GPU context they need
-        self._bound = {}
+        self._context = self._engine = self._runtime = None  # before what they need: buffers, GPU
+        self._bound, self._events = {}, []
         self._memory.close()
 
     def _is_input(self, name: str) -> bool:

@@ -8,6 +8,8 @@ program that shows where the work is, not how long the fused kernels take.
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -47,15 +49,10 @@ class TorchBackend(Backend):
         mode = str(target.option("mode", "eager"))
         on_gpu = target.device.startswith("cuda")
         choices = f"set mode to one of {', '.join(MODES)} in {target.path}"
-        compilers = any(map(shutil.which, ("c++", "g++", "clang++")))
         checks = (
             (mode in MODES, f"there is no mode {mode!r}", choices),
             (mode != "cudagraph" or on_gpu, "CUDA graphs need a GPU", "set device = 'cuda:0'"),
-            (
-                mode != "compile" or on_gpu or compilers,
-                "torch.compile needs a C++ compiler on CPUs",
-                "apt-get install g++",
-            ),
+            (mode != "compile" or _compiles(on_gpu), *_NO_COMPILER[on_gpu]),
             (not on_gpu or devices.nvidia_gpu_visible(), devices.NO_GPU, devices.NO_GPU_FIX),
         )
         for fits, reason, fix in checks:
@@ -105,6 +102,20 @@ class TorchBackend(Backend):
         return {"torch": str(torch.__version__), "cuda": str(torch.version.cuda)}
 
 
+_NO_COMPILER = {
+    False: ("torch.compile needs a C++ compiler on CPUs", "apt-get install g++"),
+    True: ("torch.compile needs triton and a C compiler on GPUs", "apt-get install gcc"),
+}
+
+
+def _compiles(on_gpu: bool) -> bool:
+    """Whether what ``torch.compile`` calls is installed (Inductor's C++, or Triton's launchers)."""
+    if not on_gpu:
+        return any(map(shutil.which, ("c++", "g++", "clang++")))
+    compilers = (os.environ.get("CC", "gcc"), "gcc", "clang")
+    return importlib.util.find_spec("triton") is not None and any(map(shutil.which, compilers))
+
+
 def _sees_gpu() -> Availability:
     import torch
 
@@ -118,21 +129,31 @@ def _sees_gpu() -> Availability:
 
 
 def _load(path: Path, target: Target) -> Any:
-    """Load an exported program and return its module on the device."""
+    """Load an exported program and return its module on the device, which becomes the current one.
+
+    Streams, events and graphs of torch belong to the current device.
+    """
     import torch
 
+    kinds = {"fp32": torch.float32, "fp16": torch.float16}
+    if target.precision not in kinds:
+        raise BuildError(f"{target.path}:precision: PyTorch runs fp32 and fp16, not int8")
     try:
         program = torch.export.load(str(path))
     except Exception as error:  # zip, pickle and export errors share no base
         raise BuildError(f"{path}: not a program saved by torch.export: {error}") from error
     from torch.export.passes import move_to_device_pass
 
-    program = move_to_device_pass(program, target.device)
-    module = program.module()
-    kinds = {"fp32": torch.float32, "fp16": torch.float16}
-    if target.precision not in kinds:
-        raise BuildError(f"{target.path}:precision: PyTorch runs fp32 and fp16, not int8")
-    return module.to(kinds[target.precision])
+    found = {value.dtype for value in program.state_dict.values() if value.is_floating_point()}
+    if found and kinds[target.precision] not in found:
+        told = ", ".join(sorted(map(str, found)))
+        raise BuildError(
+            f"{path}: the program's weights are {told}, expected {kinds[target.precision]} for "
+            f"{target.precision}; export the module in that precision"
+        )
+    if target.device.startswith("cuda"):
+        torch.cuda.set_device(target.device)
+    return move_to_device_pass(program, target.device).module()
 
 
 class TorchSession(Session):

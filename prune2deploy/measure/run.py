@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
@@ -26,8 +27,10 @@ def interleaved(
 
     def opener(engine: Engine) -> Session:
         own = replace(target, precision=engine.precision or target.precision)
-        session = backend.open(engine, own)
-        session.prepare(random_feeds(session.inputs, seed=0))
+        with ExitStack() as unfinished:
+            session = unfinished.enter_context(backend.open(engine, own))
+            session.prepare(random_feeds(session.inputs, seed=0))
+            unfinished.pop_all()
         return session
 
     chosen = [*engines, engines[1]] if target.measure.control else list(engines)

@@ -7,7 +7,6 @@ keeps. Each finished part is journaled, so a run that was stopped takes up the n
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from prune2deploy import measure
 from prune2deploy.backends.base import Backend, Engine, TensorSpec
 from prune2deploy.errors import ExportError
-from prune2deploy.exporting import export, parity, simplify
+from prune2deploy.exporting import export, parity, program, simplify
 from prune2deploy.exporting.parity import Parity
 from prune2deploy.exporting.simplify import SimplifyReport
 from prune2deploy.graph.axes import Graph
@@ -192,7 +191,7 @@ def _assemble(shop: Workshop, name: tuple[int, str], plan: Plan, module: nn.Modu
     onnx, lowered = _lower(shop, report.path, name)
     shop.say("building", number)
     if shop.backend.takes_program:
-        _save_program(module, shop.example_inputs, onnx.with_suffix(".pt2"))
+        program.save(module, shop.example_inputs, onnx.with_suffix(".pt2"), shop.target.precision)
     engine = shop.backend.build(onnx, shop.target, folder / "engine")
     borders: tuple[Border, ...] = ()
     if step != "probe":
@@ -327,22 +326,10 @@ def save_module(run: RunDir, module: nn.Module, example_inputs: tuple[Tensor, ..
         torch.save(module.state_dict(), path)
     try:
         with run.place("model.pt2") as path:
-            _save_program(module, example_inputs, path)
+            program.save(module, example_inputs, path)
     except ExportError as error:
         return (
             f"model.pt2 is missing because {error}; "
             "load it with its own code from weights.pt and plan.json"
         )
     return ""
-
-
-def _save_program(module: nn.Module, example_inputs: tuple[Tensor, ...], path: Path) -> None:
-    """Write a module as an exported program; raises ExportError where torch cannot."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # advice to the model's author
-            program = torch.export.export(module.eval(), example_inputs)
-    except Exception as error:
-        told = str(error).strip().splitlines() or [type(error).__name__]
-        raise ExportError(f"torch.export cannot express this model ({told[0]})") from error
-    torch.export.save(program, path)

@@ -68,11 +68,12 @@ def test_profiles_keep_the_minimum_and_tell_equal_names_apart():
     assert [(t.name, t.ns) for t in found] == [("r", 3000.0), ("r#1", 9000.0)]
 
 
-def test_a_provider_that_compiles_tells_no_operators_apart(ort, make_target, make_onnx, tmp_path):
-    """Its one operator would count as time that no width changes."""
+def test_only_the_cpu_tells_operators_apart(ort, make_target, make_onnx, tmp_path):
+    """One operator for all would count as time that no width changes, and so would launches."""
     from prune2deploy.backends.base import Engine
 
-    for provider in ("OpenVINOExecutionProvider", "TensorrtExecutionProvider"):
+    for name in ("OpenVINO", "Tensorrt", "CUDA"):
+        provider = f"{name}ExecutionProvider"
         target = make_target(options={"provider": provider})
         engine = Engine(make_onnx(), make_onnx(), "ort", 0.0)
         assert ort.profile(engine, target, {}, 1) == ()
@@ -134,6 +135,38 @@ def test_a_provider_that_is_not_there_is_unusable(ort, make_target, make_onnx, t
     assert "onnxruntime-gpu" in found.fix or "driver" in found.fix
     with pytest.raises((MissingBackend, BackendError)):
         ort.build(make_onnx(), target, tmp_path / "out")
+
+
+def test_providers_get_the_gpu_of_the_target_and_their_libraries(
+    ort, make_target, make_onnx, tmp_path, monkeypatch
+):
+    library = pytest.importorskip("onnxruntime")
+    seen = []
+
+    class Session:
+        def __init__(self, path, options, providers):
+            seen.append(providers)
+
+        def get_providers(self):
+            return [seen[-1][0][0]]
+
+    names = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(library, "get_available_providers", lambda: names)
+    monkeypatch.setattr(library, "preload_dlls", lambda: seen.append("libraries"), raising=False)
+    monkeypatch.setattr(library, "InferenceSession", Session)
+    for provider in names[:2]:
+        options = {"provider": provider, "allow_fallback": True}
+        target = make_target(device="cuda:1", options=options)
+        ort.build(make_onnx(), target, tmp_path / "out")
+        assert seen[-2] == "libraries"
+        (chosen, settings), cpu = seen[-1]
+        assert (chosen, settings["device_id"], cpu) == (provider, 1, names[2])
+    settings = seen[1][0][1]  # TensorRT builds once, and what it built lies with the engine
+    assert settings["trt_engine_cache_enable"]
+    assert settings["trt_engine_cache_path"].startswith(str(tmp_path / "out"))
+    monkeypatch.setattr(library, "__version__", "1.21.1")
+    found = ort.availability(make_target(device="cuda:0", options={"provider": names[0]}))
+    assert not found.usable and "1.21.1" in found.reason and ">=1.22" in found.fix
 
 
 def test_operators_that_fall_back_are_an_error_and_named(ort, make_target, make_onnx, tmp_path):

@@ -434,7 +434,8 @@ def test_gpu_checks_say_that_there_is_no_gpu_and_end_with_3(tmp_path):
     assert done.returncode == 3
     assert "nothing was checked" in done.stderr
     assert done.stdout == ""
-    assert not list(tmp_path.iterdir())
+    told = json.loads((tmp_path / "r.json").read_text())["targets"]["trt-rtx"]
+    assert told["skipped"] in done.stderr
 
 
 # --- the tool that a machine with a GPU runs ----------------------------------------------------
@@ -463,7 +464,10 @@ def test_gpu_checks_are_real_checks_each_by_itself_and_go_on_where_they_ended(tm
     assert "within 0.2 s" in found["fp32"]["error"] and "log" in found["fp32"]
     done, found = gpu_checks(tmp_path, "--target", "ort", "--only", "fp31")
     assert done.returncode == 2 and "no check fp31; there are fp32" in done.stderr
-    done, found = gpu_checks(tmp_path, *here, "--minutes", "0")
+    report = tmp_path / "report.json"  # of a time when the target was not usable
+    report.write_text(json.dumps({"schema": 2, "targets": {"ort": {"skipped": "no driver"}}}))
+    done, found = gpu_checks(tmp_path, *here, "--minutes", "0", "--resume")
+    assert "skipped" not in json.loads(report.read_text())["targets"]["ort"]
     assert done.returncode == 1
     assert {found[name]["result"] for name in ("fp32", "int8")} == {"not run"}
     done, found = gpu_checks(tmp_path, *here, "--resume")

@@ -27,7 +27,7 @@ class HostMemory(GpuMemory):
     stream = 7
 
     def __init__(self):
-        self.live, self.clock, self.closed = {}, 0, False
+        self.live, self.clock, self.closed, self.capturing = {}, 0, False, False
 
     def allocate(self, nbytes):
         buffer = (ctypes.c_uint8 * max(nbytes, 1))()
@@ -66,7 +66,7 @@ class Context:
 
     def __init__(self, memory):
         self.memory, self.shape, self.addresses, self.profiler = memory, (-1, 3), {}, None
-        self.starts = True
+        self.starts, self.captures = True, True
 
     def set_input_shape(self, name, shape):
         if not 1 <= shape[0] <= 4:
@@ -82,6 +82,8 @@ class Context:
 
     def execute_async_v3(self, stream):
         assert stream == self.memory.stream
+        if self.memory.capturing and not self.captures:
+            return False
         assert set(self.addresses.values()) <= set(self.memory.live), "buffers must be alive"
         count = int(np.prod(self.shape))
         read, write = (
@@ -161,10 +163,14 @@ def opened(memory, make_target, tmp_path, monkeypatch):
     graphs = SimpleNamespace(works=True, launched=0, closed=0, begun=[])
 
     class Graph:
-        begin = staticmethod(graphs.begun.append)
+        @staticmethod
+        def begin(stream):
+            graphs.begun.append(stream)
+            memory.capturing = True
 
         @staticmethod
         def end(stream):
+            memory.capturing = False
             return Graph() if graphs.works else None
 
         def launch(self, stream):
@@ -216,7 +222,7 @@ def test_parts_are_timed_apart_and_transfers_count_only_where_asked(opened):
         session, _ = opened(transfers=counted)
         session.prepare(feeds())
         before = memory.clock
-        assert session.time_once().device_ns == 100
+        assert session.time_once().device_ns == advance
         assert memory.clock - before == advance
 
 
@@ -236,6 +242,14 @@ def test_a_graph_is_launched_where_it_can_be_captured_and_dropped_with_its_buffe
     plain, graphs = opened(cuda_graph=False)
     plain.prepare(feeds())
     assert graphs.begun == [7, 7] and not plain.captured
+
+
+def test_a_graph_that_the_engine_did_not_fill_is_not_launched(opened):
+    session, graphs = opened()
+    session._context.captures = False
+    session.prepare(feeds())
+    assert not session.captured and graphs.closed == 1
+    assert session.time_once().device_ns == 100 and graphs.launched == 0
 
 
 def test_layers_keep_their_least_time_and_the_inspectors_shapes(opened):

@@ -55,6 +55,34 @@ def test_a_file_that_is_no_program_is_refused(make_onnx, make_target, tmp_path):
         registry.get("torch").build(path, make_target("torch"), tmp_path / "out")
 
 
+class Converting(torch.nn.Module):
+    """Computes in the type of its input, and says so in its code."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.layer(x.float().softmax(-1).to(x.dtype))
+
+
+def test_half_precision_is_exported_and_not_cast(make_onnx, make_target, tmp_path):
+    from prune2deploy.exporting import export, program
+
+    module, inputs = Converting().eval(), (torch.randn(2, 8),)
+    path = export.to_onnx(module, inputs, tmp_path / "net.onnx")
+    backend, target = registry.get("torch"), make_target("torch", precision="fp16")
+    program.save(module, inputs, path.with_suffix(".pt2"), "fp16")
+    assert {p.dtype for p in module.parameters()} == {torch.float32}
+    engine = backend.build(path, target, tmp_path / "out")
+    with backend.open(engine, target) as session:
+        (found,) = session.run({"input": inputs[0].numpy()}).values()
+    np.testing.assert_allclose(found, module(inputs[0]).detach().numpy(), atol=2e-3)
+    program.save(module, inputs, path.with_suffix(".pt2"))
+    with pytest.raises(BuildError, match=r"weights are torch.float32, expected torch.float16"):
+        backend.build(path, target, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

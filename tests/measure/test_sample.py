@@ -105,6 +105,29 @@ def test_every_block_has_sessions_of_its_own(make_target):
     assert all(session.runs > WARM_RUNS for session in opened)
 
 
+@pytest.mark.parametrize(
+    ("first", "later", "reopened", "sessions"),
+    [(5.0, 0.01, True, None), (5.0, 5.0, False, 4), (20.0, 20.0, False, 2)],
+)
+def test_loading_libraries_does_not_count_as_opening(make_target, first, later, reopened, sessions):
+    clock, policy = ManualClock(), MeasurePolicy(min_seconds=2.0, max_seconds=60.0)
+    taker, opened, _ = sampler(
+        make_target, [noisy(5 * MS, 0), noisy(5 * MS, 1)], policy=policy, clock=clock
+    )
+
+    def slow(opener):
+        def open_it():
+            clock.ran(round(1e9 * (first if len(opened) < 2 else later)))
+            return opener()
+
+        return open_it
+
+    taker._openers = [slow(opener) for opener in taker._openers]
+    samples = taker.collect(None, None)
+    assert samples.notes["reopened"] is reopened
+    assert sessions is None or len(opened) == sessions
+
+
 def test_the_first_slow_runs_are_not_samples(make_target):
     def cost(run):
         return (3 if run < WARM_RUNS else 1) * 5 * MS
@@ -218,6 +241,21 @@ def test_wall_time_counts_when_other_threads_do_the_work(make_target):
 def test_device_time_counts_where_it_is_known(make_target):
     samples, target = replay(make_target, device_ns=7)
     assert summary.choose_clock(samples, target) == raw.DEVICE
+
+
+def test_what_the_host_takes_beyond_the_device_counts(make_target):
+    """Half the device's time is not half the latency where launching takes as long again."""
+    samples, target = replay(make_target)
+    random = np.random.default_rng(1)
+    for rows, device in ((samples.candidate, MS / 2), (samples.reference, MS)):
+        rows[:, raw.DEVICE] = device * np.exp(0.002 * random.standard_normal(len(rows)))
+        rows[:, raw.WALL] = rows[:, raw.DEVICE] + MS * np.exp(0.2 * random.standard_normal(120))
+    found = summary.summarise(samples, target)
+    assert found.clock == "device"
+    assert found.ratio == pytest.approx(1.5 / 2, rel=0.1)
+    assert found.candidate.p50_ms == pytest.approx(found.wall_p50_ms, rel=0.05)
+    wide = np.log(found.ratio_ci95[1] / found.ratio_ci95[0])
+    assert wide < 0.01  # the host's noise is not in it
 
 
 def test_damaged_sample_files_are_named(tmp_path):

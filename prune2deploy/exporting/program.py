@@ -1,0 +1,43 @@
+"""A module as an exported program (``file.pt2``), which runs without its code.
+
+In: a module in fp32 and example inputs. Out: the file, in the precision that is wanted: a module
+is lowered before it is exported, because a program has the types of its tensors written into it.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from prune2deploy.errors import ExportError
+
+
+def save(
+    module: nn.Module, example_inputs: tuple[Tensor, ...], path: Path, precision: str = "fp32"
+) -> None:
+    """Write ``module`` with ``torch.export``; it is not changed.
+
+    Args:
+        module: In fp32.
+        example_inputs: What it is called with.
+        path: The file to write.
+        precision: ``"fp16"`` for weights and inputs in half precision, else as they are.
+
+    Raises:
+        ExportError: torch cannot express the module.
+    """
+    if precision == "fp16":
+        module = copy.deepcopy(module).half()
+        example_inputs = tuple(x.half() if x.is_floating_point() else x for x in example_inputs)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # advice to the model's author
+            program = torch.export.export(module.eval(), example_inputs)
+    except Exception as error:
+        told = str(error).strip().splitlines() or [type(error).__name__]
+        raise ExportError(f"torch.export cannot express this model ({told[0]})") from error
+    torch.export.save(program, path)
