@@ -7,6 +7,8 @@ from pathlib import Path
 from prune2deploy.errors import ConfigError
 from prune2deploy.target import Target
 
+JETSON = Path("/etc/nv_tegra_release")
+"""Is there on Jetson boards, whose libraries come with JetPack."""
 _NVIDIA = ("nvidia[0-9]*", "nvhost-gpu", "nvgpu", "dxg")  # discrete, Jetson, WSL
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from prune2deploy.backends import engine_store, gpu_driver, gpu_memory, onnx_file
+from prune2deploy.backends import devices, engine_store, gpu_driver, gpu_memory, onnx_file
 from prune2deploy.backends.base import Array, Availability, Backend, Engine, Session
 from prune2deploy.backends.devices import device_index
 from prune2deploy.backends.engine_build import BuildRequest
@@ -73,6 +73,8 @@ class TensorRtBackend(Backend):
             return Availability(False, problem)
         module = _option_text(target, "module")
         fix = f'pip install "prune2deploy[{INSTALL[module]}]"'
+        if module == "tensorrt" and devices.JETSON.exists():
+            fix = "use the TensorRT of JetPack: python3 -m venv --system-site-packages .venv"
         if importlib.util.find_spec(module) is None:
             gpu = gpu_driver.facts(device_index(target))
             also = f", and {gpu}" if isinstance(gpu, str) else ""

@@ -13,7 +13,14 @@ from onnx import TensorProto, helper
 from torch import nn
 
 from prune2deploy import target
-from prune2deploy.backends import engine_build, engine_store, gpu_driver, gpu_memory, registry
+from prune2deploy.backends import (
+    devices,
+    engine_build,
+    engine_store,
+    gpu_driver,
+    gpu_memory,
+    registry,
+)
 from prune2deploy.backends.engine_build import BuildRequest
 from prune2deploy.backends.tensorrt_session import layer_timings
 from prune2deploy.errors import BuildError, MissingBackend
@@ -244,7 +251,7 @@ def test_a_builder_does_not_outlive_the_process_that_wants_its_engine(tmp_path):
     folder.mkdir()
     code = (
         "import sys; from pathlib import Path\n"
-        "from prune2deploy.backends import engine_store\n"
+        "from prune2deploy.backends import devices, engine_store\n"
         "from prune2deploy.backends.engine_build import BuildRequest\n"
         "from prune2deploy import watched\n"
         "engine_store.command = lambda order: watched.command('hanging', order)\n"
@@ -365,6 +372,9 @@ def test_without_the_package_the_line_that_installs_it_is_given(monkeypatch, tmp
     assert known.fix == 'pip install "prune2deploy[trt]"'
     with pytest.raises(MissingBackend, match=r"prune2deploy\[trt\]"):
         backend.build(tmp_path / "m.onnx", profile, tmp_path)
+    (tmp_path / "nv_tegra_release").touch()
+    monkeypatch.setattr(devices, "JETSON", tmp_path / "nv_tegra_release")
+    assert "JetPack" in backend.availability(profile).fix
 
 
 def test_profile_mistakes_make_it_unusable_and_name_the_key(rtx):
