@@ -201,6 +201,16 @@ def allowed(size: int, step: int, least: int, limit: int) -> Ints:
     return np.append(inner, np.int64(size))
 
 
+def leaving_choice(graph: Graph, multiple: int) -> int:
+    """``multiple``, halved until some axis has more than one width: small models are narrow."""
+    while multiple > 1:
+        steps = grid(graph, multiple)
+        if any(len(allowed(a.size, steps[a.name], 1, 2)) > 1 for a in graph.prunable):
+            break
+        multiple //= 2
+    return multiple
+
+
 _BEND = 99.0  # log(1 + _BEND * share): straight below a share of 1 / _BEND, logarithmic above
 
 

@@ -18,6 +18,7 @@ from prune2deploy.backends.base import Backend, Session
 from prune2deploy.backends.feeds import random_feeds
 from prune2deploy.plan import alignment
 from prune2deploy.plan.alignment import Staircase
+from prune2deploy.plan.choices import leaving_choice
 from prune2deploy.progress import Progress, Step
 from prune2deploy.report import plots
 from prune2deploy.report.text import table
@@ -27,7 +28,7 @@ from prune2deploy.search.recall import Timings
 from prune2deploy.target import Target
 from prune2deploy.units import NS_PER_MS
 
-WARM_UP, RUNS = 10, 60
+WARM_UP, RUNS = 10, 25
 
 
 def probe(
@@ -82,12 +83,19 @@ def multiple(
 
 
 def settle(shop: Workshop, timings: Timings) -> tuple[int, str]:
-    """The width step of a run, decided once, and where it is from; see ``multiple``."""
-    return shop.run.journal.once(
-        "channel multiple",
-        tuple[int, str],
-        lambda: multiple(shop.target, shop.backend, timings, shop.progress),
-    )
+    """The width step of a run, decided once, and where it is from; see ``multiple``.
+
+    Where it leaves no axis of the model a choice, a finer one is taken.
+    """
+
+    def work() -> tuple[int, str]:
+        step, source = multiple(shop.target, shop.backend, timings, shop.progress)
+        finer = leaving_choice(shop.graph, step)
+        if finer < step:
+            source = f"{step}, {source}, leaves no axis a choice"
+        return finer, source
+
+    return shop.run.journal.once("channel multiple", tuple[int, str], work)
 
 
 def text(target: Target, found: Sequence[Staircase]) -> str:

@@ -1,5 +1,7 @@
 """The step is read off staircases of known step, and off real kernels."""
 
+import itertools
+
 import numpy as np
 import onnx
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from prune2deploy.errors import PlanError
 from prune2deploy.plan.alignment import (
     FAMILIES,
+    ROUNDS,
     WIDTHS,
     channel_multiple,
     probe_alignment,
@@ -68,11 +71,24 @@ def test_a_probed_device_is_not_timed_again(tmp_path):
 
     options = {"families": ("conv1x1",), "store": store}
     first = probe_alignment(time_ns, tmp_path, tell=lambda *n: told.append(n), **options)
-    assert len(calls) == len(WIDTHS)
-    assert told[-1] == (len(WIDTHS), len(WIDTHS))
+    many = ROUNDS * len(WIDTHS)
+    assert len(calls) == many and told[-1] == (many, many)
     assert probe_alignment(time_ns, tmp_path, **options) == first
-    assert len(calls) == len(WIDTHS)
+    assert len(calls) == many
     assert first[0].step == 8
+
+
+@pytest.mark.parametrize("step", [1, 16])
+@pytest.mark.parametrize("begun", range(0, 20, 3))
+def test_what_disturbs_the_host_for_a_while_does_not_make_steps(step, begun, tmp_path):
+    """A load that comes and goes: every width is spoilt at times, none of them always."""
+    calls = itertools.count(begun)
+
+    def time_ns(path):
+        loaded = next(calls) % 20 < 6
+        return times(step)[int(path.stem.split("-")[1])] * (1.5 if loaded else 1.0)
+
+    assert probe_alignment(time_ns, tmp_path, families=("matmul",))[0].step == step
 
 
 def test_an_unknown_family_is_an_error(tmp_path):

@@ -4,11 +4,14 @@ import dataclasses
 import json
 
 import pytest
+import torch
+from torch import nn
 
+import prune2deploy
 from prune2deploy import cli, target
 from prune2deploy.backends import registry
 from prune2deploy.measure import native_channel_multiple
-from prune2deploy.plan.alignment import FAMILIES
+from prune2deploy.plan.alignment import FAMILIES, ROUNDS
 from prune2deploy.progress import silent
 from prune2deploy.search import probing, recall
 from prune2deploy.search.recall import Timings
@@ -47,12 +50,12 @@ def test_the_step_of_the_formula_is_found_kept_and_used(tmp_path, place, step):
     one, backend, timings = timings_of(profile(tmp_path, step))
     heard = []
     assert probing.multiple(one, backend, timings, heard.append) == (step, "probed on this device")
-    assert len(heard) == 4 * 12
+    assert len(heard) == 4 * 12 * ROUNDS
     found = probing.probe(one, backend, timings, heard.append)
     assert {s.family for s in found} == set(FAMILIES)
     assert all(s.step == step for s in found if s.family != "depthwise")
     assert probing.multiple(one, backend, timings, heard.append)[0] == step
-    assert len(heard) == 4 * 12  # from the cache
+    assert len(heard) == 4 * 12 * ROUNDS  # from the cache
 
 
 def test_the_profile_overrides_and_without_a_cache_the_cpu_decides(tmp_path, place):
@@ -72,7 +75,7 @@ def test_what_is_known_is_not_timed_again(tmp_path, place):
     heard = []
     first = probing.probe(one, backend, timings, heard.append)
     count = len(heard)
-    assert count == 4 * 12
+    assert count == 4 * 12 * ROUNDS
     assert probing.probe(one, backend, timings, heard.append) == first
     assert len(heard) == count
 
@@ -95,3 +98,19 @@ def test_a_file_or_the_probe_is_needed_but_not_both(tmp_path, capsys):
     assert cli.run(["measure", "--target", path]) == 2
     assert cli.run(["measure", "x.onnx", "--probe-alignment", "--target", path]) == 2
     assert "--probe-alignment" in capsys.readouterr().err
+
+
+def test_a_narrow_model_gets_a_finer_step(tmp_path, place):
+    """Sixteen channels are one block of 32, and still worth pruning."""
+    torch.manual_seed(0)
+    stem, head = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 4, 3)
+    model = nn.Sequential(stem, nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), head).eval()
+    path = profile(tmp_path, 8)
+    path.write_text("channel_multiple = 32\n" + path.read_text())
+    result = prune2deploy.prune_to_budget(
+        model, torch.randn(1, 3, 12, 12), target=path, speedup=1.2, run_dir=tmp_path / "r"
+    )
+    limits = result.report.limits
+    assert result.met and set(result.plan.counts.values()) <= {8}
+    assert limits.channel_multiple == 8
+    assert limits.multiple_source == "32, given by the target profile, leaves no axis a choice"
