@@ -329,7 +329,8 @@ class Search:
 
     def _gap(self, plan: Plan) -> Gap | None:
         """How far the plan is from the best one of its predicted latency."""
-        if self.model is None or not plan.kept or plan.removed != self.lessons.removed:
+        others = plan.kept and plan.removed == self.lessons.removed and not self.floor_missed
+        if self.model is None or not others:
             return None
         self.shop.say("bounding what other widths could keep", self._next - 1)
         return optimality_gap(self._problem(), plan.counts)

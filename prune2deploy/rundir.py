@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from typing_extensions import Self
 
@@ -216,6 +217,15 @@ def explain(error: OSError, path: Path) -> ConfigError:
     )
 
 
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values by dotted keys, so that a difference names the one that differs."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = _flat(value) if isinstance(value, dict) else {"": value}
+        found |= {f"{key}.{name}".rstrip("."): one for name, one in inner.items()}
+    return found
+
+
 def _check_contents(path: Path, identity: Mapping[str, object], *, resume: bool) -> None:
     held = path / IDENTITY
     names = {entry.name for entry in path.iterdir() if not entry.name.startswith(PARTIAL)}
@@ -227,10 +237,10 @@ def _check_contents(path: Path, identity: Mapping[str, object], *, resume: bool)
             )
         return
     try:
-        before = json.loads(held.read_text("utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{held}: not JSON ({error}); choose another --out") from error
-    now = json.loads(json.dumps(identity))
+        before = _flat(json.loads(held.read_text("utf-8")))
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{held}: not of a run ({error}); choose another --out") from error
+    now = _flat(json.loads(json.dumps(identity)))
     differing = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     if differing:
         shown = "; ".join(f"{k}: {before.get(k)!r} there, {now.get(k)!r} here" for k in differing)

@@ -65,6 +65,10 @@ def test_the_same_run_needs_resume_and_another_run_is_refused(tmp_path):
         RunDir(tmp_path, WHO)
     with pytest.raises(ConfigError, match=r"another run \(model: 'm' there, 'n' here\)"):
         RunDir(tmp_path, {**WHO, "model": "n"}, resume=True)
+    with RunDir(tmp_path / "nested", {"model": {"name": "m", "seed": 0}}):
+        pass
+    with pytest.raises(ConfigError, match=r"run \(model\.name: 'm' there, 'n' here\)"):
+        RunDir(tmp_path / "nested", {"model": {"name": "n", "seed": 0}}, resume=True)
 
 
 def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path):
