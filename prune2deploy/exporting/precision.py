@@ -10,7 +10,7 @@ carries the parity that was reached and the tolerance.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,12 @@ from typing import Any
 import onnx
 from onnx import TensorProto, numpy_helper
 
-from prune2deploy.atomic import replacing, scratch
+from prune2deploy.atomic import replacing
 from prune2deploy.calibration import Batch
 from prune2deploy.errors import ExportError
-from prune2deploy.exporting import parity, quantize
-from prune2deploy.exporting.activations import (
-    error_jumps,
-    extremes,
-    load_named,
-    sort_nodes,
-)
+from prune2deploy.exporting import keeping, parity, quantize
+from prune2deploy.exporting.activations import extremes, load_named, sort_nodes
+from prune2deploy.exporting.keeping import Accuracy, Found, Judge
 from prune2deploy.exporting.parity import Array, Parity
 from prune2deploy.exporting.ranges import calibrate, feeds
 
@@ -36,12 +32,7 @@ HEADROOM = 0.5  # fp16 range that samples may use; other inputs reach further th
 SQUARES = frozenset({"LayerNormalization", "InstanceNormalization", "GroupNormalization", "Pow",
                      "ReduceL2", "ReduceSumSquare", "LpNormalization"})  # fmt: skip
 """Operators that square their input inside, where the output does not show an overflow."""
-ROUNDS = 5
-SHORTLIST = 6  # suspects per round that are each tried in high precision
 COMPARED = 4  # samples that outputs and activations are compared on
-
-Evaluate = Callable[[Path], float]
-"""Accuracy of an ONNX file, larger is better."""
 
 
 @dataclass(frozen=True)
@@ -67,19 +58,6 @@ class PrecisionReport:
     passed: bool
     bytes_before: int
     bytes_after: int
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """What decides in place of the outputs' difference.
-
-    Attributes:
-        evaluate: Accuracy of a file.
-        max_drop: Largest accuracy to lose, in the unit of ``evaluate``.
-    """
-
-    evaluate: Evaluate
-    max_drop: float = 0.01
 
 
 @dataclass(frozen=True)
@@ -145,8 +123,8 @@ def to_fp16(
     def convert(target: Path, kept: Collection[str]) -> None:
         _write_half(path, target, [*fixed, *kept])
 
-    judge = _Judge(path, chosen, "fp16", (tolerance, accuracy))
-    found = _search(path, out, convert, judge, None)
+    judge = Judge(path, chosen, "fp16", (tolerance, accuracy))
+    found = keeping.search(out, convert, judge)
     kept = (*fixed, *(name for name in found.kept if name not in set(fixed)))
     return _report(path, "fp16", found, kept)
 
@@ -156,8 +134,8 @@ def to_int8(
 ) -> PrecisionReport:
     """Quantise ``path`` statically to int8 with pairs of Q and DQ, written to ``out``.
 
-    Layers that raise the error most stay in fp32 until the limit of ``options`` is kept or
-    ``ROUNDS`` attempts are over; the report says which, and whether it was.
+    Layers that raise the error most stay in fp32 until the limit of ``options`` is kept, as far
+    as ``keeping`` finds them; the report says which, and whether it was.
 
     Args:
         path: The fp32 file; simplified, with normalisations folded.
@@ -171,109 +149,19 @@ def to_int8(
     chosen = options or Int8Options()
     ranges = calibrate(path, batches, chosen.method, data=chosen.data, store=chosen.store)
     samples = [sample for sample, _ in zip(feeds(path, batches), range(COMPARED), strict=False)]
-    candidates = quantize.quantizable(path, chosen.recipe)
 
     def convert(target: Path, kept: Collection[str]) -> None:
         quantize.quantize(path, target, ranges, chosen.recipe, [*chosen.keep, *kept])
 
-    judge = _Judge(path, samples, "int8", (chosen.max_error, chosen.accuracy))
-    found = _search(path, out, convert, judge, candidates)
+    judge = Judge(path, samples, "int8", (chosen.max_error, chosen.accuracy))
+    kinds = quantize.kinds(path, chosen.recipe)
+    names = [name for kind in kinds.values() for name in kind]
+    cheap = [kind for operator, kind in kinds.items() if operator not in quantize.CONTRACTIONS]
+    found = keeping.search(out, convert, judge, names, cheap)
     return _report(path, "int8", found, (*chosen.keep, *found.kept))
 
 
-@dataclass(frozen=True)
-class _Verdict:
-    parity: Parity
-    drop: float | None
-    passed: bool
-    error: float
-
-
-class _Judge:
-    """Compares a candidate with the file it was made of."""
-
-    def __init__(
-        self,
-        path: Path,
-        samples: Sequence[Mapping[str, Array]],
-        precision: str,
-        limits: tuple[float | None, Accuracy | None],
-    ) -> None:
-        self.samples = samples
-        self._runner = parity.onnx_runner(path)
-        self._precision = precision
-        self._max_error, self._accuracy = limits
-        self._reference = self._accuracy.evaluate(path) if self._accuracy else 0.0
-
-    def compare(self, candidate: Path) -> Parity:
-        return parity.compare(
-            self._runner,
-            parity.onnx_runner(candidate),
-            self.samples,
-            precision=self._precision,
-            tolerance=self._max_error,
-        )
-
-    def __call__(self, candidate: Path) -> _Verdict:
-        compared = self.compare(candidate)
-        if self._accuracy is None:
-            return _Verdict(compared, None, compared.passed, compared.error)
-        drop = self._reference - self._accuracy.evaluate(candidate)
-        return _Verdict(compared, drop, drop <= self._accuracy.max_drop, drop)
-
-
-@dataclass(frozen=True)
-class _Found:
-    path: Path
-    kept: tuple[str, ...]
-    verdict: _Verdict
-
-
-def _search(
-    path: Path,
-    out: Path,
-    convert: Callable[[Path, Collection[str]], None],
-    judge: _Judge,
-    candidates: Sequence[str] | None,
-) -> _Found:
-    """Convert, and keep ever more of the worst nodes in high precision until it passes.
-
-    Each round tries the nodes that raise the error most one by one and keeps those that help
-    most, twice as many as the round before. The best attempt is taken over.
-    """
-    kept: list[str] = []
-    best: _Found | None = None
-    with scratch(out.parent) as folder:
-        for attempt in range(ROUNDS):
-            file = folder / f"{attempt}.onnx"
-            convert(file, kept)
-            verdict = judge(file)
-            if best is None or verdict.error < best.verdict.error:
-                best = _Found(file, tuple(kept), verdict)
-            if verdict.passed:
-                break
-            suspects = _suspects(error_jumps(path, file, judge.samples), kept, candidates, attempt)
-            errors: dict[str, float] = {}
-            for name in suspects:
-                convert(folder / "trial.onnx", [*kept, name])
-                errors[name] = judge.compare(folder / "trial.onnx").error
-            kept += sorted(suspects, key=errors.__getitem__)[: 2**attempt]
-            if not suspects:
-                break
-        assert best is not None
-        best.path.replace(out)
-    return _Found(out, best.kept, best.verdict)
-
-
-def _suspects(
-    jumps: Mapping[str, float], kept: Sequence[str], candidates: Sequence[str] | None, attempt: int
-) -> list[str]:
-    """The nodes with the largest jumps among those that may still be kept."""
-    open_nodes = set(jumps if candidates is None else candidates) - set(kept)
-    return [name for name in jumps if name in open_nodes][: max(SHORTLIST, 2**attempt)]
-
-
-def _report(path: Path, precision: str, found: _Found, kept: Sequence[str]) -> PrecisionReport:
+def _report(path: Path, precision: str, found: Found, kept: Sequence[str]) -> PrecisionReport:
     return PrecisionReport(
         path=found.path,
         precision=precision,

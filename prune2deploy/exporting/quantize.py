@@ -87,10 +87,14 @@ def quantize(
     return out
 
 
-def quantizable(path: Path, recipe: str) -> tuple[str, ...]:
-    """Names of the nodes that the recipe quantises."""
+def kinds(path: Path, recipe: str) -> dict[str, list[str]]:
+    """Names of the nodes that the recipe quantises, by operator type."""
     operators = RECIPES[recipe].operators or _all_operators()
-    return tuple(n.name for n in load_named(path).graph.node if n.op_type in operators)
+    found: dict[str, list[str]] = {}
+    for node in load_named(path).graph.node:
+        if node.op_type in operators:
+            found.setdefault(node.op_type, []).append(node.name)
+    return found
 
 
 def _with_pairs(model: Any, ranges: Ranges, recipe: Recipe, keep: Collection[str]) -> Any:

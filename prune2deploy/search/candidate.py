@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from prune2deploy import measure
 from prune2deploy.backends.base import Backend, Engine, TensorSpec
 from prune2deploy.errors import ExportError
-from prune2deploy.exporting import export, parity, program, simplify
+from prune2deploy.exporting import export, keeping, parity, program, simplify
 from prune2deploy.exporting.parity import Parity
 from prune2deploy.exporting.simplify import SimplifyReport
 from prune2deploy.graph.axes import Graph
@@ -236,18 +236,26 @@ def _lower(shop: Workshop, path: Path, name: tuple[int, str]) -> tuple[Path, Low
         return path.rename(out), None
     shop.say(f"converting to {wanted}", number)
     whole = number == 0 or step == "final"
-    first = f"00-baseline-{wanted}/build"
-    before = shop.run.journal.read(first, Built).lowered if first in shop.run.journal else None
     wish = Wish(
         wanted,
         shop.backend.int8_recipe(shop.target),
         shop.batches,
-        before.kept if before else (),
+        _kept_before(shop, path),
         quick=step == "probe" or (wanted == "int8" and not whole),
         max_drop=shop.max_drop,
         store=path.with_name("ranges.json"),
     )
     return out, lowering.lower(path, out, wish)
+
+
+def _kept_before(shop: Workshop, path: Path) -> tuple[str, ...]:
+    """The nodes of a file whose counterparts the unpruned model keeps in higher precision."""
+    first = f"00-baseline-{shop.target.precision}/build"
+    built = shop.run.journal.read(first, Built) if first in shop.run.journal else None
+    if built is None or built.lowered is None or not built.lowered.kept:
+        return ()
+    before = (shop.run / built.onnx).with_name(path.name)
+    return keeping.counterparts(built.lowered.kept, before, path)
 
 
 def _check(

@@ -33,8 +33,9 @@ from prune2deploy.calibration import (
 )
 from prune2deploy.errors import ConfigError, ParityError
 from prune2deploy.exporting import parity, precision
+from prune2deploy.exporting.keeping import Accuracy
 from prune2deploy.exporting.parity import Parity
-from prune2deploy.exporting.precision import Accuracy, Int8Options, PrecisionReport
+from prune2deploy.exporting.precision import Int8Options, PrecisionReport
 from prune2deploy.exporting.ranges import feeds
 from prune2deploy.progress import Progress, tell
 

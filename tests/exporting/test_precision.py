@@ -11,9 +11,10 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from prune2deploy.errors import ExportError
-from prune2deploy.exporting import activations, parity, precision, quantize, ranges
+from prune2deploy.exporting import activations, keeping, parity, precision, quantize, ranges
 from prune2deploy.exporting.export import to_onnx
-from prune2deploy.exporting.precision import Accuracy, Int8Options, to_fp16, to_int8
+from prune2deploy.exporting.keeping import Accuracy
+from prune2deploy.exporting.precision import Int8Options, to_fp16, to_int8
 
 
 class Small(nn.Module):
@@ -175,7 +176,60 @@ def test_sensitive_layer_is_found_and_kept_until_the_limit_holds(tmp_path):
     assert report.passed
     assert "/6/Conv" in report.kept
     assert report.parity.rms_rel <= limit
-    assert set(report.kept) < set(quantize.quantizable(path, "tensorrt"))
+    kinds = quantize.kinds(path, "tensorrt").values()
+    assert set(report.kept) < {name for kind in kinds for name in kind}
+
+
+class Attending(nn.Module):
+    """A transformer block."""
+
+    def __init__(self, d=32):
+        super().__init__()
+        self.before, self.between = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.up, self.down = nn.Linear(d, 2 * d), nn.Linear(2 * d, d)
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.before(x)).chunk(3, -1)
+        x = x + self.out((3 * q @ k.transpose(1, 2)).softmax(-1) @ v)
+        return x + self.down(torch.relu(self.up(self.between(x))))
+
+
+def transformer(tmp_path, blocks=4):
+    net = nn.Sequential(*(Attending() for _ in range(blocks)), nn.Linear(32, 8))
+    generator = torch.Generator().manual_seed(1)
+    draws = torch.randn(8, 24, 32, generator=generator)
+    draws *= 1 + 4 * (torch.rand(8, 24, 32, generator=generator) > 0.97)  # a few large values
+    path = to_onnx(net, (torch.randn(1, 24, 32),), tmp_path / "t.onnx")
+    return path, [((row[None],), None) for row in draws]
+
+
+def test_where_many_of_a_kind_do_the_harm_kinds_are_kept_and_contractions_lowered(tmp_path):
+    path, rows = transformer(tmp_path)
+    plain = to_int8(path, tmp_path / "p.onnx", rows, Int8Options(recipe="cpu", max_error=1e3))
+    limit = 0.4 * plain.parity.error
+    report = to_int8(path, tmp_path / "q.onnx", rows, Int8Options(recipe="cpu", max_error=limit))
+    assert report.passed and report.parity.error <= limit
+    found = quantize.kinds(path, "cpu")
+    whole = {kind for kind, names in found.items() if set(names) <= set(report.kept)}
+    assert whole and whole.isdisjoint(quantize.CONTRACTIONS)
+    assert any(set(names).isdisjoint(report.kept) for names in found.values())
+
+
+def test_kept_nodes_are_found_again_under_other_names_and_without_a_block(tmp_path):
+    path, _ = transformer(tmp_path)
+    (tmp_path / "less").mkdir()
+    less, _ = transformer(tmp_path / "less", blocks=3)
+    model = onnx.load(less)
+    for number, node in enumerate(model.graph.node):
+        node.name = f"n{number}"
+    onnx.save(model, less)
+    names = [name for kind in ("Softmax", "Add") for name in quantize.kinds(path, "cpu")[kind]]
+    again = keeping.counterparts(names, path, less)
+    other = quantize.kinds(less, "cpu")
+    assert set(again) == {*other["Softmax"], *other["Add"]}
+    first = quantize.kinds(path, "cpu")["Softmax"][0]
+    assert keeping.counterparts([first], path, less) == (other["Softmax"][0],)
 
 
 def test_accuracy_decides_where_it_can_be_evaluated(small, tmp_path):
@@ -195,7 +249,7 @@ def test_accuracy_decides_where_it_can_be_evaluated(small, tmp_path):
 
 
 def test_named_layers_stay_in_fp32(small, tmp_path):
-    first = quantize.quantizable(small, "tensorrt")[0]
+    first = quantize.kinds(small, "tensorrt")["Conv"][0]
     report = to_int8(small, tmp_path / "q.onnx", data(2), Int8Options(keep=(first,)))
     assert report.kept == (first,)
     graph = onnx.load(str(report.path)).graph

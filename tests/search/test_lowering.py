@@ -14,7 +14,7 @@ from prune2deploy import calibration, summary, target
 from prune2deploy.backends import registry
 from prune2deploy.calibration import first, from_dataset
 from prune2deploy.errors import ConfigError, ParityError
-from prune2deploy.exporting import parity, precision
+from prune2deploy.exporting import keeping, parity, precision
 from prune2deploy.exporting.export import to_onnx
 from prune2deploy.progress import NOTICE
 from prune2deploy.rundir import RunDir, read_manifest
@@ -252,7 +252,7 @@ def test_a_model_that_int8_breaks_is_exit_5_and_nothing_is_shipped(
     net, profile, tmp_path, batches, monkeypatch
 ):
     monkeypatch.setattr(parity, "TOLERANCE", {**parity.TOLERANCE, "int8": 1e-9})
-    monkeypatch.setattr(precision, "ROUNDS", 1)
+    monkeypatch.setattr(keeping, "ROUNDS", 1)
     with pytest.raises(ParityError, match="fp32 ONNX and int8 ONNX disagree") as raised:
         run(net, profile(), tmp_path / "r", precision="int8", batches=batches)
     assert raised.value.exit_code == 5
@@ -293,7 +293,7 @@ def test_accuracy_is_part_of_what_is_told(small, tmp_path, batches):
 
 def test_max_drop_decides_in_place_of_the_outputs_difference(small, tmp_path, batches, monkeypatch):
     monkeypatch.setattr(parity, "TOLERANCE", {**parity.TOLERANCE, "int8": 1e-9})
-    monkeypatch.setattr(precision, "ROUNDS", 1)
+    monkeypatch.setattr(keeping, "ROUNDS", 1)
     strict = lower(small, tmp_path / "a.onnx", Wish("int8", "cpu", batches))
     lenient = lower(small, tmp_path / "b.onnx", Wish("int8", "cpu", batches, max_drop=0.3))
     assert not strict.passed and not strict.parity.passed
@@ -329,7 +329,7 @@ def test_a_run_that_loses_too_much_accuracy_says_how_much_and_ships_nothing(
             24,
         ),
     )
-    monkeypatch.setattr(precision, "ROUNDS", 1)
+    monkeypatch.setattr(keeping, "ROUNDS", 1)
     shop = {"precision": "int8", "batches": batches, "max_drop": 0.1}
     with pytest.raises(
         ParityError, match=r"int8 costs 4\d\.\d+% of top-1.*allows 10.00%"
