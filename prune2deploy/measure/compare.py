@@ -5,6 +5,7 @@ In: built engines and their target. Out: frozen results; raw samples in a file w
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -110,8 +111,23 @@ def single(
     )
 
 
-def profile(engine: Engine, target: Target, *, runs: int = 30) -> tuple[OperatorTiming, ...]:
+def profile(
+    engine: Engine,
+    target: Target,
+    *,
+    runs: int = 30,
+    beside: tuple[Engine, float] | None = None,
+) -> tuple[OperatorTiming, ...]:
     """Time every operator of an engine in a fresh process; the minimum over ``runs`` of each.
+
+    Args:
+        engine: The engine.
+        target: Where.
+        runs: How many.
+        beside: An engine that was profiled before, and the sum of its operators then in
+            nanoseconds. It is profiled again before and after ``engine``, whose times are scaled by
+            what has changed: machines change speed between two profiles, and operators of the two
+            could not be compared.
 
     Raises:
         MeasureError: The process crashed or did not end.
@@ -122,15 +138,20 @@ def profile(engine: Engine, target: Target, *, runs: int = 30) -> tuple[Operator
         with backend.open(engine, target) as session:
             feeds = random_feeds(session.inputs, seed=0)
         return backend.profile(engine, target, feeds, runs)
-    spec = {**_spec((engine,), target, "profile"), "runs": runs}
+    engines = (engine,) if beside is None else (engine, beside[0])
+    spec = {**_spec(engines, target, "profile"), "runs": runs}
     result = child.run(spec, STARTUP_SECONDS + target.measure.max_seconds, None)
+    again = result["reference_ns"]
+    scale = (
+        1.0 if beside is None or not all(again) else beside[1] / statistics.geometric_mean(again)
+    )
     return tuple(
         OperatorTiming(
             o["name"],
             o["kind"],
             tuple(tuple(s) for s in o["input_shapes"]),
             tuple(tuple(s) for s in o["output_shapes"]),
-            o["ns"],
+            scale * o["ns"],
         )
         for o in result["operators"]
     )

@@ -1,9 +1,10 @@
 """The child process that holds the engines, started through ``watched`` on a specification.
 
 The specification has ``task`` (``"compare"`` or ``"profile"``), ``target`` (``Target.to_dict``),
-``engines`` (path, onnx, backend of each: candidate, reference), and for comparing ``raw`` (where
-the samples go) and ``stop_at``, for profiling ``runs``; ``scratch`` lists folders to remove should
-the parent be killed. Messages go to standard output, one JSON document a line.
+``engines`` (path, onnx, backend of each: candidate, reference, which profiling may lack), and for
+comparing ``raw`` (where the samples go) and ``stop_at``, for profiling ``runs``; ``scratch`` lists
+folders to remove should the parent be killed. Messages go to standard output, one JSON document a
+line.
 """
 
 from __future__ import annotations
@@ -69,11 +70,21 @@ def _compare(spec: Mapping[str, Any], say: Any) -> dict[str, Any]:
 
 
 def _profile(spec: Mapping[str, Any], say: Any) -> dict[str, Any]:
-    target, backend, (engine,) = _context(spec)
+    target, backend, (engine, *references) = _context(spec)
+    runs = int(spec["runs"])
     with backend.open(engine, target) as session:
         feeds = random_feeds(session.inputs, seed=0)
-    timings = backend.profile(engine, target, feeds, int(spec["runs"]))
-    return {"operators": [dataclasses.asdict(t) for t in timings]}
+
+    def around() -> list[float]:
+        timings = [backend.profile(e, target, feeds, -(-runs // 2)) for e in references]
+        return [sum(t.ns for t in one) for one in timings]
+
+    before = around()
+    timings = backend.profile(engine, target, feeds, runs)
+    return {
+        "operators": [dataclasses.asdict(t) for t in timings],
+        "reference_ns": [*before, *around()],
+    }
 
 
 _TASKS = {"compare": _compare, "profile": _profile}

@@ -158,11 +158,21 @@ def build_module(shop: Workshop, number: int, plan: Plan, module: nn.Module) -> 
 
 
 def profile(shop: Workshop, built: Built) -> tuple[OperatorTiming, ...]:
-    """Time every operator of a build, unless the journal has it already."""
+    """Time every operator of a build, unless the journal has it already.
+
+    Times are those of a device as fast as it was when the unpruned model was profiled.
+    """
 
     def work() -> Profile:
+        beside = None
+        if built.number:
+            base = baseline(shop)
+            whole_ns = sum(one.ns for one in profile(shop, base))
+            beside = (shop.engine(base), whole_ns) if whole_ns else None
         shop.say("profiling", built.number)
-        return Profile(measure.profile(shop.engine(built), shop.target, runs=PROFILE_RUNS))
+        return Profile(
+            measure.profile(shop.engine(built), shop.target, runs=PROFILE_RUNS, beside=beside)
+        )
 
     return shop.run.journal.once(f"{built.key}/profile", Profile, work).operators
 

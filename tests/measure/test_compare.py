@@ -6,7 +6,7 @@ from prune2deploy import measure
 from prune2deploy.backends import registry
 from prune2deploy.backends.base import Engine
 from prune2deploy.errors import BuildError
-from prune2deploy.measure import samples
+from prune2deploy.measure import child, samples
 from prune2deploy.target import MeasurePolicy
 
 OPTIONS = {"step": 16, "ns_per_mac": 0.5, "fixed_ns": 100.0}
@@ -67,6 +67,32 @@ def test_real_engines_are_timed_in_a_child(make_target, make_onnx, tmp_path):
     assert "measuring" in told
     names = [t.output_shapes[0] for t in measure.profile(slim, target, runs=3) if t.kind == "Conv"]
     assert names == [(1, 16, 12, 12), (1, 8, 10, 10)]
+
+
+@pytest.mark.ort
+def test_a_profile_is_scaled_to_the_speed_of_an_earlier_one(
+    make_target, make_onnx, tmp_path, monkeypatch
+):
+    pytest.importorskip("onnxruntime")
+    ort, target = registry.get("ort"), make_target()
+    wide = ort.build(make_onnx(64, "wide.onnx"), target, tmp_path / "out")
+    slim = ort.build(make_onnx(16, "slim.onnx"), target, tmp_path / "out")
+    seen, work = [], child.run
+
+    def noted(*arguments):
+        seen.append(work(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(child, "run", noted)
+    found = measure.profile(slim, target, runs=4, beside=(wide, 1e9))
+    raw = [o["ns"] for o in seen[-1]["operators"]]
+    before, after = seen[-1]["reference_ns"]
+    assert before > 0 and after > 0
+    speed = 1e9 / (before * after) ** 0.5
+    assert [t.ns for t in found] == pytest.approx([speed * ns for ns in raw])
+    plain = measure.profile(slim, target, runs=4)
+    assert seen[-1]["reference_ns"] == []
+    assert [t.ns for t in plain] == [o["ns"] for o in seen[-1]["operators"]]
 
 
 @pytest.mark.ort
