@@ -211,7 +211,7 @@ def prune_to_budget(
         str(target),
         ModelOptions(name, precision=extras.get("precision"), seed=extras.get("seed", 0)),
         importance=config.one_of("importance", extras.get("importance", "l2"), NAMES),
-        max_builds=extras.get("max_builds", 8),
+        max_builds=extras.get("max_builds", RunOptions.max_builds),
         max_drop=extras.get("max_drop"),
         cache=extras.get("cache", True),
         max_size_mb=extras.get("max_size_mb"),

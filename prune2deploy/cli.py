@@ -114,7 +114,13 @@ def _run_arguments(to: argparse.ArgumentParser) -> None:
         metavar="FRACTION",
         help="top-1 accuracy that fp16 or int8 may cost; needs labelled data",
     )
-    to.add_argument("--max-builds", type=int, default=8, metavar="N", help="besides the baseline")
+    to.add_argument(
+        "--max-builds",
+        type=int,
+        default=config.RunOptions.max_builds,
+        metavar="N",
+        help="besides the baseline",
+    )
     to.add_argument("--max-size-mb", type=float, metavar="MB", help="cap on the weights' size")
     to.add_argument("--max-macs", type=float, metavar="N", help="cap on multiply-accumulates")
     to.add_argument("--no-cache", action="store_true", help="forget timings of earlier runs")

@@ -221,8 +221,10 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     """Nested values by dotted keys, so that a difference names the one that differs."""
     found: dict[str, Any] = {}
     for key, value in values.items():
-        inner = _flat(value) if isinstance(value, dict) else {"": value}
-        found |= {f"{key}.{name}".rstrip("."): one for name, one in inner.items()}
+        if isinstance(value, dict):
+            found |= {f"{key}.{name}": one for name, one in _flat(value).items()}
+        else:
+            found[key] = value
     return found
 
 

@@ -114,8 +114,7 @@ class Yard:
     def learn(self, counts: Mapping[str, int], *, whole: bool) -> None:
         """Profile a build for the latency model, with its measured latency where asked."""
         module = self.pruned(counts)
-        whole_ns = sum(timing.ns for timing in self.builds[0].profile) if self.builds else 0.0
-        beside = (self.base, whole_ns) if self.builds else None
+        beside = (self.base, self.builds[0].profile) if self.builds else None
         profile = measure.profile(self.engine(module), self.target, beside=beside)
         ms = self.base_ms * (self.compare(module).ratio if counts else 1.0) if whole else None
         self.builds.append(Build(counts, profile, ms))

@@ -6,7 +6,6 @@ each check is a process of its own.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from prune2deploy.errors import BackendError
 from prune2deploy.exporting import export, parity, precision, program, simplify
 from prune2deploy.target import Target
 
+SAMPLES = 50
 SIZE = 128
 ROWS = 8
 Facts = dict[str, Any]
@@ -118,6 +118,5 @@ def raises(call: Callable[[], object]) -> str:
 
 def installed(name: str) -> None:
     """Skip the check where a library for GPU memory is not installed."""
-    package = gpu_memory.PROVIDERS[name][0]
-    if importlib.util.find_spec(package.partition(".")[0]) is None:
-        raise Skip(f"{package} is not installed")
+    if name not in gpu_memory.installed():
+        raise Skip(f"{gpu_memory.PROVIDERS[name][0]} is not installed")

@@ -10,15 +10,13 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from gpu_check_bench import SIZE, Bench, Facts, Skip, installed, raises
+from gpu_check_bench import SAMPLES, SIZE, Bench, Facts, Skip, installed, raises
 
 from prune2deploy.backends import engine_store
 from prune2deploy.backends.base import Engine
 from prune2deploy.backends.tensorrt_session import TensorRtSession
 from prune2deploy.exporting import export, parity
 from prune2deploy.target import Target
-
-SAMPLES = 50
 
 
 def _session(bench: Bench, engine: Engine, target: Target | None = None) -> TensorRtSession:

@@ -8,6 +8,7 @@ leaves to another one are an error and are named, unless the profile allows it.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import time
@@ -36,11 +37,11 @@ CUDA = "CUDAExecutionProvider"
 TENSORRT = "TensorrtExecutionProvider"
 OPENVINO = "OpenVINOExecutionProvider"
 ON_GPU = (CUDA, TENSORRT)
-STRONGLY_TYPED = (1, 22)
+STRONGLY_TYPED = "1.22"
 """The first version whose TensorRT provider takes every precision from the file."""
 PACKAGES = {
     CUDA: "onnxruntime-gpu[cuda,cudnn]",
-    TENSORRT: "onnxruntime-gpu[cuda,cudnn]>=1.22",
+    TENSORRT: f"onnxruntime-gpu[cuda,cudnn]>={STRONGLY_TYPED}",
     OPENVINO: "onnxruntime-openvino",
 }
 """The package whose onnxruntime carries a provider."""
@@ -76,7 +77,7 @@ class OrtBackend(Backend):
                 f"this onnxruntime has no {provider} (it has {', '.join(found)})",
                 fix,
             )
-        if provider == TENSORRT and _version(onnxruntime) < STRONGLY_TYPED:
+        if provider == TENSORRT and _version(onnxruntime.__version__) < _version(STRONGLY_TYPED):
             reason = f"onnxruntime {onnxruntime.__version__} chooses precisions for TensorRT itself"
             return Availability(False, reason, fix)
         return _device(provider, target)
@@ -162,10 +163,6 @@ class OrtBackend(Backend):
                 f"onnxruntime does not import ({error}); pip install onnxruntime"
             ) from error
         provider = str(target.option("provider", CPU))
-        if provider in ON_GPU and hasattr(onnxruntime, "preload_dlls"):
-            onnxruntime.preload_dlls()  # CUDA and cuDNN that pip installed, where torch has not
-        if provider == TENSORRT and importlib.util.find_spec("tensorrt"):
-            importlib.import_module("tensorrt")  # its libraries, where pip installed them
         options = _session_options(onnxruntime, target)
         if optimized is not None:
             options.optimized_model_filepath = str(optimized)
@@ -175,6 +172,7 @@ class OrtBackend(Backend):
         if provider not in onnxruntime.get_available_providers():
             known = self.availability(target)
             raise MissingBackend(f"{target.name}: {known.reason}; {known.fix}")
+        _load_libraries(onnxruntime, provider)
         try:
             session = onnxruntime.InferenceSession(
                 str(path), options, providers=_providers(target, provider, path.parent)
@@ -187,6 +185,15 @@ class OrtBackend(Backend):
                 f"{session.get_providers()[0]}; the provider's driver or libraries are missing"
             )
         return session
+
+
+@functools.cache
+def _load_libraries(onnxruntime: Any, provider: str) -> None:
+    """Load, once, what a provider needs of the libraries that pip installed."""
+    if provider in ON_GPU and hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls()  # CUDA and cuDNN, where torch has not
+    if provider == TENSORRT and importlib.util.find_spec("tensorrt"):
+        importlib.import_module("tensorrt")
 
 
 def _session_options(onnxruntime: Any, target: Target) -> Any:
@@ -229,15 +236,16 @@ def _providers(target: Target, provider: str, folder: Path) -> list[Any]:
 
 
 def _device(provider: str, target: Target) -> Availability:
-    if provider in ON_GPU and not devices.nvidia_gpu_visible():
+    if provider not in ON_GPU:
+        return Availability(True)
+    if not devices.nvidia_gpu_visible():
         return Availability(False, devices.NO_GPU, devices.NO_GPU_FIX)
-    if provider in ON_GPU:
-        devices.device_index(target)
+    devices.device_index(target)
     return Availability(True)
 
 
-def _version(onnxruntime: Any) -> tuple[int, ...]:
-    return tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:2])
 
 
 def _specs(values: list[Any]) -> tuple[TensorSpec, ...]:

@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 
 from prune2deploy.backends import devices, engine_store, gpu_driver, gpu_memory, onnx_file
 from prune2deploy.backends.base import Array, Availability, Backend, Engine, Session
-from prune2deploy.backends.devices import device_index
 from prune2deploy.backends.engine_build import BuildRequest
 from prune2deploy.backends.engine_store import Manifest
 from prune2deploy.errors import BackendError, BuildError, ConfigError, MissingBackend
@@ -52,7 +51,7 @@ class TensorRtBackend(Backend):
         found = self.can_build(target)
         if not found.usable:
             return found
-        facts = gpu_driver.facts(device_index(target))
+        facts = gpu_driver.facts(devices.device_index(target))
         if isinstance(facts, str):
             reason = f"engines can be built here but not run: {facts}"
             return Availability(False, reason, _GPU_FIX)
@@ -76,12 +75,12 @@ class TensorRtBackend(Backend):
         if module == "tensorrt" and devices.JETSON.exists():
             fix = "use the TensorRT of JetPack: python3 -m venv --system-site-packages .venv"
         if importlib.util.find_spec(module) is None:
-            gpu = gpu_driver.facts(device_index(target))
+            gpu = gpu_driver.facts(devices.device_index(target))
             also = f", and {gpu}" if isinstance(gpu, str) else ""
             return Availability(False, f"the Python package {module} is not installed{also}", fix)
         if module == "tensorrt_rtx" and _option_text(target, "compute_capability"):
             return Availability(True)
-        facts = gpu_driver.facts(device_index(target))
+        facts = gpu_driver.facts(devices.device_index(target))
         if isinstance(facts, str):
             return Availability(False, facts, _GPU_FIX)
         return Availability(True)
@@ -129,7 +128,7 @@ class TensorRtBackend(Backend):
         if not known.usable:
             raise MissingBackend(f"{target.name}: {known.reason}; {known.fix}")
         trt = import_module(module)
-        memory = gpu_memory.choose(_option_text(target, "memory"), device_index(target))
+        memory = gpu_memory.choose(_option_text(target, "memory"), devices.device_index(target))
         try:
             return TensorRtSession(trt, engine.path, memory, target)
         except BaseException:
@@ -193,7 +192,7 @@ def _profile_problem(target: Target) -> str:
             f"is not there; leave it out for {module}"
         )
     try:
-        device_index(target)
+        devices.device_index(target)
     except ConfigError as error:
         return str(error)
     return ""
@@ -217,7 +216,7 @@ def _device_text(target: Target) -> str:
     named = _option_text(target, "compute_capability")
     if named:
         return f"compute capability {named}"
-    facts = gpu_driver.facts(device_index(target))
+    facts = gpu_driver.facts(devices.device_index(target))
     if isinstance(facts, str):
         return "no GPU"
     if _option_text(target, "module") == "tensorrt_rtx":
@@ -247,7 +246,7 @@ def _request(onnx: Path, target: Target, cache: Path) -> BuildRequest:
         tf32=_uses_tf32(target),
         batch=(sizes[0], sizes[1], sizes[2]),
         timing_cache=timing,
-        gpu=0 if capability else device_index(target),
+        gpu=0 if capability else devices.device_index(target),
     )
 
 

@@ -146,7 +146,8 @@ def counterparts(names: Collection[str], path: Path, other: Path) -> tuple[str, 
     kinds = [n.op_type for n in here], [n.op_type for n in there]
     blocks = SequenceMatcher(None, *kinds, autojunk=False).get_matching_blocks()
     pairs = [(here[a + i].name, there[b + i].name) for a, b, many in blocks for i in range(many)]
-    return tuple(its for own, its in pairs if own in set(names))
+    wanted = set(names)
+    return tuple(its for own, its in pairs if own in wanted)
 
 
 class _Attempts:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,7 @@ def profile(
     target: Target,
     *,
     runs: int = 30,
-    beside: tuple[Engine, float] | None = None,
+    beside: tuple[Engine, Sequence[OperatorTiming]] | None = None,
 ) -> tuple[OperatorTiming, ...]:
     """Time every operator of an engine in a fresh process; the minimum over ``runs`` of each.
 
@@ -124,10 +124,9 @@ def profile(
         engine: The engine.
         target: Where.
         runs: How many.
-        beside: An engine that was profiled before, and the sum of its operators then in
-            nanoseconds. It is profiled again before and after ``engine``, whose times are scaled by
-            what has changed: machines change speed between two profiles, and operators of the two
-            could not be compared.
+        beside: An engine that was profiled before, and its operators then. It is profiled again
+            before and after ``engine``, whose times are scaled by what has changed: machines
+            change speed between two profiles, and operators of the two could not be compared.
 
     Raises:
         MeasureError: The process crashed or did not end.
@@ -138,13 +137,12 @@ def profile(
         with backend.open(engine, target) as session:
             feeds = random_feeds(session.inputs, seed=0)
         return backend.profile(engine, target, feeds, runs)
-    engines = (engine,) if beside is None else (engine, beside[0])
+    known_ns = sum(timing.ns for timing in beside[1]) if beside else 0.0
+    engines = (engine, beside[0]) if beside and known_ns else (engine,)
     spec = {**_spec(engines, target, "profile"), "runs": runs}
     result = child.run(spec, STARTUP_SECONDS + target.measure.max_seconds, None)
     again = result["reference_ns"]
-    scale = (
-        1.0 if beside is None or not all(again) else beside[1] / statistics.geometric_mean(again)
-    )
+    scale = known_ns / statistics.geometric_mean(again) if again and all(again) else 1.0
     return tuple(
         OperatorTiming(
             o["name"],

@@ -144,14 +144,12 @@ class Problem:
     def predict(self, chosen: Sequence[int], kept: Sequence[bool] | None = None) -> float:
         """Predicted latency in milliseconds, offset included."""
         out = self.without(kept)
-        model = self.model
-        if out:
-            left = [
-                operator
-                for number, operator in enumerate(model.operators)
-                if not any(number in b.operators or operator.axes & b.axes for b in out)
-            ]
-            model = replace(model, operators=tuple(left))
+        left_out = {
+            number
+            for number, operator in enumerate(self.model.operators)
+            if any(number in block.operators or operator.axes & block.axes for block in out)
+        }
+        model = self.model.without(left_out) if out else self.model
         return model.predict(self.counts(chosen, kept))
 
     def without(self, kept: Sequence[bool] | None) -> tuple[Removal, ...]:

@@ -167,8 +167,7 @@ def profile(shop: Workshop, built: Built) -> tuple[OperatorTiming, ...]:
         beside = None
         if built.number:
             base = baseline(shop)
-            whole_ns = sum(one.ns for one in profile(shop, base))
-            beside = (shop.engine(base), whole_ns) if whole_ns else None
+            beside = shop.engine(base), profile(shop, base)
         shop.say("profiling", built.number)
         return Profile(
             measure.profile(shop.engine(built), shop.target, runs=PROFILE_RUNS, beside=beside)

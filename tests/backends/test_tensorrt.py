@@ -251,7 +251,7 @@ def test_a_builder_does_not_outlive_the_process_that_wants_its_engine(tmp_path):
     folder.mkdir()
     code = (
         "import sys; from pathlib import Path\n"
-        "from prune2deploy.backends import devices, engine_store\n"
+        "from prune2deploy.backends import engine_store\n"
         "from prune2deploy.backends.engine_build import BuildRequest\n"
         "from prune2deploy import watched\n"
         "engine_store.command = lambda order: watched.command('hanging', order)\n"

@@ -8,6 +8,7 @@ from prune2deploy.backends.base import Engine
 from prune2deploy.errors import BuildError
 from prune2deploy.measure import child, samples
 from prune2deploy.target import MeasurePolicy
+from prune2deploy.timing import OperatorTiming
 
 OPTIONS = {"step": 16, "ns_per_mac": 0.5, "fixed_ns": 100.0}
 QUICK = MeasurePolicy(min_seconds=0.3, max_seconds=4.0, half_width=0.05)
@@ -84,7 +85,8 @@ def test_a_profile_is_scaled_to_the_speed_of_an_earlier_one(
         return seen[-1]
 
     monkeypatch.setattr(child, "run", noted)
-    found = measure.profile(slim, target, runs=4, beside=(wide, 1e9))
+    earlier = [OperatorTiming(name, "Conv", (), (), 5e8) for name in "ab"]
+    found = measure.profile(slim, target, runs=4, beside=(wide, earlier))
     raw = [o["ns"] for o in seen[-1]["operators"]]
     before, after = seen[-1]["reference_ns"]
     assert before > 0 and after > 0
