@@ -26,10 +26,10 @@ from torch import nn
 
 from prune2deploy import measure
 from prune2deploy.calibration import notices, serves
-from prune2deploy.config import FILL, RunOptions
+from prune2deploy.config import RunOptions
 from prune2deploy.graph.axes import Graph
 from prune2deploy.importance import score
-from prune2deploy.measure import Comparison
+from prune2deploy.measure import Comparison, Goal
 from prune2deploy.plan.allocate import Curve, Gap, channels, optimality_gap
 from prune2deploy.plan.choices import Choice, Problem, choices
 from prune2deploy.plan.latency_model import LatencyModel
@@ -38,8 +38,18 @@ from prune2deploy.plan.probes import probes
 from prune2deploy.recover.reconstruct import restore
 from prune2deploy.search import accuracy, candidate, depth, payoff, planning, worth
 from prune2deploy.search.candidate import Built, Workshop
-from prune2deploy.search.job import Attempt, Baseline, Job, Outcome, aim, best, judge
-from prune2deploy.search.learning import COVERED, Lessons, half_width
+from prune2deploy.search.job import (
+    Attempt,
+    Baseline,
+    Job,
+    Outcome,
+    aim,
+    best,
+    expected_half_width,
+    judge,
+    percentile_ms,
+)
+from prune2deploy.search.learning import COVERED, Lessons
 from prune2deploy.search.opening import measure_baseline, open_workshop
 from prune2deploy.search.payoff import Payoff
 from prune2deploy.search.planning import Question, Wanted
@@ -73,6 +83,8 @@ class Search:
     def __init__(self, job: Job, options: RunOptions, shop: Workshop, baseline: Baseline) -> None:
         self.job, self.options, self.shop, self.baseline = job, options, shop, baseline
         self.budget = options.budget
+        deadline = self.budget.latency_ms
+        self.goal = None if deadline is None else Goal(deadline, self.budget.percentile)
         self.lessons = Lessons(shop, baseline, cache=options.cache)
         self.floor_missed = False
         self.notes = list(notices(job.batches))
@@ -111,9 +123,7 @@ class Search:
     @property
     def done(self) -> bool:
         """Whether an attempt meets the budget and fills it, or needs no pruning at all."""
-        return any(
-            a.verdict == "met" and (a.share >= FILL or a.built.number == 0) for a in self.attempts
-        )
+        return any(a.filled or (a.verdict == "met" and a.built.number == 0) for a in self.attempts)
 
     @property
     def builds_left(self) -> int:
@@ -241,7 +251,7 @@ class Search:
             return self.baseline.p50_ms / self.budget.speedup
         if not self.attempts:
             tail = self.baseline.measured.latency
-            value = {50: tail.p50_ms, 95: tail.p95_ms, 99: tail.p99_ms}[self.budget.percentile]
+            value = percentile_ms(tail, self.budget.percentile)
             return self.budget.latency_ms * tail.p50_ms / value
         last = self.attempts[-1]
         seen = last.comparison
@@ -274,14 +284,14 @@ class Search:
 
     def _half_width(self) -> float:
         """Half-width to expect of the next interval, as a fraction."""
-        policy = self.shop.target.measure.half_width
-        return max([policy, *(half_width(a.comparison) for a in self.attempts[-1:])])
+        seen = expected_half_width(self.baseline, self.attempts, self.budget)
+        return max(self.shop.target.measure.half_width, seen)
 
     def _measure(self, built: Built, predicted_ms: float) -> Attempt:
         """Profile a build and measure it interleaved with the baseline.
 
-        Not only until the verdict is clear but until the interval is narrow: the model learns
-        from the value.
+        Not only until the verdict is clear but until the interval of the ratio is narrow: the
+        model learns from the value.
         """
         profile = candidate.profile(self.shop, built)
 
@@ -292,10 +302,11 @@ class Search:
                 self.shop.engine(self.baseline.built),
                 self.shop.target,
                 raw_path=self.shop.run / f"raw/{built.key}.npz",
+                goal=self.goal,
             )
 
         seen = self.shop.run.journal.once(f"{built.key}/compare", Comparison, work)
-        return Attempt(built, profile, seen, predicted_ms, *judge(seen, self.budget))
+        return Attempt(built, profile, seen, predicted_ms, self.budget, *judge(seen, self.budget))
 
     def recover(self) -> Outcome:
         """Get accuracy back on the best plan, and measure what is shipped."""

@@ -39,6 +39,7 @@ VERDICTS: Mapping[str, str] = {
     "unreachable": "budget unreachable",
     "uncertain": "too unstable to decide",
 }
+STEADY = 1.05  # slowest over fastest session of a machine that keeps its speed
 EXIT_CODES: Mapping[str, int] = {"met": 0, "missed": 4, "unreachable": 4, "uncertain": 6}
 
 
@@ -102,7 +103,10 @@ def describe(outcome: Outcome, seconds: float, name: str, notes: tuple[str, ...]
         layers=_layers(outcome),
         steps=_steps(outcome),
         environment=environment(outcome.target, seen.fingerprint),
-        notes=(*_paid(outcome), *outcome.notes, *final.built.notes, *flags, *notes),
+        notes=(*_notes(outcome), *flags, *notes),
+        percentile=final.budget.percentile,
+        judged_ms=final.value_ms,
+        bound_ms=final.bound_ms,
     )
 
 
@@ -111,13 +115,37 @@ def _accuracy(outcome: Outcome) -> AccuracyLine | None:
     return None if found is None else AccuracyLine(found.samples, found.unpruned, found.pruned)
 
 
-def _paid(outcome: Outcome) -> tuple[str, ...]:
-    return (outcome.paid.text(),) if outcome.paid else ()
+def _notes(outcome: Outcome) -> tuple[str, ...]:
+    paid = (outcome.paid.text(),) if outcome.paid else ()
+    return (*paid, *outcome.notes, *outcome.final.built.notes, *_speeds(outcome))
+
+
+def _speeds(outcome: Outcome) -> tuple[str, ...]:
+    """What the machine's own changes of speed mean for a deadline in milliseconds."""
+    if outcome.final.budget.latency_ms is None:
+        return ()
+    references = (attempt.comparison.reference for attempt in outcome.attempts)
+    measured = (outcome.baseline.measured.latency, *references)
+    least, most = (pick(one.p50_ms for one in measured) for pick in (min, max))
+    if most <= STEADY * least:
+        return ()
+    return (
+        f"the unpruned model took {least:.4g} to {most:.4g} ms in the {len(measured)} sessions of "
+        "this run, so this machine changes its speed: the verdict is of the last session, and "
+        "--speedup names a budget that does not depend on it",
+    )
 
 
 def verdict_text(outcome: Outcome) -> str:
     """The verdict in words; an unreachable budget is told with its floor."""
     told = VERDICTS[outcome.verdict]
+    final = outcome.final
+    if outcome.verdict == "uncertain" and final.budget.percentile != 50:
+        return (
+            f"{told}: {final.comparison.candidate.samples} samples within the time limit of "
+            f"{outcome.target.measure.max_seconds:g} s are too few to bound "
+            f"p{final.budget.percentile}; raise max_seconds in the target's [measure]"
+        )
     if outcome.verdict != "unreachable" or outcome.floor_ms is None:
         return told
     return (

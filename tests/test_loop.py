@@ -347,18 +347,37 @@ def seen(candidate, reference, half=0.01):
 
 
 def test_judging_uses_the_interval_and_the_session():
-    assert judge(seen(9.8, 20), Budget(speedup=2))[2] == "met"
-    assert judge(seen(9.95, 20), Budget(speedup=2))[2] == "uncertain"
-    assert judge(seen(10.2, 20), Budget(speedup=2))[2] == "missed"
-    assert judge(seen(10.2, 30), Budget(speedup=2)) == (15.0, 10.2, "met")  # a slower session
-    assert judge(seen(9.8, 20), Budget(latency_ms=9.9))[2] == "met"
-    assert judge(seen(9.8, 20), Budget(latency_ms=9.9, percentile=99)) == (
-        9.9, pytest.approx(11.76), "missed",
+    half = Budget(speedup=2)
+    assert judge(seen(9.8, 20), half)[-1] == "met"
+    assert judge(seen(9.95, 20), half)[-1] == "uncertain"
+    assert judge(seen(10.2, 20), half)[-1] == "missed"
+    slower = judge(seen(10.2, 30), half)  # a slower session
+    assert slower == (15.0, 10.2, pytest.approx(10.2 * 1.01), "met")
+    assert judge(seen(9.8, 20), Budget(latency_ms=9.9))[-1] == "met"
+    tail = seen(9.8, 20)
+    assert judge(tail, Budget(latency_ms=9.9, percentile=99)) == (
+        9.9, pytest.approx(11.76), pytest.approx(11.76), "missed",
     )  # fmt: skip
+    assert judge(tail, Budget(latency_ms=12, percentile=99))[-1] == "met"
+
+
+def test_milliseconds_are_judged_by_how_well_the_session_knows_them():
+    sure = seen(9.8, 20)
+    vague = replace(sure, candidate=replace(sure.candidate, ci95_ms=(9.0, 10.7)))
+    assert judge(vague, Budget(latency_ms=10))[-1] == "uncertain"
+    assert judge(vague, Budget(latency_ms=10.7))[-1] == "met"
+    assert judge(vague, Budget(speedup=2))[-1] == "met"  # a ratio is known better
+
+
+def test_a_percentile_without_samples_enough_is_never_met():
+    few = seen(9.8, 20)
+    few = replace(few, candidate=replace(few.candidate, unbounded=(99,)))
+    assert judge(few, Budget(latency_ms=1000, percentile=99))[-1] == "uncertain"
+    assert judge(few, Budget(latency_ms=1000, percentile=95))[-1] == "met"
 
 
 def test_the_best_is_the_largest_that_meets_else_the_fastest():
-    base = Attempt(None, (), seen(9, 20), 9.0, 10.0, 9.0, "met")
+    base = Attempt(None, (), seen(9, 20), 9.0, Budget(speedup=2), 10.0, 9.0, 9.1, "met")
     fuller = replace(base, value_ms=9.8)
     slow, slower = (replace(base, value_ms=v, verdict="missed") for v in (10.5, 11.0))
     assert best([slow, base, fuller, slower]) is fuller
@@ -367,4 +386,11 @@ def test_the_best_is_the_largest_that_meets_else_the_fastest():
 
 def test_the_aim_leaves_room_for_the_interval():
     assert aim(100, 0.01) * 1.01 < 100
-    assert aim(100, 0.5) > 90  # a hopeless interval does not shrink the model without end
+    assert aim(100, 0.5) > 89  # a hopeless interval does not shrink the model without end
+
+
+def test_a_budget_is_filled_by_the_upper_bound():
+    base = Attempt(None, (), seen(9, 20), 9.0, Budget(latency_ms=10), 10.0, 9.2, 9.75, "met")
+    assert base.filled
+    assert not replace(base, bound_ms=9.6).filled
+    assert not replace(base, verdict="uncertain").filled

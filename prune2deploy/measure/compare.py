@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from prune2deploy.backends import registry
 from prune2deploy.backends.base import Engine
 from prune2deploy.backends.feeds import random_feeds
 from prune2deploy.measure import child, run, samples
+from prune2deploy.measure.goal import Goal
 from prune2deploy.measure.sample import Progress
 from prune2deploy.measure.samples import Samples
 from prune2deploy.measure.summary import Comparison, LatencyStats, summarise
@@ -33,7 +34,7 @@ def compare(
     *,
     raw_path: Path | None = None,
     progress: Progress | None = None,
-    stop_at: float | None = None,
+    goal: Goal | None = None,
 ) -> Comparison:
     """Time two engines side by side.
 
@@ -43,14 +44,14 @@ def compare(
         target: Where; its policy says how precisely and how long.
         raw_path: Keep the raw samples in this file (``.npz``).
         progress: Called with a stage and the fraction done.
-        stop_at: Greatest ratio candidate / reference that meets the budget: sampling may stop as
-            soon as the side of it is clear.
+        goal: A deadline that the candidate is held against; sampling goes on until it can be
+            judged as well, within the time limit. ``None`` for the ratio alone.
 
     Raises:
         MeasureError: The measuring process crashed or did not end.
         BackendError: An engine could not be opened or run.
     """
-    taken = _take((candidate, reference), target, raw_path, (stop_at, progress))
+    taken = _take((candidate, reference), target, raw_path, (goal, progress))
     return summarise(taken, target, raw_path)
 
 
@@ -159,13 +160,13 @@ def _take(
     engines: tuple[Engine, Engine],
     target: Target,
     raw_path: Path | None,
-    stopping: tuple[float | None, Progress | None],
+    stopping: tuple[Goal | None, Progress | None],
 ) -> Samples:
     """Take the samples where they belong: simulated ones here, real ones in a child process."""
-    stop_at, progress = stopping
+    goal, progress = stopping
     backend = registry.for_target(target)
     if backend.simulated:
-        taken = run.interleaved(backend, engines, target, stop_at=stop_at, progress=progress)
+        taken = run.interleaved(backend, engines, target, goal=goal, progress=progress)
         if raw_path is not None:
             samples.save(taken, raw_path)
         return taken
@@ -174,7 +175,7 @@ def _take(
         spec = {
             **_spec(engines, target, "compare"),
             "raw": str(raw),
-            "stop_at": stop_at,
+            "goal": None if goal is None else asdict(goal),
             "scratch": [folder],
         }
         limit = STARTUP_SECONDS + 2.5 * target.measure.max_seconds

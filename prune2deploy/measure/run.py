@@ -10,6 +10,7 @@ from prune2deploy.backends.base import Backend, Engine, Session
 from prune2deploy.backends.feeds import random_feeds
 from prune2deploy.measure import host
 from prune2deploy.measure.clock import RealClock, SimulatedClock
+from prune2deploy.measure.goal import Goal
 from prune2deploy.measure.sample import Progress, Sampler
 from prune2deploy.measure.samples import Samples
 from prune2deploy.target import Target
@@ -20,7 +21,7 @@ def interleaved(
     engines: tuple[Engine, Engine],
     target: Target,
     *,
-    stop_at: float | None,
+    goal: Goal | None,
     progress: Progress | None,
 ) -> Samples:
     """Open candidate and reference (twice, if the policy wants a control) and sample them."""
@@ -37,7 +38,7 @@ def interleaved(
     clock = SimulatedClock() if backend.simulated else RealClock()
     openers = [partial(opener, engine) for engine in chosen]
     sampler = Sampler(openers, target, clock, simulated=backend.simulated)
-    taken = sampler.collect(stop_at, progress)
+    taken = sampler.collect(goal, progress)
     facts = {} if backend.simulated else host.fingerprint()
     facts.update(versions=backend.versions(), threads=target.threads, target=target.sha256)
     return replace(taken, notes={**taken.notes, "fingerprint": facts})

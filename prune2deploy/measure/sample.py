@@ -22,8 +22,9 @@ import numpy as np
 from prune2deploy.backends.base import Sample, Session
 from prune2deploy.measure import host, stats
 from prune2deploy.measure.clock import Clock
+from prune2deploy.measure.goal import Goal
 from prune2deploy.measure.samples import NOISE, Samples
-from prune2deploy.measure.summary import choose_clock, effects, times
+from prune2deploy.measure.summary import choose_clock, effects, judgeable, times
 from prune2deploy.target import MeasurePolicy, Target
 
 Progress = Callable[[str, float], None]
@@ -59,28 +60,28 @@ class Sampler:
         self._blocks: list[int] = []
         self._noise: list[tuple[int, ...]] = []
 
-    def collect(self, stop_at: float | None, progress: Progress | None) -> Samples:
+    def collect(self, goal: Goal | None, progress: Progress | None) -> Samples:
         """Warm up, sample until the policy is content, and once more if the device throttled.
 
         Args:
-            stop_at: Limit of the ratio: its side may be decided early. ``None`` for precision only.
+            goal: What must be judged beyond the ratio; ``None`` for the ratio alone.
             progress: Told how far it is.
         """
         with self._open:
-            samples = self._attempt(stop_at, progress)
+            samples = self._attempt(goal, progress)
             if not self._simulated and self._throttled(samples):
                 if progress:
                     progress("cooling down", 0.0)
                 self._clock.sleep(COOL_NS)
-                samples = self._attempt(stop_at, progress)
+                samples = self._attempt(goal, progress)
                 samples = replace(samples, notes={**samples.notes, "cooled": True})
         return samples
 
-    def _attempt(self, stop_at: float | None, progress: Progress | None) -> Samples:
+    def _attempt(self, goal: Goal | None, progress: Progress | None) -> Samples:
         self._rows = [[] for _ in self._openers]
         self._blocks, self._noise = [], []
         warm = self._warm_up(progress)
-        stopped = self._sample(stop_at, progress)
+        stopped = self._sample(goal, progress)
         return self._samples({"warm": warm, "stopped": stopped, "reopened": self._reopen})
 
     def _renew(self) -> None:
@@ -144,7 +145,7 @@ class Sampler:
                 break
         return found
 
-    def _sample(self, stop_at: float | None, progress: Progress | None) -> str:
+    def _sample(self, goal: Goal | None, progress: Progress | None) -> str:
         """Take blocks until a look says stop; return why."""
         policy = self._target.measure
         started = self._clock.now()
@@ -158,21 +159,19 @@ class Sampler:
                 progress("measuring", min(1.0, seconds / policy.max_seconds))
             if count >= look:
                 look = int(np.ceil(count * stats.LOOK_GROWTH))
-                reason = self._reason(policy, stop_at, seconds)
-                if reason:
-                    return reason
+                if self._suffices(policy, goal, seconds):
+                    return "precise"
             if seconds >= policy.max_seconds:
                 return "time"
 
-    def _reason(self, policy: MeasurePolicy, stop_at: float | None, seconds: float) -> str | None:
+    def _suffices(self, policy: MeasurePolicy, goal: Goal | None, seconds: float) -> bool:
+        if seconds < policy.min_seconds and not self._simulated:
+            return False
         samples = self._samples({})
-        stop = stats.stopping(
-            effects(samples, choose_clock(samples, self._target)), policy, stop_at
-        )
-        least = 0.0 if self._simulated else policy.min_seconds
-        if stop.precise and seconds >= least:
-            return "precise"
-        return "decided" if stop.decided and seconds >= least / 3 else None
+        clock = choose_clock(samples, self._target)
+        if not stats.precise(effects(samples, clock), policy):
+            return False
+        return goal is None or judgeable(samples, clock, goal, policy.half_width)
 
     def _block(self, number: int) -> None:
         """Time one block of rounds and note what the host did meanwhile."""

@@ -16,7 +16,7 @@ from prune2deploy.measure.stats import (
     Floats,
     interval,
     looks,
-    stopping,
+    precise,
 )
 from prune2deploy.target import MeasurePolicy
 
@@ -54,18 +54,34 @@ def block_effects(shape: tuple[int, int, int], ratio: float, host: Host, seed: i
     Returns:
         Logarithms of the ratio, (measurements, blocks).
     """
-    random = np.random.default_rng(seed)
     runs, blocks, pairs = shape
-    contended = _stretches(random, (runs, blocks * pairs), host)
-    pressure = contended * random.exponential(host.slowdown, contended.shape)
-    spread = np.where(contended, host.extra, host.noise)
-    logs = []
-    for centre in (np.log(ratio), 0.0):
-        preempted = random.random(contended.shape) < host.preempted
-        delay = preempted * np.log1p(random.exponential(3.0, contended.shape))
-        logs.append(centre + pressure + spread * random.standard_normal(spread.shape) + delay)
-    effects = (logs[0] - logs[1]).reshape(shape)
+    first, second = logarithms((runs, blocks * pairs), host, seed)
+    effects = (np.log(ratio) + first - second).reshape(shape)
     return np.asarray(np.median(effects, axis=-1))
+
+
+def logarithms(shape: tuple[int, int], host: Host, seed: int) -> tuple[Floats, Floats]:
+    """Simulate two engines of one nanosecond side by side.
+
+    Args:
+        shape: Measurements, pairs of each.
+        host: What disturbs them.
+        seed: Of everything random.
+
+    Returns:
+        Logarithms of the wall time of either, (measurements, pairs).
+    """
+    random = np.random.default_rng(seed)
+    contended = _stretches(random, shape, host)
+    pressure = contended * random.exponential(host.slowdown, shape)
+    spread = np.where(contended, host.extra, host.noise)
+
+    def one() -> Floats:
+        preempted = random.random(shape) < host.preempted
+        delay = preempted * np.log1p(random.exponential(3.0, shape))
+        return np.asarray(pressure + spread * random.standard_normal(shape) + delay)
+
+    return one(), one()
 
 
 def _stretches(
@@ -95,15 +111,14 @@ class Outcome:
     blocks: Floats
 
 
-def sequential(effects: Floats, policy: MeasurePolicy, stop_at: float | None) -> Outcome:
+def sequential(effects: Floats, policy: MeasurePolicy) -> Outcome:
     """Stop each simulated measurement (measurements, blocks) by the rule of real ones."""
     runs, most = effects.shape
     low, high, taken = (np.zeros(runs) for _ in range(3))
     going = np.arange(runs)
     for blocks in looks(MIN_BLOCKS, most):
         part = effects[going, :blocks]
-        stop = stopping(part, policy, stop_at)
-        ends = stop.precise | stop.decided | (blocks == most)
+        ends = precise(part, policy) | (blocks == most)
         done = going[ends]
         low[done], high[done] = (np.exp(bound) for bound in interval(part[ends]))
         taken[done] = blocks

@@ -8,7 +8,8 @@ measurements are evaluated at once.
 
 Sources: block resampling, Künsch 1989 (Annals of Statistics 17:1217); trimmed means and their
 degrees of freedom, Tukey and McLaughlin 1963 (Sankhya A 25:331); order-statistic bounds of
-quantiles, David and Nagaraja, Order Statistics, section 7.1; fences, Tukey 1977.
+quantiles, David and Nagaraja, Order Statistics, section 7.1; batch means for runs that come in
+clumps, Conway 1963 (Management Science 10:47); fences, Tukey 1977.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ LOOK_GROWTH = 1.3
 """Stopping is considered only each time the blocks have grown by this: few looks, few errors."""
 EARLY_LEVEL = 0.998
 """Level of the interval that an early decision must clear, because it is looked at repeatedly."""
+BATCHES = 10
+"""Stretches of time that the spread of a quantile is taken from: contention comes in clumps."""
 
 
 def block_medians(values: Floats, blocks: npt.NDArray[np.int64]) -> Floats:
@@ -81,37 +84,10 @@ def looks(first: int, last: int) -> list[int]:
     return found
 
 
-@dataclass(frozen=True)
-class Stop:
-    """Whether to stop at a look; arrays when many measurements are evaluated at once.
-
-    Attributes:
-        precise: The interval is as narrow as wanted.
-        decided: The stricter interval lies on one side of the limit.
-    """
-
-    precise: npt.NDArray[np.bool_]
-    decided: npt.NDArray[np.bool_]
-
-
-def stopping(effects: Floats, policy: MeasurePolicy, stop_at: float | None) -> Stop:
-    """Say whether block effects (..., blocks) suffice.
-
-    Args:
-        effects: Logarithms of the ratio, one per block.
-        policy: Gives the wanted half-width.
-        stop_at: Limit of the ratio whose side is asked for, or ``None``.
-    """
+def precise(effects: Floats, policy: MeasurePolicy) -> npt.NDArray[np.bool_]:
+    """Whether the interval of block effects (..., blocks) is as narrow as the policy wants."""
     low, high = interval(effects)
-    precise = (high - low) / 2 <= np.log1p(policy.half_width)
-    if stop_at is None:
-        return Stop(precise, np.zeros_like(precise))
-    centre, freedom = trimmed_mean(effects), max(1, effects.shape[-1] - 1)
-    stricter = t.ppf(0.5 + EARLY_LEVEL / 2, freedom) / t.ppf(0.975, freedom)
-    limit = np.log(stop_at)
-    met = centre + stricter * (high - centre) <= limit
-    missed = centre - stricter * (centre - low) > limit
-    return Stop(precise, met | missed)
+    return np.asarray((high - low) / 2 <= np.log1p(policy.half_width))
 
 
 def ratio_interval(effects: Floats) -> tuple[float, tuple[float, float]]:
@@ -120,30 +96,49 @@ def ratio_interval(effects: Floats) -> tuple[float, tuple[float, float]]:
     return float(np.exp(trimmed_mean(effects))), (float(np.exp(low)), float(np.exp(high)))
 
 
-def median_interval(values: Floats, blocks: npt.NDArray[np.int64]) -> tuple[float, float]:
-    """Return the 95 % interval of the median of ``values`` (n,), resampling blocks (n,)."""
-    medians = block_medians(values, blocks)
-    count = len(medians)
-    centre = float(np.median(values))
-    if count < 2:
+def share_error(values: Floats, quantile: float) -> float:
+    """Standard error of the share of ``values`` (n,), in order of time, that a quantile exceeds.
+
+    That of independent values, or of the shares in ``BATCHES`` stretches of time if greater: a busy
+    host slows many runs in a row, and a clump of them tells little more than one.
+    """
+    below = values <= np.quantile(values, quantile)
+    shares = [part.mean() for part in np.array_split(below, BATCHES) if part.size]
+    clumped = float(np.std(shares, ddof=1)) / np.sqrt(len(shares)) if len(shares) > 1 else 0.0
+    return max(float(np.sqrt(quantile * (1 - quantile) / len(values))), float(clumped))
+
+
+def median_interval(values: Floats, level: float = 0.95) -> tuple[float, float]:
+    """Return the interval of the median of ``values`` (n,), which are in order of time.
+
+    In simulation, 95 % intervals cover 93 to 98 % where a stretch of contention lasts up to a
+    fiftieth of the measurement, and 82 % where it lasts a tenth. A host that changes its speed for
+    longer than that shows only what it was like meanwhile.
+    """
+    if len(values) < 2 * BATCHES:
         return 0.0, float("inf")
-    picks = np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
-    error = float(np.median(medians[picks], axis=-1).std(ddof=1))
-    half = error * float(t.ppf(0.975, count - 1)) * float(np.sqrt(count / (count - 1)))
-    return max(0.0, centre - half), centre + half
+    half = float(t.ppf(0.5 + level / 2, BATCHES - 1)) * share_error(values, 0.5)
+    low, high = np.quantile(values, [max(0.0, 0.5 - half), min(1.0, 0.5 + half)])
+    return float(low), float(high)
 
 
 def upper_quantile(values: Floats, quantile: float, confidence: float = 0.95) -> tuple[float, bool]:
-    """Bound a quantile from above by an order statistic.
+    """Bound a quantile of ``values`` (n,), which are in order of time, by an order statistic.
 
-    The k-th smallest of n samples lies above the quantile with probability P(Bin(n, q) < k).
+    The k-th smallest of n independent values lies above the quantile with probability
+    P(Bin(n, q) < k). Values that come in clumps count as the fewer independent ones that have the
+    same error (see ``share_error``).
 
     Returns:
         The bound, and whether there were samples enough for it; if not, it is the largest sample.
     """
-    ordered = np.sort(values)
-    rank = int(binom.ppf(confidence, len(ordered), quantile))  # 0-based rank of the bound
-    return float(ordered[min(rank, len(ordered) - 1)]), rank < len(ordered)
+    ordered, count = np.sort(values), len(values)
+    worth = quantile * (1 - quantile) / share_error(values, quantile) ** 2
+    worth = max(1, min(count, round(worth)))
+    rank = int(binom.ppf(confidence, worth, quantile))  # 0-based rank of the bound among ``worth``
+    if rank >= worth:
+        return float(ordered[-1]), False
+    return float(ordered[min(count - 1, int(np.ceil(rank * count / worth)))]), True
 
 
 def outliers(values: Floats) -> dict[str, int]:

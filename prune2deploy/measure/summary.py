@@ -1,21 +1,24 @@
 """From raw samples to results: which clock counts, ratio, percentiles, flags. Pure functions.
 
 The ratio of candidate to reference comes from pairs; the scale in milliseconds from the wall
-median of the reference in the same session. Where a device tells its own time, a run counts as that
+median of the reference in the same session, so an interval in milliseconds is as wide as both
+together. Where a device tells its own time, a run counts as that
 plus what the host takes beyond it (launching, waiting) in the median run of the same engine: the
 device's time is steady and leaves out what its user waits for, wall time is neither.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from prune2deploy.measure import stats
+from prune2deploy.measure.goal import Goal
 from prune2deploy.measure.samples import CPU, DEVICE, WALL, Ints, Samples
 from prune2deploy.measure.stats import Floats
 from prune2deploy.target import Target
@@ -31,9 +34,12 @@ class LatencyStats:
     Attributes:
         p50_ms: Median.
         p95_ms: Upper 95 % confidence bound of the 95th percentile of wall time.
-        p99_ms: The same of the 99th; the largest sample where there are too few (see the flags).
-        ci95_ms: 95 % interval of the median.
+        p99_ms: The same of the 99th.
+        ci95_ms: 95 % interval of the median, of this session: a machine that has another speed
+            tomorrow gives another median.
         samples: Runs that it rests on.
+        unbounded: Percentiles among 95 and 99 that there were too few samples for; the largest
+            sample stands in for their bound.
     """
 
     p50_ms: float
@@ -41,16 +47,17 @@ class LatencyStats:
     p99_ms: float
     ci95_ms: tuple[float, float]
     samples: int
+    unbounded: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Comparison:
     """A candidate measured beside a reference.
 
-    The median of the candidate is that of the reference's wall time multiplied by ``ratio``, and
-    its interval that of the ratio on the same scale: pairs fix the relation of the two far better
-    than either can be known by itself on a shared machine. ``wall_p50_ms`` is the candidate's plain
-    wall median, for comparison.
+    The median of the candidate is that of the reference's wall time multiplied by ``ratio``: pairs
+    fix the relation of the two far better than either can be known by itself on a shared machine.
+    Its interval joins that of the ratio and that of the reference's median, whose errors do not
+    depend on each other. ``wall_p50_ms`` is the candidate's plain wall median, for comparison.
 
     Attributes:
         candidate: Latency of the candidate.
@@ -62,7 +69,7 @@ class Comparison:
         wall_p50_ms: Plain wall median of the candidate.
         control_ratio: The same ratio between two copies of the reference (A/A); ``None`` without.
         control_ci95: Its 95 % interval.
-        stopped: ``"precise"``, ``"decided"`` (which side of the limit) or ``"time"``.
+        stopped: ``"precise"``, or ``"time"`` where the time was up before that.
         flags: What to mistrust, one word or two each; empty is good.
         outliers: Wall samples of the candidate beyond Tukey's fences, by kind; none was dropped.
         fingerprint: Facts of the host and runtime; never pool samples of different ones.
@@ -140,16 +147,14 @@ def summarise(samples: Samples, target: Target, raw: Path | None = None) -> Comp
     clock = choose_clock(samples, target)
     block_effects = effects(samples, clock)
     ratio, interval = stats.ratio_interval(block_effects)
-    reference = _latency(samples.reference[:, WALL], samples.block)
-    plain = _latency(samples.candidate[:, WALL], samples.block)
+    reference = _latency(samples.reference[:, WALL])
+    plain = _latency(samples.candidate[:, WALL])
     control = _control(samples, clock)
     return Comparison(
-        candidate=LatencyStats(
-            reference.p50_ms * ratio,
-            plain.p95_ms,
-            plain.p99_ms,
-            (reference.p50_ms * interval[0], reference.p50_ms * interval[1]),
-            plain.samples,
+        candidate=replace(
+            plain,
+            p50_ms=reference.p50_ms * ratio,
+            ci95_ms=joined((reference.p50_ms, reference.ci95_ms), (ratio, interval)),
         ),
         reference=reference,
         ratio=ratio,
@@ -166,6 +171,41 @@ def summarise(samples: Samples, target: Target, raw: Path | None = None) -> Comp
         disturbance=disturbance(samples),
         raw=raw,
     )
+
+
+Estimate = tuple[float, tuple[float, float]]
+"""A value and its interval."""
+
+
+def joined(first: Estimate, second: Estimate) -> tuple[float, float]:
+    """Interval of the product of two positive values with independent errors."""
+    value = first[0] * second[0]
+    down = [math.log(centre / low) if low > 0 else math.inf for centre, (low, _) in (first, second)]
+    up = [math.log(high / centre) for centre, (_, high) in (first, second)]
+    return value * math.exp(-math.hypot(*down)), value * math.exp(math.hypot(*up))
+
+
+def judgeable(samples: Samples, clock: int, goal: Goal, half_width: float) -> bool:
+    """Whether what was sampled so far can be held against a deadline.
+
+    For a high percentile, there are samples enough to bound it. For the median, its interval is
+    within three times ``half_width`` (shared machines hardly allow less), or a stricter one lies
+    whole on one side of the limit.
+    """
+    if goal.percentile != 50:
+        return stats.upper_quantile(_wall(samples.candidate), goal.percentile / 100)[1]
+    wall = _wall(samples.reference)
+    scale, (ratio, bounds) = float(np.median(wall)), stats.ratio_interval(effects(samples, clock))
+    low, high = joined((scale, stats.median_interval(wall)), (ratio, bounds))
+    if low > 0 and np.log(high / low) / 2 <= np.log1p(3 * half_width):
+        return True
+    strict = stats.median_interval(wall, stats.EARLY_LEVEL)
+    low, high = joined((scale, strict), (ratio, bounds))
+    return ms(high) <= goal.limit_ms or ms(low) > goal.limit_ms
+
+
+def _wall(rows: Ints) -> Floats:
+    return rows[:, WALL].astype(np.float64)
 
 
 def disturbance(samples: Samples) -> dict[str, float]:
@@ -194,19 +234,21 @@ def _undisturbed(rows: Ints) -> float | None:
     return ms(float(np.median(calm))) if len(calm) >= 10 else None
 
 
-def _latency(wall: Ints, block: Ints) -> LatencyStats:
+def _latency(wall: Ints) -> LatencyStats:
     values = wall.astype(float)
-    low, high = stats.median_interval(values, block)
+    low, high = stats.median_interval(values)
+    bounds = {tail: stats.upper_quantile(values, tail / 100) for tail in (95, 99)}
     return LatencyStats(
         p50_ms=ms(float(np.median(values))),
-        p95_ms=ms(stats.upper_quantile(values, 0.95)[0]),
-        p99_ms=ms(stats.upper_quantile(values, 0.99)[0]),
+        p95_ms=ms(bounds[95][0]),
+        p99_ms=ms(bounds[99][0]),
         ci95_ms=(ms(low), ms(high)),
         samples=len(values),
+        unbounded=tuple(tail for tail, (_, enough) in bounds.items() if not enough),
     )
 
 
-def _control(samples: Samples, clock: int) -> tuple[float, tuple[float, float]] | None:
+def _control(samples: Samples, clock: int) -> Estimate | None:
     if not samples.twin.size or samples.block[-1] < 1:
         return None
     return stats.ratio_interval(_effects(samples.twin, samples.reference, samples.block, clock))
@@ -214,7 +256,7 @@ def _control(samples: Samples, clock: int) -> tuple[float, tuple[float, float]] 
 
 def _flags(samples: Samples, target: Target, clock: int) -> tuple[str, ...]:
     host = disturbance(samples)
-    wall = samples.candidate[:, WALL].astype(np.float64)
+    unbounded = _latency(samples.candidate[:, WALL]).unbounded
     drift = stats.drift(stats.block_medians(times(samples.reference, clock), samples.block))
     interval = stats.ratio_interval(effects(samples, clock))[1]
     control = _control(samples, clock)
@@ -226,8 +268,8 @@ def _flags(samples: Samples, target: Target, clock: int) -> tuple[str, ...]:
         "throttled": drift.change > 0.03 and drift.steady,
         "drift": abs(drift.change) > 0.03 and not (drift.change > 0.03 and drift.steady),
         "wide interval": bool(wide),
-        "too few samples for p95": not stats.upper_quantile(wall, 0.95)[1],
-        "too few samples for p99": not stats.upper_quantile(wall, 0.99)[1],
+        "too few samples for p95": 95 in unbounded,
+        "too few samples for p99": 99 in unbounded,
         "opened once": not samples.notes.get("reopened", True),
         "control off": control is not None and _off(*control),
     }

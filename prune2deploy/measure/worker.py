@@ -2,9 +2,9 @@
 
 The specification has ``task`` (``"compare"`` or ``"profile"``), ``target`` (``Target.to_dict``),
 ``engines`` (path, onnx, backend of each: candidate, reference, which profiling may lack), and for
-comparing ``raw`` (where the samples go) and ``stop_at``, for profiling ``runs``; ``scratch`` lists
-folders to remove should the parent be killed. Messages go to standard output, one JSON document a
-line.
+comparing ``raw`` (where the samples go) and ``goal`` (or null), for profiling ``runs``;
+``scratch`` lists folders to remove should the parent be killed. Messages go to standard output, one
+JSON document a line.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from prune2deploy.backends.base import Backend, Engine
 from prune2deploy.backends.feeds import random_feeds
 from prune2deploy.errors import Prune2DeployError
 from prune2deploy.measure import run, samples
+from prune2deploy.measure.goal import Goal
 from prune2deploy.target import Target
 
 
@@ -62,9 +63,9 @@ def _compare(spec: Mapping[str, Any], say: Any) -> dict[str, Any]:
     def progress(stage: str, done: float) -> None:
         say({"progress": [stage, done]})
 
-    taken = run.interleaved(
-        backend, (candidate, reference), target, stop_at=spec["stop_at"], progress=progress
-    )
+    goal = None if spec["goal"] is None else Goal(**spec["goal"])
+    engines = candidate, reference
+    taken = run.interleaved(backend, engines, target, goal=goal, progress=progress)
     samples.save(taken, Path(spec["raw"]))
     return {"raw": spec["raw"]}
 

@@ -158,7 +158,9 @@ class AccuracyLine:
 class RunReport:
     """Everything that the report of one run shows; ``removed`` are blocks that were taken out.
 
-    ``curve`` is ``((predicted milliseconds, retained worth 0..1), ...)``, both rising.
+    ``curve`` is ``((predicted milliseconds, retained worth 0..1), ...)``, both rising. The verdict
+    is on ``bound_ms``, the upper 95 % confidence bound of ``judged_ms``, which is the measured
+    latency at ``percentile``; ``None`` in reports of earlier versions.
     """
 
     model: str
@@ -181,8 +183,19 @@ class RunReport:
     removed: tuple[str, ...] = ()
     curve: tuple[tuple[float, float], ...] = ()
     accuracy: AccuracyLine | None = None
+    percentile: int = 50
+    judged_ms: float | None = None
+    bound_ms: float | None = None
     kind: str = "run"
     schema: int = SCHEMA
+
+    def filling(self) -> str:
+        """How much of the budget the measured latency fills, and its upper bound."""
+        name, judged = f"p{self.percentile}", self.judged_ms or self.final.p50_ms
+        bound = f", its upper 95 % bound {(self.bound_ms or judged) / self.budget_ms:.1%}"
+        if self.percentile != 50:
+            name, bound = f"upper 95 % bound of {name}", ""
+        return f"measured {name} is {judged / self.budget_ms:.1%} of it{bound}"
 
 
 @dataclass(frozen=True)

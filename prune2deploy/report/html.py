@@ -81,14 +81,12 @@ def run_page(report: RunReport) -> str:
 
 def _result(report: RunReport) -> str:
     rows = [[escape(cell) for cell in row] for row in result_rows(report)]
-    share = report.final.p50_ms / report.budget_ms
     mark = "good" if report.met else "bad"
     parity = "".join(f"<p>Parity {escape(line.text())}.</p>" for line in report.parity)
     return (
-        f'<p class="{mark}"><strong>{escape(report.verdict)}</strong>: measured p50 '
-        f"{milliseconds(report.final.p50_ms)} ms is {share:.1%} of the budget of "
-        f"{milliseconds(report.budget_ms)} ms, {report.speedup:.3f} times as fast as the "
-        "baseline measured interleaved with it.</p>"
+        f'<p class="{mark}"><strong>{escape(report.verdict)}</strong>: the budget is '
+        f"{milliseconds(report.budget_ms)} ms; {report.filling()}. The model is "
+        f"{report.speedup:.3f} times as fast as the baseline measured interleaved with it.</p>"
         + html_table(["", "baseline", "pruned", "change"], rows)
         + f"<p>{report.builds} engine builds besides the baseline, "
         f"{report.seconds:.0f} s in all.</p>{parity}"

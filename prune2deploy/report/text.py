@@ -92,8 +92,7 @@ def run_text(report: RunReport) -> str:
         table(["", "baseline", "pruned", "change"], result_rows(report)),
         "",
         f"verdict   {report.verdict}",
-        f"budget    {milliseconds(report.budget_ms)} ms; measured p50 is "
-        f"{report.final.p50_ms / report.budget_ms:.1%} of it",
+        f"budget    {milliseconds(report.budget_ms)} ms; {report.filling()}",
         f"speed-up  {report.speedup:.3f}x, measured interleaved with the baseline",
         f"builds    {report.builds} besides the baseline, {report.seconds:.0f} s in all",
         f"widths    multiples of {report.limits.channel_multiple} "
@@ -192,8 +191,9 @@ def alone_text(path: Path, alone: Any) -> str:
     latency = alone.latency
     low, high = latency.ci95_ms
     lines = [
-        f"{path}: measured p50 {latency.p50_ms:.4g} ms (95 % {low:.4g}-{high:.4g}), "
-        f"p95 {latency.p95_ms:.4g} ms, p99 {latency.p99_ms:.4g} ms, {latency.samples} samples",
+        f"{path}: measured p50 {latency.p50_ms:.4g} ms (95 % {low:.4g}-{high:.4g} in "
+        f"this session), p95 {latency.p95_ms:.4g} ms, p99 {latency.p99_ms:.4g} ms, "
+        f"{latency.samples} samples",
         f"control: two copies of it side by side, ratio {alone.control_ratio:.4f}",
     ]
     return "\n".join([*lines, *(f"flag: {flag}" for flag in alone.flags)])

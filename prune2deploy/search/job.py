@@ -6,6 +6,7 @@ In: plain values. Out: :class:`Job`, :class:`Baseline`, :class:`Attempt`, :class
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from prune2deploy import measure
-from prune2deploy.config import Budget
+from prune2deploy.config import FILL, Budget
 from prune2deploy.graph import Graph
-from prune2deploy.measure import Comparison, Measurement
+from prune2deploy.measure import Comparison, LatencyStats, Measurement
 from prune2deploy.plan.allocate import Gap
 from prune2deploy.plan.latency_model import LatencyModel
 from prune2deploy.progress import Progress, silent
@@ -27,7 +28,7 @@ from prune2deploy.target import Target
 from prune2deploy.timing import OperatorTiming
 
 MARGIN = 0.005  # aimed below the budget, beside the half-width of the interval
-WIDEST = 0.03  # half-width up to which a wide interval lowers the aim
+WIDEST = 0.1  # half-width up to which a wide interval lowers the aim
 Finetune = Callable[[nn.Module], nn.Module | None]
 
 
@@ -81,8 +82,10 @@ class Attempt:
         profile: Time of each operator.
         comparison: What was measured.
         predicted_ms: What the model had predicted, in baseline milliseconds.
+        budget: What it was to meet.
         budget_ms: The budget in this session: for a speed-up, the baseline's median over it.
         value_ms: The percentile that the budget is for.
+        bound_ms: Upper 95 % confidence bound of it, which has to be within the budget.
         verdict: ``met``, ``missed`` or ``uncertain``.
     """
 
@@ -90,14 +93,21 @@ class Attempt:
     profile: tuple[OperatorTiming, ...]
     comparison: Comparison
     predicted_ms: float
+    budget: Budget
     budget_ms: float
     value_ms: float
+    bound_ms: float
     verdict: str
 
     @property
     def share(self) -> float:
         """Measured latency as a fraction of the budget."""
         return self.value_ms / self.budget_ms
+
+    @property
+    def filled(self) -> bool:
+        """Whether the budget is met and too little is left of it to go on."""
+        return self.verdict == "met" and self.bound_ms >= FILL * self.budget_ms
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,22 +155,41 @@ class Outcome:
     accuracy: Accuracy | None = None
 
 
-def judge(comparison: Comparison, budget: Budget) -> tuple[float, float, str]:
+def judge(comparison: Comparison, budget: Budget) -> tuple[float, float, float, str]:
     """Compare a measurement with the budget.
 
+    A speed-up is a ratio, and known as well as that; milliseconds are known as well as those of
+    the session. A percentile above the median is an upper confidence bound already, so it is met
+    or missed, or uncertain where the samples were too few for one.
+
     Returns:
-        Budget in this session, the latency it is for, and the verdict. A percentile above the
-        median is an upper confidence bound already, so it is met or missed.
+        Budget in this session, the latency it is for, its upper bound, and the verdict.
     """
-    measured = comparison.candidate
-    limit = budget.latency_ms
+    measured, limit = comparison.candidate, budget.latency_ms
     if limit is None:
         assert budget.speedup is not None
-        limit = comparison.reference.p50_ms / budget.speedup
+        whole = comparison.reference.p50_ms
+        low, high = (whole * bound for bound in comparison.ratio_ci95)
+        limit = whole / budget.speedup
+        return limit, measured.p50_ms, high, measure.verdict((low, high), limit)
     if budget.percentile == 50:
-        return limit, measured.p50_ms, measure.verdict(measured.ci95_ms, limit)
-    value = measured.p95_ms if budget.percentile == 95 else measured.p99_ms
-    return limit, value, "met" if value <= limit else "missed"
+        verdict = measure.verdict(measured.ci95_ms, limit)
+        return limit, measured.p50_ms, measured.ci95_ms[1], verdict
+    value = percentile_ms(measured, budget.percentile)
+    if budget.percentile in measured.unbounded:
+        return limit, value, value, "uncertain"
+    return limit, value, value, "met" if value <= limit else "missed"
+
+
+def percentile_ms(latency: LatencyStats, percentile: int) -> float:
+    """The measured 50th, 95th or 99th percentile."""
+    return {50: latency.p50_ms, 95: latency.p95_ms, 99: latency.p99_ms}[percentile]
+
+
+def half_width(interval: tuple[float, float]) -> float:
+    """Half-width of an interval of positive values, as a fraction."""
+    low, high = interval
+    return (high - low) / (high + low) if math.isfinite(high) else 1.0
 
 
 def best(attempts: Sequence[Attempt]) -> Attempt:
@@ -174,3 +203,13 @@ def best(attempts: Sequence[Attempt]) -> Attempt:
 def aim(limit_ms: float, half_width: float) -> float:
     """Where to aim so that the upper end of an interval of ``half_width`` meets the limit."""
     return limit_ms * (1 - min(half_width, WIDEST) - MARGIN)
+
+
+def expected_half_width(baseline: Baseline, attempts: Sequence[Attempt], budget: Budget) -> float:
+    """Half-width of what the next verdict will rest on, as the last one had it; a fraction."""
+    if budget.percentile != 50:
+        return 0.0  # the measured percentile is a bound already
+    last = attempts[-1].comparison if attempts else None
+    if budget.latency_ms is not None:
+        return half_width((last.candidate if last else baseline.measured.latency).ci95_ms)
+    return half_width(last.ratio_ci95) if last else 0.0

@@ -17,13 +17,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from prune2deploy.graph.axes import Graph
-from prune2deploy.measure import Comparison
 from prune2deploy.plan import latency_model
 from prune2deploy.plan.costs import Point
 from prune2deploy.plan.latency_model import Build, LatencyModel
 from prune2deploy.search import candidate, depth, probing, recall
 from prune2deploy.search.candidate import Built, Workshop
-from prune2deploy.search.job import Attempt, Baseline
+from prune2deploy.search.job import Attempt, Baseline, half_width
 from prune2deploy.search.recall import Recalled
 
 COVERED = 0.8  # of the unpruned model's time: siblings that know as much spare a probe
@@ -144,14 +143,8 @@ class Lessons:
                 a.built.plan.counts,
                 a.profile,
                 a.comparison.ratio * self._baseline.p50_ms,
-                half_width(a.comparison),
+                half_width(a.comparison.ratio_ci95),
             )
             for a in self.attempts
             if a.built.plan.removed == self.removed
         ]
-
-
-def half_width(seen: Comparison) -> float:
-    """Half-width of the interval of a measured ratio, as a fraction."""
-    low, high = seen.ratio_ci95
-    return (high - low) / (high + low)

@@ -59,7 +59,7 @@ def test_real_engines_are_timed_in_a_child(make_target, make_onnx, tmp_path):
         target,
         raw_path=tmp_path / "raw.npz",
         progress=lambda stage, done: told.append(stage),
-        stop_at=1.0,
+        goal=measure.Goal(1000.0),
     )
     assert found.ratio_ci95[1] < 1.0
     assert found.candidate.samples >= 30

@@ -7,6 +7,7 @@ from prune2deploy.backends.base import Sample, Session
 from prune2deploy.measure import samples as raw
 from prune2deploy.measure import summary
 from prune2deploy.measure.clock import Clock, SimulatedClock
+from prune2deploy.measure.goal import Goal
 from prune2deploy.measure.sample import WARM_RUNS, Sampler
 from prune2deploy.target import MeasurePolicy
 
@@ -138,14 +139,6 @@ def test_the_first_slow_runs_are_not_samples(make_target):
     assert samples.candidate[:, 0].max() == 5 * MS
 
 
-def test_the_limit_stops_early_when_the_side_is_clear(make_target):
-    policy = MeasurePolicy(half_width=0.001, min_seconds=6.0)
-    costs = [noisy(5 * MS, 0, 0.05), noisy(10 * MS, 1, 0.05)]
-    clear = sampler(make_target, costs, policy)[0].collect(0.9, None)
-    assert clear.notes["stopped"] == "decided"
-    assert clear.noise[:, 0].sum() < 6e9
-
-
 def test_the_time_cap_holds(make_target):
     policy = MeasurePolicy(half_width=0.0001, min_seconds=1.0, max_seconds=3.0)
     clock = ManualClock()
@@ -265,3 +258,43 @@ def test_damaged_sample_files_are_named(tmp_path):
     path.write_bytes(b"PK nothing")
     with pytest.raises(MeasureError, match=r"samples\.npz"):
         raw.load(path)
+
+
+def test_a_high_percentile_is_sampled_until_it_can_be_bounded(make_target):
+    costs = [noisy(100 * MS, 0), noisy(100 * MS, 1)]
+    policy = MeasurePolicy(min_seconds=1.0, max_seconds=300.0, half_width=0.05)
+    plain = sampler(make_target, costs, policy)[0].collect(None, None)
+    taker, _, target = sampler(make_target, costs, policy)
+    samples = taker.collect(Goal(1000.0, percentile=99), None)
+    assert len(plain.candidate) < 299 <= len(samples.candidate)
+    assert summary.summarise(plain, target).candidate.unbounded == (95, 99)
+    assert summary.summarise(samples, target).candidate.unbounded == ()
+    assert "too few samples for p99" in summary.summarise(plain, target).flags
+
+
+def busy(ns, clock, seconds):
+    """Up to twice as slow and back every ``seconds``, as beside another program."""
+    return lambda run: ns * (1.5 + 0.5 * np.sin(2 * np.pi * clock.now() / 1e9 / seconds))
+
+
+def test_a_deadline_is_sampled_until_the_milliseconds_are_known(make_target):
+    policy = MeasurePolicy(min_seconds=1.0, max_seconds=60.0)
+    found = {}
+    for name, goal in {"ratio": None, "near": Goal(15.5), "far": Goal(40.0)}.items():
+        clock = ManualClock()
+        costs = [busy(10 * MS, clock, 1.4), busy(10 * MS, clock, 1.4)]
+        taker, _, target = sampler(make_target, costs, policy, clock)
+        found[name] = summary.summarise(taker.collect(goal, None), target)
+    assert found["ratio"].stopped == "precise"
+    assert found["ratio"].ratio_ci95 == pytest.approx((1, 1), abs=0.01)
+    low, high = found["ratio"].candidate.ci95_ms
+    assert low < 15.5 < high  # the ratio is known, the milliseconds are not
+    assert found["near"].candidate.samples > 3 * found["far"].candidate.samples
+    assert found["far"].candidate.ci95_ms[1] < 40
+
+
+def test_the_interval_of_a_product_has_both_errors():
+    low, high = summary.joined((10.0, (9.0, 11.0)), (0.5, (0.49, 0.51)))
+    assert low == pytest.approx(5 * np.exp(-np.hypot(np.log(10 / 9), np.log(50 / 49))))
+    assert low < 4.5 and 5.5 < high < 5.6
+    assert summary.joined((10.0, (0.0, np.inf)), (0.5, (0.49, 0.51))) == (0.0, np.inf)

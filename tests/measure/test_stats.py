@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from prune2deploy.measure import stats
+from prune2deploy.measure.simulate import Host, logarithms
 from prune2deploy.measure.verdict import verdict
 from prune2deploy.target import MeasurePolicy
 
@@ -57,16 +58,11 @@ def test_a_known_ratio_is_found():
     assert ratio == pytest.approx(0.5, rel=0.01)
 
 
-def test_stopping_when_narrow_or_when_the_side_is_clear():
+def test_precise_means_as_narrow_as_the_policy_wants():
     policy = MeasurePolicy(half_width=0.01)
     random = np.random.default_rng(4)
-    narrow = random.normal(np.log(0.5), 0.001, 12)
-    wide = random.normal(np.log(0.5), 0.2, 12)
-    assert stats.stopping(narrow, policy, None).precise
-    assert not stats.stopping(wide, policy, None).precise
-    assert not stats.stopping(wide, policy, 0.5).decided
-    assert stats.stopping(wide, policy, 5.0).decided
-    assert stats.stopping(wide, policy, 0.05).decided
+    assert stats.precise(random.normal(np.log(0.5), 0.001, 12), policy)
+    assert not stats.precise(random.normal(np.log(0.5), 0.2, 12), policy)
 
 
 def test_looks_are_few_and_end_at_the_last_block():
@@ -76,13 +72,30 @@ def test_looks_are_few_and_end_at_the_last_block():
     assert stats.looks(10, 10) == [10]
 
 
+def spread(count):
+    """1 to ``count``, every stretch of it alike."""
+    values = np.arange(1.0, count + 1)
+    return values[np.argsort(np.arange(count) * 0.6180339887 % 1)]
+
+
 def test_the_upper_quantile_bound_by_hand():
     # 59 samples: 0.95 ** 59 < 0.05, so the largest bounds p95; with 58 nothing does.
-    values = np.arange(1.0, 60.0)
-    assert stats.upper_quantile(values, 0.95) == (59.0, True)
-    assert stats.upper_quantile(values[:58], 0.95) == (58.0, False)
+    assert stats.upper_quantile(spread(59), 0.95) == (59.0, True)
+    assert stats.upper_quantile(spread(58), 0.95) == (58.0, False)
     # 93 samples: P(Bin(93, 0.95) <= 91) >= 0.95 > P(... <= 90), so the second largest will do.
-    assert stats.upper_quantile(np.arange(1.0, 94.0), 0.95) == (92.0, True)
+    assert stats.upper_quantile(spread(93), 0.95) == (92.0, True)
+    assert not stats.upper_quantile(spread(298), 0.99)[1]
+    assert stats.upper_quantile(spread(299), 0.99) == (299.0, True)
+
+
+def test_slow_runs_in_one_clump_count_as_few():
+    values = np.ones(400)
+    values[np.arange(20) * 20] = 2.0
+    apart, enough = stats.upper_quantile(values + 1e-6 * spread(400), 0.94)
+    assert enough and apart > 2
+    assert stats.share_error(values, 0.94) == pytest.approx(np.sqrt(0.94 * 0.06 / 400))
+    clump = np.sort(values)
+    assert stats.share_error(clump, 0.94) > 2 * stats.share_error(values, 0.94)
 
 
 def test_the_upper_quantile_bound_covers():
@@ -90,6 +103,32 @@ def test_the_upper_quantile_bound_covers():
     truth = -np.log(0.05)  # p95 of the exponential distribution
     bounds = [stats.upper_quantile(random.exponential(size=200), 0.95)[0] for _ in range(2000)]
     assert np.mean(np.array(bounds) >= truth) >= 0.94
+
+
+@pytest.mark.parametrize(
+    ("host", "least"),
+    [
+        (Host(), 0.92),
+        (Host(contended=0.01), 0.94),
+        (Host(contended=1e-9), 0.95),
+        (Host(contended=0.01, calm=0.02), 0.79),  # stretches of 50 pairs in 500
+    ],
+)
+def test_the_median_of_a_contended_host_is_covered(host, least):
+    truth = np.median(logarithms((100, 5000), host, seed=1)[0])
+    bounds = np.array([stats.median_interval(one) for one in logarithms((600, 500), host, 2)[0]])
+    covered = (bounds[:, 0] <= truth) & (truth <= bounds[:, 1])
+    assert least <= covered.mean() <= 0.995
+
+
+@pytest.mark.parametrize("quantile", [0.95, 0.99])
+def test_the_upper_quantile_of_a_contended_host_is_bounded(quantile):
+    host = Host(contended=0.01)
+    truth = np.quantile(logarithms((100, 5000), host, seed=3)[0], quantile)
+    found = [stats.upper_quantile(one, quantile) for one in logarithms((600, 500), host, 4)[0]]
+    bounds = np.array([bound for bound, enough in found if enough])
+    assert len(bounds) > 500
+    assert (bounds >= truth).mean() >= 0.92  # counting every run as independent: 0.81 at p95
 
 
 def test_outliers_are_counted_by_fence():
