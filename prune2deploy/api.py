@@ -19,6 +19,7 @@ from prune2deploy.config import Budget, ModelOptions, RunOptions
 from prune2deploy.errors import ConfigError
 from prune2deploy.graph import Graph
 from prune2deploy.graph import trace as trace_graph
+from prune2deploy.identity import content
 from prune2deploy.importance import NAMES, score
 from prune2deploy.measure import Comparison
 from prune2deploy.models.weights import load_weights
@@ -29,7 +30,6 @@ from prune2deploy.progress import Progress, silent
 from prune2deploy.report.content import RunReport
 from prune2deploy.rundir import RunDir, free_name
 from prune2deploy.search.job import Job
-from prune2deploy.search.worth import weights_digest
 from prune2deploy.surgery.slicing import apply as apply_plan
 from prune2deploy.sweep import uniform_counts
 
@@ -204,6 +204,8 @@ def prune_to_budget(
         MissingBackend: The target cannot be used here.
         ParityError: An engine gives other outputs than the pruned module.
     """
+    for key in extras:
+        config.one_of("prune_to_budget", key, Extras.__annotations__)
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     name = type(model).__name__
     options = RunOptions(
@@ -220,14 +222,20 @@ def prune_to_budget(
     profile = targets.load(target)
     label = f"{name}-{profile.name}-{options.budget.label}"
     folder = Path(extras.get("run_dir") or free_name(Path("runs"), label))
-    identity = {**options.identity(), "weights": weights_digest(model), "profile": profile.sha256}
+    batches = extras.get("batches")
+    identity = {
+        **options.identity(),
+        "profile": profile.sha256,
+        "finetune": finetune is not None,
+        "content": content(model, inputs, batches),
+    }
     with RunDir(folder, identity, resume=extras.get("resume", False)) as run:
         job = Job(
             model,
             inputs,
             profile,
             run,
-            extras.get("batches"),
+            batches,
             finetune,
             progress=extras.get("progress", silent),
         )

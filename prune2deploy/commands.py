@@ -8,10 +8,11 @@ a mistake in them is told at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,23 +58,18 @@ def run(arguments: argparse.Namespace, progress: Progress) -> Reply:
     target, _ = usable(options.target)
     precision = options.model.precision or target.precision
     config.check_max_drop(options.max_drop, precision, data=options.data is not None)
-    folder = _folder(
-        arguments, f"{_short(options.model.model)}-{target.name}-{options.budget.label}"
-    )
-    identity = {"command": "run", **options.identity(), "profile": target.sha256}
-    with RunDir(folder, identity, resume=arguments.resume) as held:
-        from prune2deploy import api, calibration, summary
-        from prune2deploy.importance import NAMES
-        from prune2deploy.report import write
-        from prune2deploy.search.job import Job
+    from prune2deploy import api, calibration, summary
+    from prune2deploy.importance import NAMES
+    from prune2deploy.report import write
+    from prune2deploy.search.job import Job
 
-        config.one_of("--importance", options.importance, NAMES)
-        loaded = _load(options.model)
-        purposes = _purposes(options, target)
-        purposes |= {"evaluate"} if options.max_drop is not None else set()
-        purposes |= {"finetune"} if options.finetune_epochs else set()
-        batches = _data(options.data, loaded, purposes)
-        tell(progress, calibration.notices(batches))
+    config.one_of("--importance", options.importance, NAMES)
+    loaded = _load(options.model)
+    batches = _data(options.data, loaded, _purposes(options, target))
+    tell(progress, calibration.notices(batches))
+    label = f"{_short(options.model.model)}-{target.name}-{options.budget.label}"
+    facts = {"command": "run", **options.identity()}
+    with _opened(arguments, label, _identity(facts, target, loaded, batches)) as held:
         job = Job(
             loaded.module,
             loaded.example_inputs,
@@ -86,8 +82,8 @@ def run(arguments: argparse.Namespace, progress: Progress) -> Reply:
             progress,
         )
         result = api.carry_out(job, options, options.model.model)
-    text = f"{write.show(result.report)}\nrun       {_shown(folder)}"
-    document = {**read_manifest(folder), "run_dir": str(folder.resolve())}
+    text = f"{write.show(result.report)}\nrun       {_shown(held.path)}"
+    document = {**read_manifest(held.path), "run_dir": str(held.path)}
     return Reply(text, document, summary.EXIT_CODES[result.verdict])
 
 
@@ -101,20 +97,20 @@ def sweep(arguments: argparse.Namespace, progress: Progress) -> Reply:
         arguments.data,
     )
     target, _ = usable(options.target)
-    folder = _folder(arguments, f"{_short(options.model.model)}-{target.name}-sweep")
-    identity = {"command": "sweep", **options.identity(), "profile": target.sha256}
-    with RunDir(folder, identity, resume=arguments.resume) as held:
-        from prune2deploy import calibration
-        from prune2deploy import sweep as sweeping
-        from prune2deploy.importance import NAMES
-        from prune2deploy.journal import encode
-        from prune2deploy.report import write
-        from prune2deploy.search.job import Job
+    from prune2deploy import calibration
+    from prune2deploy import sweep as sweeping
+    from prune2deploy.importance import NAMES
+    from prune2deploy.journal import encode
+    from prune2deploy.report import write
+    from prune2deploy.search.job import Job
 
-        config.one_of("--importance", options.importance, NAMES)
-        loaded = _load(options.model)
-        batches = _data(options.data, loaded, _purposes(options, target))
-        tell(progress, calibration.notices(batches))
+    config.one_of("--importance", options.importance, NAMES)
+    loaded = _load(options.model)
+    batches = _data(options.data, loaded, _purposes(options, target))
+    tell(progress, calibration.notices(batches))
+    label = f"{_short(options.model.model)}-{target.name}-sweep"
+    facts = {"command": "sweep", **options.identity()}
+    with _opened(arguments, label, _identity(facts, target, loaded, batches)) as held:
         job = Job(
             loaded.module,
             loaded.example_inputs,
@@ -126,8 +122,8 @@ def sweep(arguments: argparse.Namespace, progress: Progress) -> Reply:
             progress=progress,
         )
         report = sweeping.sweep(job, options, options.model.model)
-    text = f"{write.show(report)}\n\nrun {_shown(folder)}"
-    return Reply(text, {**encode(report), "run_dir": str(folder.resolve())})
+    text = f"{write.show(report)}\n\nrun {_shown(held.path)}"
+    return Reply(text, {**encode(report), "run_dir": str(held.path)})
 
 
 def measure(arguments: argparse.Namespace, progress: Progress) -> Reply:
@@ -221,7 +217,7 @@ def report(arguments: argparse.Namespace, progress: Progress) -> Reply:
     paths: list[Path] = arguments.runs
     if len(paths) == 1:
         shown = write.load(paths[0])
-        with RunDir(paths[0], _identity(paths[0]), resume=True) as held:
+        with RunDir(paths[0], _held_identity(paths[0]), resume=True) as held:
             write.write(shown, held)
             if (held / MANIFEST).exists():
                 facts = read_manifest(paths[0])
@@ -321,12 +317,16 @@ def _load(options: ModelOptions) -> LoadedModel:
 
 
 def _purposes(options: RunOptions | SweepOptions, target: Target) -> set[str]:
-    """What data is needed for, by precision and criterion."""
+    """What data is needed for."""
     from prune2deploy.importance import CRITERIA
 
     precision = options.model.precision or target.precision
     wanted = {"int8"} if precision == "int8" else set()
-    return wanted | ({"importance"} if CRITERIA[options.importance].needs_data else set())
+    wanted |= {"importance"} if CRITERIA[options.importance].needs_data else set()
+    if isinstance(options, RunOptions):
+        wanted |= {"evaluate"} if options.max_drop is not None else set()
+        wanted |= {"finetune"} if options.finetune_epochs else set()
+    return wanted
 
 
 def _data(recipe: str | None, loaded: LoadedModel, purposes: set[str]) -> Any:
@@ -351,11 +351,34 @@ def _finetune(options: RunOptions, loaded: LoadedModel, batches: Any) -> Any:
     return lambda module: finetune(module, loaded.module, batches, settings).module
 
 
-def _folder(arguments: argparse.Namespace, label: str) -> Path:
+def _identity(
+    facts: dict[str, Any], target: Target, loaded: LoadedModel, batches: Any
+) -> dict[str, Any]:
+    """What must agree for one command to go on from another: options, profile and content."""
+    from prune2deploy.identity import content
+
+    known = content(loaded.module, loaded.example_inputs, batches)
+    return {**facts, "profile": target.sha256, "content": known}
+
+
+@contextlib.contextmanager
+def _opened(
+    arguments: argparse.Namespace, label: str, identity: dict[str, Any]
+) -> Iterator[RunDir]:
+    """Hold the folder that was asked for; else a new one, or with ``--resume`` that of the run."""
     if arguments.out is not None:
-        return Path(arguments.out)
-    choose = latest_name if arguments.resume else free_name
-    return choose(Path("runs"), label)
+        folder = Path(arguments.out)
+    elif arguments.resume:
+        folder = latest_name(Path("runs"), label, identity)
+    else:
+        folder = free_name(Path("runs"), label)
+    with RunDir(folder, identity, resume=arguments.resume) as held:
+        try:
+            yield held
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"interrupted; go on with the same command and --resume --out {_shown(held.path)}"
+            ) from None
 
 
 def _short(model: str) -> str:
@@ -366,7 +389,7 @@ def _shown(folder: Path) -> str:
     return os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)
 
 
-def _identity(path: Path) -> dict[str, Any]:
+def _held_identity(path: Path) -> dict[str, Any]:
     import json
 
     held = path / IDENTITY

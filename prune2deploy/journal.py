@@ -55,6 +55,11 @@ class Journal:
         return len(self._values)
 
     @property
+    def started(self) -> bool:
+        """Whether any step is finished; that a session began does not count."""
+        return any(not key.startswith(SESSION) for key in self._values)
+
+    @property
     def keys(self) -> tuple[str, ...]:
         """Keys of the finished steps, oldest first."""
         return tuple(self._values)

@@ -46,6 +46,7 @@ from prune2deploy.search.job import (
     aim,
     best,
     expected_half_width,
+    finetuned,
     judge,
     percentile_ms,
 )
@@ -369,7 +370,7 @@ class Search:
                 known = (shop.module, shop.graph, found.built.plan, self.job.batches)
                 told = restore(module, *known, trains=self.job.finetune is not None)
             if self.job.finetune is not None:
-                module = self.job.finetune(module) or module
+                module = finetuned(module, self.job.finetune)
             with shop.run.place(name) as path:
                 torch.save(module.state_dict(), path)
             shop.run.journal.write(key, told)

@@ -2,7 +2,8 @@
 
 In: a folder and what identifies the run. Out: a :class:`RunDir` that places files under a
 temporary name and renames them, so that a file that is there is whole. One process at a time
-holds a run directory (an advisory lock that dies with the process).
+holds a run directory (an advisory lock that dies with the process). A folder whose run ended before
+its first finished step holds nothing worth keeping, and any run may take it over.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -18,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 from typing_extensions import Self
 
@@ -67,28 +69,29 @@ class RunDir:
         self.path = path.resolve()
         with writing(path):
             self.path.mkdir(parents=True, exist_ok=True)
-            _check_contents(self.path, identity, resume=resume)
+            _check_contents(self.path)
             self._lock = (self.path / LOCK).open("a")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        if not _locked(self._lock):
             self._lock.close()
             raise ConfigError(
                 f"{path}: found a run in progress there, expected a free folder; "
                 "wait for it to end or choose another --out"
-            ) from error
+            )
         try:
-            self._start(identity)
+            self._start(identity, resume=resume)
         except BaseException:
             self._lock.close()
             raise
 
-    def _start(self, identity: Mapping[str, object]) -> None:
+    def _start(self, identity: Mapping[str, object], *, resume: bool) -> None:
+        self.journal = Journal(self.path / JOURNAL)
+        if self.journal.started:
+            _check_identity(self.path, identity, resume=resume)
+        else:
+            _remove(self.path / WORK)
+            self.write_text(IDENTITY, json.dumps(identity, indent=2, sort_keys=True) + "\n")
         for left in [*self.path.rglob(f"{PARTIAL}*")]:
             _remove(left)
-        if not (self.path / IDENTITY).exists():
-            self.write_text(IDENTITY, json.dumps(identity, indent=2, sort_keys=True) + "\n")
-        self.journal = Journal(self.path / JOURNAL)
 
     def __enter__(self) -> Self:
         return self
@@ -179,20 +182,42 @@ def sha256(path: Path) -> str:
 
 
 def free_name(parent: Path, name: str) -> Path:
-    """Return ``parent/name``, or the first of ``name-2``, ``name-3`` ... that is not there."""
-    path, number = parent / name, 1
-    while path.exists():
-        number += 1
-        path = parent / f"{name}-{number}"
-    return path
+    """Return the first of ``parent/name``, ``name-2``, ``name-3`` ... that a run may take."""
+    return next(path for path in _names(parent, name) if _vacant(path))
 
 
-def latest_name(parent: Path, name: str) -> Path:
-    """Return the newest of ``name``, ``name-2`` ... that :func:`free_name` has handed out."""
-    path, number = parent / name, 2
-    while (newer := parent / f"{name}-{number}").exists():
-        path, number = newer, number + 1
-    return path
+def latest_name(parent: Path, name: str, identity: Mapping[str, object]) -> Path:
+    """Return the newest of ``name``, ``name-2`` ... that holds the run of ``identity``.
+
+    Where none does, the newest that is there: it tells what differs when it is opened.
+    """
+    there = [*itertools.takewhile(Path.exists, _names(parent, name))]
+    same = [path for path in there if not _differing(path, identity)]
+    return (same or there or [parent / name])[-1]
+
+
+def _names(parent: Path, name: str) -> Iterator[Path]:
+    yield parent / name
+    yield from (parent / f"{name}-{number}" for number in itertools.count(2))
+
+
+def _vacant(path: Path) -> bool:
+    """Whether ``path`` is not there, or holds a run that ended before its first finished step."""
+    if not path.exists():
+        return True
+    if not (path / IDENTITY).is_file() or (path / MANIFEST).exists():
+        return False
+    with (path / LOCK).open("a") as lock:
+        return _locked(lock) and not Journal(path / JOURNAL).started
+
+
+def _locked(file: IO[str]) -> bool:
+    """Take the advisory lock; False where another process has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -228,25 +253,33 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _check_contents(path: Path, identity: Mapping[str, object], *, resume: bool) -> None:
-    held = path / IDENTITY
+def _check_contents(path: Path) -> None:
     names = {entry.name for entry in path.iterdir() if not entry.name.startswith(PARTIAL)}
-    if not held.exists():
-        if names - _OURS:
-            raise ConfigError(
-                f"{path}: found files that are no run ({', '.join(sorted(names)[:3])} ...), "
-                "expected an empty folder, a new name or a run; choose another --out"
-            )
-        return
+    if names - _OURS and not (path / IDENTITY).exists():
+        raise ConfigError(
+            f"{path}: found files that are no run ({', '.join(sorted(names)[:3])} ...), "
+            "expected an empty folder, a new name or a run; choose another --out"
+        )
+
+
+def _differing(path: Path, identity: Mapping[str, object]) -> tuple[str, ...]:
+    """What the run in ``path`` and that of ``identity`` differ in, in words."""
+    held = path / IDENTITY
+    if not held.is_file():
+        return ("no run there",)
     try:
         before = _flat(json.loads(held.read_text("utf-8")))
     except (ValueError, AttributeError) as error:
         raise ConfigError(f"{held}: not of a run ({error}); choose another --out") from error
     now = _flat(json.loads(json.dumps(identity)))
-    differing = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    keys = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    return tuple(f"{k}: {before.get(k)!r} there, {now.get(k)!r} here" for k in keys)
+
+
+def _check_identity(path: Path, identity: Mapping[str, object], *, resume: bool) -> None:
+    differing = "; ".join(_differing(path, identity))
     if differing:
-        shown = "; ".join(f"{k}: {before.get(k)!r} there, {now.get(k)!r} here" for k in differing)
-        raise ConfigError(f"{path}: holds another run ({shown}); choose another --out")
+        raise ConfigError(f"{path}: holds another run ({differing}); choose another --out")
     if not resume:
         raise ConfigError(
             f"{path}: holds this run already; go on with --resume or choose another --out"

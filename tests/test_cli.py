@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -182,6 +183,40 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys):
     monkeypatch.setattr(commands, "TABLE", {"targets": stopped})
     assert cli.run(["targets"]) == 130
     assert "--resume" in capsys.readouterr().err
+
+
+def test_resume_finds_the_run_by_its_content_and_names_it(place, monkeypatch, capsys):
+    given = [*map(str, SMALL), "--speedup", "1.3"]
+
+    def stop(where):
+        raise KeyboardInterrupt
+
+    for number, source in enumerate((NET, NET.replace("48", "64"), NET.replace("48", "56"))):
+        (place / "net.py").write_text(source)
+        with monkeypatch.context() as patch:
+            patch.setattr("prune2deploy.search.payoff.settle", lambda *a, **k: stop(a))
+            assert cli.run(given) == 130
+        assert "--resume --out runs/" in capsys.readouterr().err
+        assert [p.name for p in (place / "runs").iterdir()] == ["net.py-small-formula-1.3x"]
+        if number < 2:
+            assert cli.run(given) == 0  # the folder of a run that finished nothing is free
+            shutil.move(place / "runs/net.py-small-formula-1.3x", place / f"done{number}")
+    capsys.readouterr()
+    shutil.move(place / "done1", place / "runs/net.py-small-formula-1.3x-2")
+    (place / "net.py").write_text(NET.replace("48", "64"))
+    assert cli.run([*given, "--resume"]) == 0
+    assert "1.3x-2" in capsys.readouterr().out
+    (place / "net.py").write_text(NET.replace("torch.relu(self.first(x))", "self.first(x)"))
+    assert cli.run([*given, "--resume"]) == 2
+    assert "holds another run (content.code" in capsys.readouterr().err
+
+
+def test_a_command_that_is_refused_takes_no_folder(place, capsys):
+    wrong = [*map(str, SMALL), "--speedup", "1.3", "--out", "r", "--data", "nowhere.toml"]
+    assert cli.run(wrong) == 2
+    assert not (place / "r").exists()
+    assert cli.run(["--model", "net.py:smal", *wrong[2:-2]]) == 2
+    assert not (place / "r").exists()
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ ORDER = [
     {"exporting"},
     {"backends"},
     {"measure"},
-    {"journal", "rundir"},
+    {"journal", "rundir", "identity"},
     {"report"},
     {"search"},
     {"loop", "sweep", "summary", "inspection", "listing"},

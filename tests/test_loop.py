@@ -277,6 +277,51 @@ def test_another_model_cannot_go_on_with_the_run(net, target, tmp_path):
         run((Net().eval(), net[1]), target, speedup=2.0, run_dir=tmp_path / "r", resume=True)
 
 
+class Twin(Net):
+    """The same layers under another forward pass."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_run_goes_on_only_with_the_same_content(net, target, tmp_path):
+    model, x = net
+    data = [((torch.randn(8, 3, 8, 8),), None)]
+    common = {"speedup": 2.0, "run_dir": tmp_path / "r", "max_builds": 2}
+    run(net, target, batches=data, **common)
+    twin = Twin().eval()
+    twin.load_state_dict(model.state_dict())
+    with pytest.raises(ConfigError, match=r"another run \(content\.code"):
+        run((twin, x), target, batches=data, resume=True, **common)
+    with pytest.raises(ConfigError, match=r"content\.inputs: 'float32\[1, 3, 8, 8\]' there"):
+        run((model, x.repeat(2, 1, 1, 1)), target, batches=data, resume=True, **common)
+    with pytest.raises(ConfigError, match=r"content\.data: 'list of 1 batches' there, '' here"):
+        run(net, target, resume=True, **common)
+    with pytest.raises(ConfigError, match=r"finetune: False there, True here"):
+        run(net, target, batches=data, finetune=lambda module: None, resume=True, **common)
+    run(net, target, batches=data, resume=True, **common)
+
+
+def test_a_misspelt_setting_is_refused(net, target, tmp_path):
+    with pytest.raises(ConfigError, match=r"'max_build'; did you mean max_builds"):
+        run(net, target, speedup=2.0, max_build=2, run_dir=tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("train", "told"),
+    [
+        (lambda module: Net(), r"down\.0\.weight has shape \(32, 64, 3, 3\) afterwards, expected"),
+        (lambda module: nn.Sequential(module), r"0\.down\.0\.bias .* expected None as in"),
+        (lambda module: {"loss": 0.1}, "returned a dict, expected None"),
+    ],
+)
+def test_training_must_keep_the_widths(net, target, tmp_path, train, told):
+    with pytest.raises(ConfigError, match=told):
+        run(net, target, speedup=2.0, finetune=train, run_dir=tmp_path / "r")
+    assert not (tmp_path / "r/weights.pt").exists()
+
+
 def test_the_users_training_is_called_once_and_shipped(net, target, tmp_path):
     called = []
 
@@ -317,20 +362,15 @@ def test_data_brings_the_pruned_model_nearer_to_the_unpruned_one(net, target, tm
     assert "compared" not in " ".join(plain.report.notes)
 
 
-class Fickle(nn.Module):
-    """Gives other outputs whenever it is called."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x):
-        return functional.dropout(self.inner(x), 0.5, training=True)
+def fickle(module):
+    """Make a module give other outputs whenever it is called."""
+    inner = module.forward
+    module.forward = lambda x: functional.dropout(inner(x), 0.5, training=True)
 
 
 def test_a_model_that_disagrees_with_its_engine_is_never_shipped(net, target, tmp_path):
     with pytest.raises(ParityError):
-        run(net, target, speedup=2.0, finetune=Fickle, run_dir=tmp_path / "r")
+        run(net, target, speedup=2.0, finetune=fickle, run_dir=tmp_path / "r")
     assert not (tmp_path / "r/model.onnx").exists()
     assert not (tmp_path / "r/manifest.json").exists()
 

@@ -23,6 +23,13 @@ WHO = {"model": "m", "budget": {"speedup": 1.5}}
 FACTS = dict.fromkeys(KEYS[1:-1], 1)
 
 
+def begun(path, identity):
+    """A run that has finished its first step."""
+    with RunDir(path, identity) as run:
+        run.journal.open_session()
+        run.journal.write("step", 1)
+
+
 def test_manifest_lists_every_artefact_with_size_and_hash(tmp_path):
     with RunDir(tmp_path / "r", WHO) as run:
         run.write_text("plan.json", "{}")
@@ -50,8 +57,9 @@ def test_what_fails_while_written_leaves_the_old_file_whole(tmp_path):
 
 
 def test_what_a_killed_process_left_is_removed_on_resume(tmp_path):
-    with RunDir(tmp_path, WHO) as run:
-        run.write_text("builds/1/x", "done")
+    begun(tmp_path, WHO)
+    (tmp_path / "builds/1").mkdir(parents=True)
+    (tmp_path / "builds/1/x").write_text("done")
     (tmp_path / "builds/1/.part-abc").mkdir()
     (tmp_path / "builds/1/.part-abc/model.onnx").write_text("half")
     with RunDir(tmp_path, WHO, resume=True):
@@ -59,14 +67,12 @@ def test_what_a_killed_process_left_is_removed_on_resume(tmp_path):
 
 
 def test_the_same_run_needs_resume_and_another_run_is_refused(tmp_path):
-    with RunDir(tmp_path, WHO):
-        pass
+    begun(tmp_path, WHO)
     with pytest.raises(ConfigError, match="--resume"):
         RunDir(tmp_path, WHO)
     with pytest.raises(ConfigError, match=r"another run \(model: 'm' there, 'n' here\)"):
         RunDir(tmp_path, {**WHO, "model": "n"}, resume=True)
-    with RunDir(tmp_path / "nested", {"model": {"name": "m", "seed": 0}}):
-        pass
+    begun(tmp_path / "nested", {"model": {"name": "m", "seed": 0}})
     with pytest.raises(ConfigError, match=r"run \(model\.name: 'm' there, 'n' here\)"):
         RunDir(tmp_path / "nested", {"model": {"name": "n", "seed": 0}}, resume=True)
 
@@ -133,9 +139,26 @@ def test_a_manifest_never_holds_what_json_lacks(tmp_path):
         assert not (tmp_path / "manifest.json").exists()
 
 
-def test_names_count_up_and_the_latest_is_found(tmp_path):
-    assert latest_name(tmp_path, "r") == tmp_path / "r"
-    for _ in range(3):
-        free_name(tmp_path, "r").mkdir()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["r", "r-2", "r-3"]
-    assert latest_name(tmp_path, "r") == tmp_path / "r-3"
+def test_names_count_up_and_the_latest_of_the_same_run_is_found(tmp_path):
+    assert latest_name(tmp_path, "r", WHO) == tmp_path / "r"
+    for seed in (0, 1, 0, 2):
+        begun(free_name(tmp_path, "r"), {**WHO, "seed": seed})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["r", "r-2", "r-3", "r-4"]
+    assert latest_name(tmp_path, "r", {**WHO, "seed": 0}) == tmp_path / "r-3"
+    assert latest_name(tmp_path, "r", {**WHO, "seed": 1}) == tmp_path / "r-2"
+    assert latest_name(tmp_path, "r", {**WHO, "seed": 7}) == tmp_path / "r-4"
+
+
+def test_a_run_that_finished_no_step_makes_way(tmp_path):
+    with RunDir(tmp_path / "r", WHO) as run:
+        run.journal.open_session()
+        run.write_text("builds/0/half.onnx", "a working file")
+        assert free_name(tmp_path, "r") == tmp_path / "r-2"  # it is still in progress
+    assert free_name(tmp_path, "r") == tmp_path / "r"
+    other = {**WHO, "model": "n"}
+    begun(tmp_path / "r", other)
+    assert not (tmp_path / "r/builds").exists()
+    assert json.loads((tmp_path / "r/run.json").read_text()) == other
+    assert free_name(tmp_path, "r") == tmp_path / "r-2"
+    (tmp_path / "s").mkdir()
+    assert free_name(tmp_path, "s") == tmp_path / "s-2"  # not ours to take unasked

@@ -50,7 +50,7 @@ class Batches:
         batch: Samples per batch.
         chosen: Numbers of the samples, in order.
         notices: What the user must be told of this data.
-        sha256: Of the recipe's text and the chosen samples' names, to key caches by.
+        sha256: Of the recipe's text and the content of the chosen samples, to key caches by.
     """
 
     name: str
@@ -288,7 +288,7 @@ def _batches(
     chosen = tuple(int(i) for i in order)
     digest = hashlib.sha256(recipe.text.encode())
     for number in chosen:
-        digest.update(reader.name(number).encode() + b"\0")
+        digest.update(reader.content(number) + b"\0")
     opened = Batches(
         name=recipe.name,
         purposes=recipe.purposes,

@@ -10,9 +10,8 @@ import difflib
 import importlib
 import os
 import sys
-import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,12 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from prune2deploy.calibration import pictures
+from prune2deploy.calibration import arrays, pictures
 from prune2deploy.calibration.preprocessing import Preprocessing
 from prune2deploy.calibration.recipe import Recipe
 from prune2deploy.errors import ConfigError, MissingBackend
+
+_TELLING = 4096  # first bytes of a picture that, with its size, tell it from others
 
 Array = npt.NDArray[Any]
 Sample = tuple[tuple[Array, ...], int | None]
@@ -60,6 +61,10 @@ class Reader(ABC):
         """Return what to call sample ``number`` in a message."""
         return f"{self.place}: sample {number}"
 
+    def content(self, number: int) -> bytes:
+        """Return what tells sample ``number`` from others: its name, or its content if cheap."""
+        return self.name(number).encode()
+
 
 class PictureReader(Reader):
     """Picture files of a folder and its sub-folders, without labels."""
@@ -92,6 +97,13 @@ class PictureReader(Reader):
     @override
     def label(self, number: int) -> int | None:
         return self._files[number][1]
+
+    @override
+    def content(self, number: int) -> bytes:
+        path, label = self._files[number]
+        with path.open("rb") as file:
+            start = file.read(_TELLING)
+        return f"{path}\0{label}\0{path.stat().st_size}\0".encode() + start
 
     @override
     def read(self, number: int) -> Sample:
@@ -152,7 +164,7 @@ class ArrayReader(Reader):
 
     def __init__(self, path: Path, inputs: tuple[str, ...], labels: str | None) -> None:
         self.place = str(path)
-        stored = _arrays(path)
+        stored = arrays.open_file(path)
         names = inputs or tuple(n for n in stored if n != (labels or "labels"))[:1]
         labels = labels or ("labels" if "labels" in stored else None)
         for name in (*names, *((labels,) if labels else ())):
@@ -184,63 +196,14 @@ class ArrayReader(Reader):
         return None if self._labels is None else int(self._labels[number])
 
     @override
+    def content(self, number: int) -> bytes:
+        rows, label = self.read(number)
+        facts = [(row.shape, row.dtype.str) for row in rows]
+        return f"{facts}\0{label}\0".encode() + b"".join(row.tobytes() for row in rows)
+
+    @override
     def read(self, number: int) -> Sample:
         return tuple(np.array(array[number]) for array in self._inputs), self.label(number)
-
-
-def _arrays(path: Path) -> dict[str, Array]:
-    try:
-        if path.suffix == ".npy":
-            arrays = {"inputs": np.load(path, mmap_mode="r", allow_pickle=False)}
-        elif path.suffix == ".npz":
-            arrays = dict(_members(path))
-        else:
-            raise ConfigError(f"{path}: found {path.suffix!r}; expected an .npy or .npz file")
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
-        raise ConfigError(
-            f"{path}: cannot be read as numpy arrays (arrays of Python objects are refused): "
-            f"{error}"
-        ) from error
-    for name, array in arrays.items():
-        if array.ndim == 0:
-            raise ConfigError(f"{path}: array {name!r} has no dimension to take samples along")
-    return arrays
-
-
-def _members(path: Path) -> Iterator[tuple[str, Array]]:
-    """Map the arrays of an ``.npz`` file (a zip of ``.npy`` files); load those compressed."""
-    with (
-        path.open("rb") as file,
-        zipfile.ZipFile(file) as parts,
-        np.load(file, allow_pickle=False) as archive,
-    ):
-        for part in parts.infolist():
-            name = part.filename.removesuffix(".npy")
-            if part.compress_type != zipfile.ZIP_STORED:
-                yield name, archive[name]
-                continue
-            with parts.open(part) as stream:
-                version = np.lib.format.read_magic(stream)
-                header = (
-                    np.lib.format.read_array_header_1_0
-                    if version == (1, 0)
-                    else np.lib.format.read_array_header_2_0
-                )
-                shape, fortran, dtype = header(stream)
-                start = stream.tell()
-            if dtype.hasobject:
-                raise ConfigError(f"{path}: array {name!r} holds Python objects, which are refused")
-            offset = _data_start(path, part.header_offset) + start
-            order = "F" if fortran else "C"
-            yield name, np.memmap(path, dtype, "r", offset, shape, order)  # type: ignore[call-overload]
-
-
-def _data_start(path: Path, header: int) -> int:
-    """Return where a zip member's data starts: its local header has two variable lengths."""
-    with path.open("rb") as file:
-        file.seek(header + 26)
-        name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
-    return header + 30 + name + extra
 
 
 class SequenceReader(Reader):
@@ -273,8 +236,8 @@ class SequenceReader(Reader):
                 inputs, label = item
         parts = inputs if isinstance(inputs, tuple) else (inputs,)
         try:
-            arrays = tuple(np.asarray(part) for part in parts)
-            return arrays, None if label is None else int(label)
+            inputs = tuple(np.asarray(part) for part in parts)
+            return inputs, None if label is None else int(label)
         except (TypeError, ValueError) as error:
             raise ConfigError(
                 f"{self.name(number)}: found {type(item).__name__}; expected inputs or (inputs, "

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from prune2deploy import measure
 from prune2deploy.config import FILL, Budget
+from prune2deploy.errors import ConfigError
 from prune2deploy.graph import Graph
 from prune2deploy.measure import Comparison, LatencyStats, Measurement
 from prune2deploy.plan.allocate import Gap
@@ -190,6 +191,35 @@ def half_width(interval: tuple[float, float]) -> float:
     """Half-width of an interval of positive values, as a fraction."""
     low, high = interval
     return (high - low) / (high + low) if math.isfinite(high) else 1.0
+
+
+def finetuned(module: nn.Module, train: Finetune) -> nn.Module:
+    """Train a pruned module by the user's function; what comes back must have the same shapes.
+
+    Raises:
+        ConfigError: It gives back something else.
+    """
+    before = _shapes(module)
+    returned: Any = train(module)
+    after = module if returned is None else returned
+    if not isinstance(after, nn.Module):
+        raise ConfigError(
+            f"finetune: it returned a {type(after).__name__}, expected None (trained in place) or "
+            "a module"
+        )
+    found = _shapes(after)
+    for name in sorted({*before, *found}):
+        if before.get(name) != found.get(name):
+            raise ConfigError(
+                f"finetune: {name} has shape {found.get(name)} afterwards, expected "
+                f"{before.get(name)} as in the module that it was given: train that one, or "
+                "return one of the same layers and widths"
+            )
+    return after
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in module.state_dict().items()}
 
 
 def best(attempts: Sequence[Attempt]) -> Attempt:

@@ -19,13 +19,13 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from prune2deploy import atomic
 from prune2deploy.calibration import Batch, Batches, first, serves
 from prune2deploy.graph.axes import Counts
+from prune2deploy.identity import weights_digest
 from prune2deploy.journal import decode, encode
 from prune2deploy.plan import sensitivity
 from prune2deploy.plan.allocate import channels
@@ -300,13 +300,3 @@ def _write(held: Path, measured: Measured) -> None:
         atomic.write_text(held, json.dumps(encode(measured)))
     except OSError:
         return  # the losses are in the journal of this run all the same
-
-
-def weights_digest(model: nn.Module) -> str:
-    """SHA-256 over names, shapes and values of a model's state, in order."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        if not value.is_meta:
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -1,5 +1,6 @@
 """Recipes and batches: every promise of a recipe, on files made here."""
 
+import shutil
 import tracemalloc
 from types import SimpleNamespace
 
@@ -63,6 +64,32 @@ def test_every_pass_is_the_same_and_the_seed_decides_the_choice(tmp_path):
     other = open_recipe(recipe(tmp_path, text.format(2)), model())
     assert again.chosen == batches.chosen != other.chosen
     assert again.sha256 == batches.sha256 != other.sha256
+
+
+@pytest.mark.parametrize("kind", ["pictures", "arrays"])
+def test_the_same_names_with_another_content_are_other_data(tmp_path, kind):
+    def write(last):
+        if kind == "pictures":
+            colours(tmp_path / "data" / str(last), classes=("ant",))
+            for file in (tmp_path / "data").rglob("0.png"):
+                Image.new("RGB", (20, 30), (9, 9, last)).save(file)
+        else:
+            inputs = np.zeros((4, 3, 16, 16), np.float32)
+            inputs[3, 2, 15, 15] = last
+            np.savez(tmp_path / "data.npz", inputs=inputs)
+
+    text = 'reader = "images"\npath = "data"' if kind == "pictures" else (
+        'reader = "arrays"\npath = "data.npz"'
+    )  # fmt: skip
+    path = recipe(tmp_path, f"{text}\ncount = 4")
+    digests = []
+    for last in (1, 2, 1):
+        shutil.rmtree(tmp_path / "data", ignore_errors=True)
+        write(last)
+        if kind == "pictures":
+            (tmp_path / "data" / str(last)).rename(tmp_path / "data" / "all")
+        digests.append(open_recipe(path, model()).sha256)
+    assert digests[0] == digests[2] != digests[1]
 
 
 def test_images_have_no_labels_and_are_found_in_sub_folders(tmp_path):
