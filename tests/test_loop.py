@@ -136,10 +136,13 @@ def test_it_converges_under_noise(net, tmp_path, seed):
     path = tmp_path / "noisy.toml"
     path.write_text(FORMULA.format(noise=0.05))
     result = run(net, path, speedup=1.7, run_dir=tmp_path / "r", seed=seed)
-    assert result.met
-    assert result.measurement.candidate.ci95_ms[1] <= result.report.budget_ms
-    assert result.measurement.candidate.p50_ms >= 0.93 * result.report.budget_ms
-    assert result.report.builds <= 9
+    assert result.met and result.report.builds <= 9
+    seen, budget = result.measurement, result.report.budget_ms
+    assert seen.ratio_ci95[1] <= 1 / 1.7 < seen.ratio_ci95[1] / 0.97
+    assert result.report.bound_ms == pytest.approx(seen.reference.p50_ms * seen.ratio_ci95[1])
+    deadline = run(net, path, budget_ms=budget, run_dir=tmp_path / "ms", seed=seed)
+    assert deadline.met and deadline.report.builds <= 9
+    assert 0.97 * budget <= deadline.measurement.candidate.ci95_ms[1] <= budget
 
 
 def test_a_budget_in_milliseconds_and_a_percentile(net, target, tmp_path):
