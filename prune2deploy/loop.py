@@ -27,6 +27,7 @@ from torch import nn
 from prune2deploy import measure
 from prune2deploy.calibration import notices, serves
 from prune2deploy.config import RunOptions
+from prune2deploy.errors import ConfigError
 from prune2deploy.graph.axes import Graph
 from prune2deploy.importance import score
 from prune2deploy.measure import Comparison, Goal
@@ -61,12 +62,18 @@ def prune_to_budget(job: Job, options: RunOptions) -> Outcome:
     """Prune until the measured latency meets the budget, or say that it cannot be met.
 
     Raises:
+        ConfigError: Too few builds are allowed for a search and a final model.
         TraceError: The model does not run or has nothing to prune.
         MissingBackend: The target is not usable here.
         ParityError: A build gives other outputs than the pruned module.
         BackendError: A build failed.
         MeasureError: A measurement failed.
     """
+    if job.recovers and options.max_builds < 2:
+        raise ConfigError(
+            f"--max-builds {options.max_builds}: found data or training, after which the final "
+            "model is built once more, expected at least 2"
+        )
     shop = open_workshop(job, options.model, options.max_builds, options.max_drop)
     shop, paid = payoff.settle(shop, asked=options.model.precision is not None)
     search = Search(job, options, shop, measure_baseline(shop))
@@ -129,12 +136,7 @@ class Search:
     @property
     def builds_left(self) -> int:
         """Builds that the search may still use; recovery needs one at the end."""
-        spare = 1 if self._recovers else 0
-        return self.options.max_builds - spare - self.lessons.builds
-
-    @property
-    def _recovers(self) -> bool:
-        return serves(self.job.batches, "bn") or self.job.finetune is not None
+        return self.options.max_builds - int(self.job.recovers) - self.lessons.builds
 
     def probe(self) -> None:
         """Build and profile random aligned plans: the latency model is learnt from them."""
@@ -310,14 +312,20 @@ class Search:
         return Attempt(built, profile, seen, predicted_ms, self.budget, *judge(seen, self.budget))
 
     def recover(self) -> Outcome:
-        """Get accuracy back on the best plan, and measure what is shipped."""
+        """Get accuracy back on the best plan, and measure what is shipped.
+
+        What misses the budget is kept for its user to judge, so its weights are fitted too;
+        training, which may take hours, waits for a plan that meets it.
+        """
         found = best(self.attempts)
         shop, plan, lessons = self.shop, found.built.plan, self.lessons
         module = apply_plan(shop.module, shop.graph, plan, shop.example_inputs)
-        if self._recovers and found.verdict == "met" and found.built.number:
-            module, attempt = self._recovered(module, found)
-            self.attempts.append(attempt)
-            found = attempt
+        trains = self.job.finetune is not None and found.verdict != "missed"
+        if self.job.finetune is not None and not trains:
+            self.notes.append("nothing was trained, since the budget is missed")
+        if found.built.number and (trains or serves(self.job.batches, "bn")):
+            module, found = self._recovered(module, found, trains=trains)
+            self.attempts.append(found)
         return Outcome(
             self._verdict(found),
             module,
@@ -357,7 +365,9 @@ class Search:
             return "unreachable"
         return found.verdict
 
-    def _recovered(self, module: nn.Module, found: Attempt) -> tuple[nn.Module, Attempt]:
+    def _recovered(
+        self, module: nn.Module, found: Attempt, *, trains: bool
+    ) -> tuple[nn.Module, Attempt]:
         number, name = self._next, "weights.pt"
         key = f"{number:02d}-final/recovered"
         if key in self.shop.run.journal:
@@ -368,8 +378,8 @@ class Search:
             shop.say("recovering accuracy", number)
             if serves(self.job.batches, "bn"):
                 known = (shop.module, shop.graph, found.built.plan, self.job.batches)
-                told = restore(module, *known, trains=self.job.finetune is not None)
-            if self.job.finetune is not None:
+                told = restore(module, *known, trains=trains)
+            if self.job.finetune is not None and trains:
                 module = finetuned(module, self.job.finetune)
             with shop.run.place(name) as path:
                 torch.save(module.state_dict(), path)

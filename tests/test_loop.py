@@ -174,6 +174,39 @@ def test_out_of_reach_reports_a_floor_that_is_true(net, target, tmp_path):
     assert "unreachable" in result.report.verdict and "cannot touch" in result.report.verdict
 
 
+def test_what_misses_is_fitted_to_the_data_and_not_trained(net, target, tmp_path):
+    torch.manual_seed(0)
+    batches = [((3 + torch.randn(8, 3, 8, 8),), None) for _ in range(4)]
+    fresh, trained = (3 + torch.randn(32, 3, 8, 8),), []
+    common = {"budget_ms": 0.0001, "finetune": trained.append}
+    plain = run(net, target, run_dir=tmp_path / "a", **common)
+    fitted = run(net, target, batches=batches, run_dir=tmp_path / "b", **common)
+    wanted = outputs(net[0], fresh)
+    far, near = (apart(outputs(done.module, fresh), wanted) for done in (plain, fitted))
+    assert near < 0.7 * far and not trained
+    for done in (plain, fitted):
+        assert done.verdict == "unreachable"
+        assert "nothing was trained, since the budget is missed" in done.report.notes
+    assert fitted.report.steps[-1].step == "final" != plain.report.steps[-1].step
+
+
+def test_a_missed_run_goes_on_with_more_builds_and_is_trained_then(net, target, tmp_path):
+    trained = []
+    common = {"speedup": 2.0, "finetune": trained.append, "run_dir": tmp_path / "r"}
+    few = run(net, target, max_builds=2, **common)
+    assert few.verdict == "missed" and not trained
+    more = run(net, target, max_builds=8, resume=True, **common)
+    assert more.met and len(trained) == 1
+    assert more.report.builds <= 8
+
+
+def test_one_build_is_too_few_for_a_search_and_a_final_model(net, target, tmp_path):
+    with pytest.raises(ConfigError, match=r"--max-builds 1: .* expected at least 2"):
+        run(net, target, speedup=2.0, max_builds=1, finetune=print, run_dir=tmp_path / "r")
+    few = run(net, target, speedup=2.0, max_builds=2, finetune=print, run_dir=tmp_path / "r")
+    assert len(few.measurements) >= 1 and few.report.builds <= 2
+
+
 def test_builds_are_limited(net, target, tmp_path):
     result = run(net, target, speedup=2.0, max_builds=1, run_dir=tmp_path / "r")
     assert result.report.builds == 1

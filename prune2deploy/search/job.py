@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from prune2deploy import measure
+from prune2deploy.calibration import serves
 from prune2deploy.config import FILL, Budget
 from prune2deploy.errors import ConfigError
 from prune2deploy.graph import Graph
@@ -58,6 +59,11 @@ class Job:
     input_names: tuple[str, ...] = ()
     output_names: tuple[str, ...] = ()
     progress: Progress = silent
+
+    @property
+    def recovers(self) -> bool:
+        """Whether the final model gets accuracy back, so that it is a build of its own."""
+        return serves(self.batches, "bn") or self.finetune is not None
 
 
 @dataclass(frozen=True)
