@@ -345,6 +345,18 @@ def test_a_misspelt_setting_is_refused(net, target, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("data", "told"),
+    [([], "found no batch"), (iter([((torch.zeros(1, 3, 8, 8),), None)]), "read once")],
+)
+def test_data_without_a_batch_is_refused_before_anything_is_built(
+    net, target, tmp_path, data, told
+):
+    with pytest.raises(ConfigError, match=told):
+        run(net, target, speedup=2.0, batches=data, run_dir=tmp_path / "r")
+    assert not (tmp_path / "r/builds").exists()
+
+
+@pytest.mark.parametrize(
     ("train", "told"),
     [
         (lambda module: Net(), r"down\.0\.weight has shape \(32, 64, 3, 3\) afterwards, expected"),

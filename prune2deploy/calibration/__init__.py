@@ -1,14 +1,14 @@
 """Data for a model, by recipe: what BatchNorm, importance, int8 and parity are fed."""
 
-from prune2deploy.calibration.batches import (
-    Batch,
-    Batches,
+from prune2deploy.calibration.batches import Batch, Batches, from_dataset, open_recipe
+from prune2deploy.calibration.given import (
+    check_form,
     check_labels,
+    filled,
     first,
-    from_dataset,
     notices,
-    open_recipe,
     require,
+    restarting,
     serves,
 )
 from prune2deploy.calibration.preprocessing import Preprocessing
@@ -20,12 +20,15 @@ __all__ = [
     "Batches",
     "Preprocessing",
     "Recipe",
+    "check_form",
     "check_labels",
+    "filled",
     "first",
     "from_dataset",
     "load_recipe",
     "notices",
     "open_recipe",
     "require",
+    "restarting",
     "serves",
 ]

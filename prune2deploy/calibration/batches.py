@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -162,57 +162,6 @@ class Batches:
         for array in arrays:
             if array.dtype.kind == "f" and not np.isfinite(array).all():
                 raise ConfigError(f"{self._reader.name(number)}: holds values that are not finite")
-
-
-def first(batches: Iterable[Batch], count: int) -> list[Batch]:
-    """Return the first ``count`` samples in batches as they come, the last one cut; may be fewer.
-
-    Reads no batch beyond those.
-    """
-    found: list[Batch] = []
-    for inputs, labels in batches:
-        kept = None if labels is None else labels[:count]
-        found.append((tuple(one[:count] for one in inputs), kept))
-        count -= len(inputs[0])
-        if count <= 0:
-            break
-    return found
-
-
-def check_labels(data: object, outputs: Sequence[tuple[int, ...]]) -> None:
-    """Check the labels of a recipe's data against a model's outputs.
-
-    Args:
-        data: What came of a recipe; a caller's own batches are not looked at.
-        outputs: Shapes of the outputs; labels count classes only where the first is
-            (batch, classes).
-
-    Raises:
-        ConfigError: A label is none of the model's classes.
-    """
-    if isinstance(data, Batches) and outputs and len(outputs[0]) == 2 and outputs[0][1] > 1:
-        data.check_labels(outputs[0][1])
-
-
-def require(data: object, purpose: str) -> None:
-    """Check that data serves a purpose; only what a recipe gave says what it is for.
-
-    Raises:
-        ConfigError: It does not.
-    """
-    if isinstance(data, Batches):
-        data.need(purpose)
-
-
-def serves(data: object, purpose: str) -> bool:
-    """Whether there is data for a purpose; a caller's own batches are for all of them."""
-    assert purpose in PURPOSES, purpose
-    return data is not None and (not isinstance(data, Batches) or purpose in data.purposes)
-
-
-def notices(data: object) -> tuple[str, ...]:
-    """What the user must be told of data; a caller's own batches say nothing."""
-    return data.notices if isinstance(data, Batches) else ()
 
 
 def open_recipe(path_or_name: str | Path, model: ForModel) -> Batches:

@@ -24,7 +24,7 @@ import numpy.typing as npt
 import onnx
 
 from prune2deploy.atomic import write_text
-from prune2deploy.calibration import Batch
+from prune2deploy.calibration import Batch, filled, restarting
 from prune2deploy.errors import ExportError
 from prune2deploy.exporting.activations import (
     extremes,
@@ -95,16 +95,19 @@ def calibrate(
         store: JSON file to take the ranges from if it fits, and to write them to.
 
     Raises:
-        ExportError: No data, data that can be read only once, or an unknown method.
+        ExportError: No data, or an unknown method.
+        ConfigError: The data can be read only once.
     """
-    _check(batches, method)
+    if method not in METHODS:
+        raise ExportError(f"calibration method {method!r}: expected one of {', '.join(METHODS)}")
+    restarting(batches)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if store is not None and data:
         known = _stored(store)
         if known and (known.onnx_sha256, known.data, known.method) == (digest, data, method):
             return known
     counter = [0]
-    ends = extremes(path, _counted(feeds(path, batches), counter))
+    ends = extremes(path, feeds(path, _counted(batches, counter)))
     if not counter[0]:
         raise ExportError("there is no calibration data: the recipe gave no batch")
     if method != "minmax":
@@ -115,35 +118,21 @@ def calibrate(
     return found
 
 
-def _check(batches: Iterable[Batch], method: str) -> None:
-    if method not in METHODS:
-        raise ExportError(f"calibration method {method!r}: expected one of {', '.join(METHODS)}")
-    if iter(batches) is batches:
-        raise ExportError(
-            "calibration reads its data more than once, but was given an iterator; give a list or "
-            "an object that starts over each time"
-        )
-
-
 def feeds(path: Path, batches: Iterable[Batch]) -> Iterator[dict[str, Array]]:
-    """Batches as inputs of an ONNX file by name, cut to the file's batch where it is fixed.
+    """Batches as inputs of an ONNX file by name, of the file's own batch where that is fixed.
 
-    Rows that do not fill a last fixed batch are left out.
+    A last batch that does not fill it repeats its samples; see ``calibration.filled``.
     """
     graph = onnx.load(str(path), load_external_data=False).graph
     stored = {t.name for t in graph.initializer}
     inputs = [given for given in graph.input if given.name not in stored]
     dims = inputs[0].type.tensor_type.shape.dim
     fixed = dims[0].dim_value if dims and dims[0].HasField("dim_value") else 0
-    for tensors, _ in batches:
+    for tensors in filled(batches, fixed) if fixed else (given for given, _ in batches):
         if len(tensors) != len(inputs):
             raise ExportError(f"a batch has {len(tensors)} inputs, the model has {len(inputs)}")
-        arrays = [tensor.detach().cpu().numpy() for tensor in tensors]
-        rows = len(arrays[0])
-        step = fixed or rows
-        for start in range(0, rows - step + 1, step):
-            parts = [array[start : start + step] for array in arrays]
-            yield {given.name: part for given, part in zip(inputs, parts, strict=True)}
+        arrays = (tensor.detach().cpu().numpy() for tensor in tensors)
+        yield {given.name: array for given, array in zip(inputs, arrays, strict=True)}
 
 
 def entropy_threshold(counts: Counts) -> int:
@@ -211,12 +200,10 @@ def _clip(
     return {n: (max(low, -limits[n]), min(high, limits[n])) for n, (low, high) in ends.items()}
 
 
-def _counted(
-    samples: Iterable[Mapping[str, Array]], counter: list[int]
-) -> Iterator[Mapping[str, Array]]:
-    for sample in samples:
-        counter[0] += len(next(iter(sample.values())))
-        yield sample
+def _counted(batches: Iterable[Batch], counter: list[int]) -> Iterator[Batch]:
+    for batch in batches:
+        counter[0] += len(batch[0][0])
+        yield batch
 
 
 def _stored(path: Path) -> Ranges | None:

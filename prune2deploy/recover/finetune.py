@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prune2deploy.calibration import Batch
+from prune2deploy.calibration import Batch, restarting
 from prune2deploy.errors import ConfigError
 from prune2deploy.recover.evaluate import logits_of
 
@@ -132,12 +132,12 @@ def finetune(
         The trained module and how it went.
 
     Raises:
-        ConfigError: No labels and no teacher, outputs that are not class scores, or a loss that
-            is not finite (the rate is too high).
+        ConfigError: No labels and no teacher, outputs that are not class scores, batches that can
+            be read only once, or a loss that is not finite (the rate is too high).
     """
     options = options or FinetuneOptions()
     started = time.monotonic()
-    total = options.epochs * _length(batches) if batches is not None else 0
+    total = options.epochs * _length(restarting(batches)) if batches is not None else 0
     if batches is None or total == 0:
         why = "no data" if batches is None else "no epochs or no batches"
         return Finetuned(copy.deepcopy(module), (), 0, 0.0, f"nothing was trained: {why}")

@@ -13,10 +13,11 @@ keeps; the file that is shipped is calibrated on all samples.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -216,20 +217,25 @@ def top1(
     if len(outputs[0].shape) != 2:
         return None
     run = parity.onnx_runner(path)
+    labels: list[int] = []
     right = seen = 0
-    for tensors, labels in batches:
-        if labels is None or labels.ndim != 1 or seen >= limit:
-            break
-        start = 0
-        for feed in feeds(path, [(tensors, None)]):
-            rows = len(feed[inputs[0].name])
-            scores = run(feed)[outputs[0].name]
-            if int(labels.max()) >= scores.shape[1]:
-                return None
-            right += int((scores.argmax(1) == labels[start : start + rows].numpy()).sum())
-            start += rows
-        seen += start
+    for feed in feeds(path, _labelled(batches, limit, labels)):
+        scores = run(feed)[outputs[0].name]
+        wanted = np.array(labels[seen : seen + len(feed[inputs[0].name])])
+        if wanted.max() >= scores.shape[1]:
+            return None
+        right += int((scores[: len(wanted)].argmax(1) == wanted).sum())
+        seen += len(wanted)
     return (right / seen, seen) if seen else None
+
+
+def _labelled(batches: Iterable[Batch], limit: int, labels: list[int]) -> Iterator[Batch]:
+    """Give batches as long as there are labels, and add those to ``labels``; up to a limit."""
+    for batch in batches:
+        if batch[1] is None or batch[1].ndim != 1 or len(labels) >= limit:
+            break
+        labels += batch[1].tolist()
+        yield batch
 
 
 @dataclass(frozen=True)

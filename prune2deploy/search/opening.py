@@ -10,7 +10,7 @@ import torch
 
 from prune2deploy import measure
 from prune2deploy.backends import registry
-from prune2deploy.calibration import check_labels, require
+from prune2deploy.calibration import check_form, check_labels, require
 from prune2deploy.config import ModelOptions, check_max_drop
 from prune2deploy.errors import ConfigError, MissingBackend, TraceError
 from prune2deploy.exporting import export
@@ -27,6 +27,7 @@ def open_workshop(
     """Check that the target is usable, and trace the model; ``builds`` is for progress."""
     target = candidate.with_precision(job.target, options.precision)
     check_max_drop(max_drop, target.precision, data=job.batches is not None)
+    check_form(job.batches)
     if target.precision == "int8":
         if job.batches is None:
             raise ConfigError("precision int8 needs calibration data: add --data RECIPE")

@@ -12,7 +12,9 @@ from PIL import Image
 from prune2deploy import shipped
 from prune2deploy.calibration import (
     Preprocessing,
+    check_form,
     check_labels,
+    filled,
     first,
     from_dataset,
     load_recipe,
@@ -313,6 +315,45 @@ def test_the_first_samples_are_cut_from_batches_as_they_come():
     ((inputs, labels),) = first(endless(), 3)
     assert inputs[0].tolist() == labels.tolist() == [0, 1, 2]
     assert first([], 3) == []
+
+
+def test_batches_of_another_size_are_joined_cut_and_filled():
+    data = [((torch.arange(i, i + 3), -torch.arange(i, i + 3)), None) for i in (0, 3, 6)]
+    for rows, expected in (
+        (2, [[0, 1], [2, 3], [4, 5], [6, 7], [8, 8]]),
+        (4, [[0, 1, 2, 3], [4, 5, 6, 7], [8, 8, 8, 8]]),
+        (9, [[*range(9)]]),
+        (12, [[*range(9), 0, 1, 2]]),
+    ):
+        found = list(filled(data, rows))
+        assert [one.tolist() for one, _ in found] == expected
+        assert all(torch.equal(one, -other) for one, other in found)
+    assert list(filled([], 4)) == []
+
+
+X = torch.zeros(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        ([], "found no batch"),
+        ((batch for batch in [((X,), None)]), "a generator, which can be read once"),
+        (7, "found a int"),
+        ([X], r"a tensor of shape \(2, 3\)"),
+        ([(X, None)], r"a tuple of \(a tensor of shape \(2, 3\), NoneType\)"),
+        ([((X, "b"), None)], r"a tuple of \(a tuple of \(.*, str\), NoneType\)"),
+        ([((X[:0],), None)], r"shape \(0, 3\)"),
+    ],
+)
+def test_data_of_another_form_is_told(data, told):
+    with pytest.raises(ConfigError, match=told):
+        check_form(data)
+
+
+def test_data_of_the_form_that_is_expected_is_taken():
+    for data in (None, [((X,), None)], [([X], torch.zeros(2))], [[(X, X), None]]):
+        check_form(data)
 
 
 def test_pixels_that_are_not_scaled_are_told(tmp_path):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from prune2deploy.errors import ExportError
+from prune2deploy.errors import ConfigError, ExportError
 from prune2deploy.exporting import activations, keeping, parity, precision, quantize, ranges
 from prune2deploy.exporting.export import to_onnx
 from prune2deploy.exporting.keeping import Accuracy
@@ -266,7 +266,7 @@ def test_wrong_recipe_method_and_data_are_refused(small, tmp_path):
         to_int8(small, out, data(1), Int8Options(method="mean"))
     with pytest.raises(ExportError, match="no batch"):
         to_int8(small, out, [])
-    with pytest.raises(ExportError, match="more than once"):
+    with pytest.raises(ConfigError, match="more than once"):
         to_int8(small, out, iter(data(1)))
     two = [((torch.zeros(1, 3, 12, 12), torch.zeros(1)), None)]
     with pytest.raises(ExportError, match="2 inputs, the model has 1"):
@@ -289,6 +289,21 @@ def test_minmax_ranges_are_those_of_the_activations(small):
 def test_batches_are_cut_to_a_fixed_batch(small):
     whole = [((torch.cat([t for (t,), _ in data(5)]),), None)]
     assert ranges.calibrate(small, whole) == ranges.calibrate(small, data(5))
+
+
+def test_batches_below_a_fixed_batch_are_joined_and_the_last_one_filled(small, tmp_path):
+    model = onnx.load(str(small))
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 4
+    onnx.save(model, str(tmp_path / "four.onnx"))
+    for count, made in ((3, 1), (4, 1), (6, 2)):
+        rows = data(count)
+        found = [feed["input"] for feed in ranges.feeds(tmp_path / "four.onnx", rows)]
+        assert [one.shape[0] for one in found] == [4] * made
+        joined = torch.from_numpy(np.concatenate(found))
+        assert torch.equal(joined[:count], torch.cat([t for (t,), _ in rows]))
+        assert ranges.calibrate(tmp_path / "four.onnx", rows).samples == count
+    assert torch.equal(joined[4:], joined[[4, 5, 4, 5]])
 
 
 def test_clipping_methods_lie_inside_minmax_and_ignore_one_outlier(small):

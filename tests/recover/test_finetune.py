@@ -94,6 +94,12 @@ def test_nothing_to_train_on_is_said(data):
     assert torch.equal(done.module[0].weight, student()[0].weight)
 
 
+def test_batches_that_can_be_read_once_are_refused(teacher):
+    x = torch.randn(4, 3, 8, 8)
+    with pytest.raises(ConfigError, match="a generator, which can be read once"):
+        finetune(teacher, teacher, (batch for batch in [((x,), None)]))
+
+
 def test_no_epochs():
     assert finetune(student(), None, blobs(), FinetuneOptions(epochs=0)).steps == 0
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import prune2deploy
 from prune2deploy import calibration, summary, target
-from prune2deploy.backends import registry
+from prune2deploy.backends import onnx_file, registry
 from prune2deploy.calibration import first, from_dataset
 from prune2deploy.errors import ConfigError, ParityError
 from prune2deploy.exporting import keeping, parity, precision
@@ -283,6 +283,16 @@ def test_accuracy_is_counted_by_hand(net, small, batches):
     assert top1(small, [(inputs, None) for inputs, _ in batches]) is None
 
 
+def test_samples_that_fill_a_fixed_batch_are_not_scored(net, tmp_path, batches):
+    x = torch.randn(7, 3, 8, 8)
+    seven = to_onnx(net[0], (x,), tmp_path / "seven.onnx")
+    assert top1(seven, batches) == (1.0, 24)
+    assert top1(seven, batches.first(3)) == (1.0, 3)
+    right = [(inputs, labels) for inputs, labels in batches.first(8)]
+    wrong = [(inputs, (labels + 1) % 10) for inputs, labels in batches.first(2)]
+    assert top1(seven, [*right, *wrong]) == (0.8, 10)
+
+
 def test_accuracy_is_part_of_what_is_told(small, tmp_path, batches):
     made = lower(small, tmp_path / "q.onnx", Wish("int8", "cpu", batches))
     assert made.parity.tolerance == parity.TOLERANCE["int8"]
@@ -315,6 +325,19 @@ def test_fp16_is_held_to_max_drop_like_int8(small, tmp_path, batches, monkeypatc
         lowering.require(broken, 0.3)
     lowering.require(broken, None)
     lowering.require(replace(broken, quick=True), 0.3)
+
+
+@pytest.mark.parametrize("count", [3, 24])
+@pytest.mark.parametrize("wanted", ["fp32", "fp16", "int8"])
+def test_a_model_whose_batch_is_above_that_of_the_data(net, profile, tmp_path, count, wanted):
+    x = torch.randn(16, 3, 8, 8)
+    data = from_dataset(Samples(count, net[0]), (x,), batch=4)
+    common = {"target": profile(), "speedup": 1.2, "max_builds": 2, "precision": wanted}
+    result = prune2deploy.prune_to_budget(
+        net[0], x, batches=data, run_dir=tmp_path / "run", **common
+    )
+    assert onnx_file.signature(result.run_dir / "model.onnx")[0][0].shape == (16, 3, 8, 8)
+    assert result.report.accuracy.samples == count
 
 
 def test_a_run_that_loses_too_much_accuracy_says_how_much_and_ships_nothing(
