@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     _run_arguments(found.add_parser("run", help="prune until the latency budget is met"))
     sweep = found.add_parser("sweep", help="measure latency against the pruning ratio")
     _model_arguments(sweep)
+    _precision_argument(sweep)
     sweep.add_argument("--target", required=True, help="target profile")
     sweep.add_argument("--ratios", default="0:0.9:0.1", help="START:STOP:STEP or a list")
     sweep.add_argument("--importance", default="l2", help="criterion")
@@ -56,17 +57,18 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("onnx", type=Path, nargs="?")
     measure.add_argument("--target", required=True)
     measure.add_argument("--against", type=Path, help="ONNX file to measure interleaved with")
-    measure.add_argument("--batch", type=int, default=1, help="for a free batch dimension")
+    measure.add_argument("--batch", type=int, help="for a free first dimension (1)")
+    measure.add_argument("--input-size", metavar="HxW", help="for free height and width")
     measure.add_argument("--probe-alignment", action="store_true", help="find the width step")
-    measure.add_argument("--out", type=Path, default=Path(), help="folder for the staircase")
+    measure.add_argument("--out", type=Path, help="folder for the staircase (the current one)")
     measure.add_argument("--no-cache", action="store_true", help="probe again, keep nothing")
     measure.add_argument("--json", action="store_true")
     build = found.add_parser("build", help="build an engine from an ONNX file")
     build.add_argument("onnx", type=Path)
     build.add_argument("--target", required=True)
-    build.add_argument("--precision", choices=config.PRECISIONS)
-    build.add_argument("--data", help="calibration recipe for int8")
-    build.add_argument("--out", type=Path, default=Path())
+    _precision_argument(build)
+    build.add_argument("--data", help="calibration recipe, for int8 and fp16")
+    build.add_argument("--out", type=Path, default=Path(), help="folder (the current one)")
     build.add_argument("--json", action="store_true")
     inspect = found.add_parser("inspect", help="axes, widths, what is frozen and why")
     _model_arguments(inspect)
@@ -89,8 +91,11 @@ def _model_arguments(to: argparse.ArgumentParser) -> None:
     to.add_argument("--weights", type=Path, help="file with a state dict")
     to.add_argument("--batch", type=int, default=1)
     to.add_argument("--input-size", metavar="HxW", help="pixels; one number for a square")
-    to.add_argument("--precision", choices=config.PRECISIONS, help="the target's unless given")
     to.add_argument("--seed", type=int, default=0)
+
+
+def _precision_argument(to: argparse.ArgumentParser) -> None:
+    to.add_argument("--precision", choices=config.PRECISIONS, help="the target's unless given")
 
 
 def _output_arguments(to: argparse.ArgumentParser) -> None:
@@ -101,6 +106,7 @@ def _output_arguments(to: argparse.ArgumentParser) -> None:
 
 def _run_arguments(to: argparse.ArgumentParser) -> None:
     _model_arguments(to)
+    _precision_argument(to)
     to.add_argument("--target", required=True, help="target profile (see: prune2deploy targets)")
     to.add_argument("--latency-ms", type=float, metavar="MS", help="the budget")
     to.add_argument("--speedup", type=float, metavar="S", help="the budget as a factor")

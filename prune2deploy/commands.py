@@ -1,26 +1,22 @@
-"""What each sub-command does.
+"""What each sub-command does; those that work on an ONNX file are in ``file_commands``.
 
-In: parsed arguments and a progress callable. Out: a :class:`Reply` (text for people, one plain
-document for programs, an exit code). Options are checked before any library is imported, so that
-a mistake in them is told at once.
+In: parsed arguments and a progress callable. Out: a :class:`~prune2deploy.reply.Reply` (text for
+people, one plain document for programs, an exit code). Options are checked before any library is
+imported, so that a mistake in them is told at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prune2deploy import config
+from prune2deploy import config, file_commands
 from prune2deploy.config import Budget, ModelOptions, RunOptions, SweepOptions
-from prune2deploy.errors import BuildError, ConfigError, MissingBackend
 from prune2deploy.progress import Progress, tell
+from prune2deploy.reply import Reply, refuse, shown
 from prune2deploy.rundir import (
     IDENTITY,
     MANIFEST,
@@ -32,30 +28,16 @@ from prune2deploy.rundir import (
 )
 
 if TYPE_CHECKING:
-    from prune2deploy.backends.base import Availability, Backend, Engine
     from prune2deploy.models import LoadedModel
     from prune2deploy.target import Target
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What a sub-command answers.
-
-    Attributes:
-        text: For people.
-        document: For programs; what JSON can hold.
-        exit_code: See the errors of this package.
-    """
-
-    text: str
-    document: Any
-    exit_code: int = 0
 
 
 def run(arguments: argparse.Namespace, progress: Progress) -> Reply:
     """Prune until the budget is met."""
     options = _run_options(arguments)
-    target, _ = usable(options.target)
+    from prune2deploy import listing
+
+    target, _ = listing.usable(options.target)
     precision = options.model.precision or target.precision
     config.check_max_drop(options.max_drop, precision, data=options.data is not None)
     from prune2deploy import api, calibration, summary
@@ -82,7 +64,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> Reply:
             progress,
         )
         result = api.carry_out(job, options, options.model.model)
-    text = f"{write.show(result.report)}\nrun       {_shown(held.path)}"
+    text = f"{write.show(result.report)}\nrun       {shown(held.path)}"
     document = {**read_manifest(held.path), "run_dir": str(held.path)}
     return Reply(text, document, summary.EXIT_CODES[result.verdict])
 
@@ -92,11 +74,13 @@ def sweep(arguments: argparse.Namespace, progress: Progress) -> Reply:
     options = SweepOptions(
         arguments.target,
         config.parse_ratios(arguments.ratios),
-        _model_options(arguments),
+        _model_options(arguments, arguments.precision),
         arguments.importance,
         arguments.data,
     )
-    target, _ = usable(options.target)
+    from prune2deploy import listing
+
+    target, _ = listing.usable(options.target)
     from prune2deploy import calibration
     from prune2deploy import sweep as sweeping
     from prune2deploy.importance import NAMES
@@ -122,72 +106,8 @@ def sweep(arguments: argparse.Namespace, progress: Progress) -> Reply:
             progress=progress,
         )
         report = sweeping.sweep(job, options, options.model.model)
-    text = f"{write.show(report)}\n\nrun {_shown(held.path)}"
+    text = f"{write.show(report)}\n\nrun {shown(held.path)}"
     return Reply(text, {**encode(report), "run_dir": str(held.path)})
-
-
-def measure(arguments: argparse.Namespace, progress: Progress) -> Reply:
-    """Measure an ONNX file, alone or against another; or probe the widths of the target."""
-    if (arguments.onnx is None) != arguments.probe_alignment:
-        raise ConfigError("measure: expected either an ONNX file or --probe-alignment")
-    target, backend = usable(arguments.target)
-    if arguments.probe_alignment:
-        return _staircase(arguments, progress, target, backend)
-    for path in (arguments.onnx, arguments.against):
-        _check_onnx(path)
-    from prune2deploy import measure as measuring
-    from prune2deploy.journal import encode
-    from prune2deploy.report.text import alone_text, pair_text
-
-    with tempfile.TemporaryDirectory(prefix="prune2deploy-") as folder:
-        engine = backend.build(arguments.onnx, target, Path(folder) / "engine")
-        if arguments.against is None:
-            alone = measuring.single(engine, target)
-            return Reply(alone_text(arguments.onnx, alone), encode(alone))
-        other = backend.build(arguments.against, target, Path(folder) / "reference")
-        seen = measuring.compare(engine, other, target)
-    return Reply(pair_text(arguments.onnx, arguments.against, seen), encode(seen))
-
-
-def _staircase(
-    arguments: argparse.Namespace, progress: Progress, target: Target, backend: Backend
-) -> Reply:
-    """Probe the channel multiple; table, picture and JSON."""
-    from prune2deploy.search import probing, recall
-
-    place = None if arguments.no_cache else recall.folder()
-    timings = recall.Timings(place, recall.context(target, backend))
-    found = probing.probe(target, backend, timings, progress)
-    written = probing.write(target, found, arguments.out)
-    lines = ["", *(f"written {_shown(path)}" for path in written), *timings.notes]
-    return Reply("\n".join([probing.text(target, found), *lines]), probing.document(target, found))
-
-
-def build(arguments: argparse.Namespace, progress: Progress) -> Reply:
-    """Build an engine without measuring."""
-    target, backend = usable(arguments.target, to_run=False)
-    _check_onnx(arguments.onnx)
-    if arguments.precision is not None:
-        target = dataclasses.replace(target, precision=arguments.precision)
-    out: Path = arguments.out
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-    from prune2deploy.search import lowering
-
-    wish = lowering.Wish(target.precision, backend.int8_recipe(target))
-    lowered = lowering.file(arguments.onnx, out, wish, (arguments.data, progress))
-    engine = backend.build(lowered.path, target, out)
-    document = {
-        "engine": str(engine.path.resolve()),
-        "onnx": str(lowered.path.resolve()),
-        "bytes": engine.path.stat().st_size,
-        "seconds": engine.seconds,
-        "target": target.name,
-        "precision": target.precision,
-        "versions": backend.versions(),
-    }
-    text = "\n".join([_built_text(engine, target), *lowered.notes])
-    return Reply(text, {**document, "notes": list(lowered.notes)})
 
 
 def inspect(arguments: argparse.Namespace, progress: Progress) -> Reply:
@@ -216,6 +136,8 @@ def report(arguments: argparse.Namespace, progress: Progress) -> Reply:
 
     paths: list[Path] = arguments.runs
     if len(paths) == 1:
+        refuse(arguments, "out", "beside a single run, which is rendered in its own folder")
+    if len(paths) == 1:
         shown = write.load(paths[0])
         with RunDir(paths[0], _held_identity(paths[0]), resume=True) as held:
             write.write(shown, held)
@@ -234,56 +156,22 @@ def report(arguments: argparse.Namespace, progress: Progress) -> Reply:
 TABLE: Mapping[str, Callable[[argparse.Namespace, Progress], Reply]] = {
     "run": run,
     "sweep": sweep,
-    "measure": measure,
-    "build": build,
+    "measure": file_commands.measure,
+    "build": file_commands.build,
     "inspect": inspect,
     "targets": targets,
     "report": report,
 }
 
 
-def usable(name: str, *, to_run: bool = True) -> tuple[Target, Backend]:
-    """Load a target and its backend.
-
-    Args:
-        name: Name or path of the profile.
-        to_run: Whether engines must run here; building may need less.
-
-    Raises:
-        ConfigError: No such target, or a wrong profile.
-        MissingBackend: It cannot be used here; names the fix and the targets that can.
-    """
-    from prune2deploy import target as profiles
-    from prune2deploy.backends import registry
-
-    profile = profiles.load(name)
-    backend = registry.for_target(profile)
-    there = _there(backend, profile, to_run=to_run)
-    if there.usable:
-        return profile, backend
-    others = [
-        other.name
-        for other in profiles.load_all()
-        if _there(registry.for_target(other), other, to_run=to_run).usable
-    ]
-    raise MissingBackend(
-        f"target {profile.name} cannot be used here: {there.reason}\n  fix: {there.fix}\n"
-        f"  targets that work here: {', '.join(others) or 'none'}"
-    )
-
-
-def _there(backend: Backend, target: Target, *, to_run: bool) -> Availability:
-    return backend.availability(target) if to_run else backend.can_build(target)
-
-
-def _model_options(arguments: argparse.Namespace) -> ModelOptions:
+def _model_options(arguments: argparse.Namespace, precision: str | None = None) -> ModelOptions:
     size = arguments.input_size
     return ModelOptions(
         arguments.model,
         arguments.weights,
         None if size is None else config.parse_size(size),
         arguments.batch,
-        arguments.precision,
+        precision,
         arguments.seed,
     )
 
@@ -292,7 +180,7 @@ def _run_options(arguments: argparse.Namespace) -> RunOptions:
     return RunOptions(
         Budget(arguments.latency_ms, arguments.speedup, arguments.percentile),
         arguments.target,
-        _model_options(arguments),
+        _model_options(arguments, arguments.precision),
         arguments.data,
         arguments.importance,
         arguments.finetune,
@@ -377,7 +265,7 @@ def _opened(
             yield held
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
-                f"interrupted; go on with the same command and --resume --out {_shown(held.path)}"
+                f"interrupted; go on with the same command and --resume --out {shown(held.path)}"
             ) from None
 
 
@@ -385,28 +273,8 @@ def _short(model: str) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(model).name)
 
 
-def _shown(folder: Path) -> str:
-    return os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)
-
-
 def _held_identity(path: Path) -> dict[str, Any]:
     import json
 
     held = path / IDENTITY
     return dict(json.loads(held.read_text("utf-8"))) if held.is_file() else {}
-
-
-def _check_onnx(path: Path | None) -> None:
-    if path is None:
-        return
-    from prune2deploy.backends import onnx_file
-
-    try:
-        onnx_file.check(path)
-    except BuildError as error:
-        raise ConfigError(str(error)) from error
-
-
-def _built_text(engine: Engine, target: Target) -> str:
-    size = engine.path.stat().st_size / 1e6
-    return f"{engine.path}: {size:.2f} MB for {target.name}, built in {engine.seconds:.1f} s"

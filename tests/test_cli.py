@@ -141,6 +141,46 @@ def test_sweep_inspect_build_and_measure(place):
     assert "ratio 1.0000" in pair.stdout
 
 
+def test_a_file_with_free_dimensions_is_measured_at_the_shape_that_is_asked_for(place):
+    import onnx
+
+    onnx.save(_free(("n", 3, "h", "w")), "free.onnx")
+    onnx.save(_free((4, 3, 16, 8)), "fixed.onnx")
+    line = ("measure", "free.onnx", *SMALL[2:])
+    wanted = ("--batch", "4", "--input-size", "16x8")
+    found = [
+        json.loads(command(*arguments, "--json", cwd=place).stdout)["latency"]["p50_ms"]
+        for arguments in (
+            (*line, *wanted),
+            ("measure", "fixed.onnx", *SMALL[2:]),
+            (*line, "--input-size", "16x8"),
+        )
+    ]
+    assert found[0] == pytest.approx(found[1])
+    assert found[2] < 0.5 * found[0], "a batch of 1 unless told"
+    pair = command(*line, "--against", "fixed.onnx", *wanted, cwd=place)
+    assert "ratio 1.0000" in pair.stdout
+    told = command(*line, cwd=place)
+    assert told.returncode == 2 and "(1, 3, h, w)" in told.stderr
+    assert "give --input-size HxW" in told.stderr
+
+
+def _free(dims):
+    """A model file of one convolution with these dimensions of its input."""
+    import numpy as np
+    from onnx import TensorProto, helper, numpy_helper
+
+    weight = numpy_helper.from_array(np.ones((512, 3, 3, 3), np.float32), "w")
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+        for name, shape in (("x", dims), ("y", (dims[0], 512, "oh", "ow")))
+    ]
+    node = helper.make_node("Conv", ["x", "w"], ["y"], name="conv")
+    graph = helper.make_graph([node], "net", ends[:1], ends[1:], [weight])
+    opsets = [helper.make_opsetid("", 17)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=8)
+
+
 def test_targets_are_listed_with_the_line_that_fixes_what_is_missing(capfd):
     assert cli.run(["targets", "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capfd.readouterr().out)}

@@ -125,6 +125,38 @@ def test_usage(fails, case):
     fails(arguments, 2, said)
 
 
+PROBE = ["measure", "--target", "ort", "--probe-alignment"]
+FILE = ["measure", "net.onnx", "--target", "ort"]
+IDLE = {
+    "batch of a probe": ([*PROBE, "--batch", "2"], "--batch: found it beside --probe-alignment"),
+    "other file of a probe": ([*PROBE, "--against", "a.onnx"], "--against"),
+    "size of a probe": ([*PROBE, "--input-size", "32"], "--input-size"),
+    "folder of a measurement": ([*FILE, "--out", "x"], "--out: found it without --probe-alignment"),
+    "cache of a measurement": ([*FILE, "--no-cache"], "--no-cache"),
+    "folder of a single report": (["report", "run", "--out", "x"], "--out: found it beside a sing"),
+    "precision of axes": (["inspect", "--precision", "fp16"], "unrecognized"),
+}
+
+
+@pytest.mark.parametrize("case", IDLE)
+def test_options_that_would_do_nothing(fails, case):
+    arguments, said = IDLE[case]
+    fails(arguments, 2, said)
+
+
+def test_data_that_would_do_nothing(place, fails, make_onnx):
+    build = ["build", make_onnx(), "--target", "ort", "--out", place / "built"]
+    fails([*build, "--precision", "fp32", "--data", "random"], 2, "--data random: found", "fp32")
+    assert not [*(place / "built").iterdir()]
+
+
+def test_sizes_that_no_dimension_can_take(fails, make_onnx):
+    fails([*FILE, "--batch", "0"], 2, "--batch: found 0")
+    file = ["measure", make_onnx(), "--target", "ort"]
+    fails([*file, "--batch", "8"], 2, "--batch 8 cannot apply", "x (1, 3, 12, 12)")
+    fails([*file, "--input-size", "8x9"], 2, "--input-size 8x9 cannot apply")
+
+
 NAMES = {
     "model": (run("resnet51"), "resnet50"),
     "empty model": (run(""), "--model"),

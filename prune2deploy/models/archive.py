@@ -27,8 +27,8 @@ def load(request: Request) -> LoadedModel:
     Its shapes are fixed when it is made, so its own example inputs are used.
 
     Raises:
-        ModelError: No such file, not such an archive, without example inputs, or another batch
-            or input size is asked for than the archive was made with.
+        ModelError: No such file, not such an archive, without example inputs, or another batch is
+            asked for than the archive was made with.
     """
     path = Path(request.name)
     if not path.is_file():
@@ -43,7 +43,7 @@ def load(request: Request) -> LoadedModel:
             f"code, which is not run: {type(error).__name__}: {error}"
         ) from error
     inputs = _inputs(program.example_inputs, path)
-    _check_shapes(inputs, request)
+    _check_batch(inputs, request)
     return LoadedModel(
         module=module,
         example_inputs=inputs,
@@ -77,15 +77,10 @@ def _inputs(example: Any, path: Path) -> tuple[Tensor, ...]:
     )
 
 
-def _check_shapes(inputs: tuple[Tensor, ...], request: Request) -> None:
+def _check_batch(inputs: tuple[Tensor, ...], request: Request) -> None:
     shape = tuple(inputs[0].shape)
     if request.batch not in (1, shape[0]):
         raise ModelError(
             f"{request.name!r} was exported with inputs of shape {shape}; batch {request.batch} "
             f"is asked for; leave --batch out or export it again"
-        )
-    if request.input_size is not None and shape[-2:] != request.input_size:
-        raise ModelError(
-            f"{request.name!r} was exported with inputs of shape {shape}; input size "
-            f"{request.input_size} is asked for; leave --input-size out or export it again"
         )

@@ -94,6 +94,7 @@ def load(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         loaded = loader.load(request)
+    _require_size(loaded, input_size)
     if weights is not None:
         load_weights(loaded.module, weights)
     return replace(loaded, module=_settled(loaded.module), spec=spec)
@@ -108,6 +109,18 @@ def _require(spec: str, input_size: tuple[int, int] | None, batch: int) -> None:
         raise ModelError(f"batch: found {batch}, expected 1 or more")
     if input_size is not None and min(input_size) < 1:
         raise ModelError(f"input size: found {input_size}, expected HEIGHTxWIDTH of 1 or more")
+
+
+def _require_size(loaded: LoadedModel, input_size: tuple[int, int] | None) -> None:
+    """Raise ModelError where a size is asked for and no input is a picture of it."""
+    shapes = [tuple(one.shape) for one in loaded.example_inputs]
+    if input_size is None or any(len(s) >= 4 and s[-2:] == input_size for s in shapes):
+        return
+    raise ModelError(
+        f"input size: found {input_size}, but {loaded.spec!r} takes inputs of shape "
+        f"{', '.join(map(str, shapes))}, which it cannot change; leave --input-size out, or make "
+        "the model with inputs of that size"
+    )
 
 
 def _settled(module: nn.Module) -> nn.Module:

@@ -258,13 +258,18 @@ def file(path: Path, out: Path, wish: Wish, data: tuple[str | None, Progress]) -
         data: Calibration recipe by name or path (or ``None``), and who hears of its notices.
 
     Raises:
-        ConfigError: int8 without data for an fp32 file.
+        ConfigError: int8 without data for an fp32 file, or data where nothing is converted.
         ExportError: The model cannot be converted.
         ParityError: The outputs differ too much from those of the file that came in.
     """
     recipe, progress = data
     wanted = wish.precision
     if wanted == "fp32" or precision.already(path) == wanted:
+        if recipe is not None:
+            raise ConfigError(
+                f"--data {recipe}: found {path}, which is taken as it is for {wanted}, so that "
+                "data does nothing; leave it out, or give the fp32 file for another precision"
+            )
         return LoweredFile(path)
     batches = open_recipe(recipe, BareFile.read(path)).need("int8") if recipe else None
     if wanted == "int8" and batches is None:

@@ -119,6 +119,8 @@ def test_transformers_from_a_config_file(tmp_path):
         loaded = models.load(spec, batch=3)
         assert loaded.input_names == ("input_ids",)
         assert forward(loaded)[0].shape == (3, 2)
+    with pytest.raises(ModelError, match=r"found \(32, 32\), .* inputs of shape \(1, 16\)"):
+        models.load(f"hf:{tmp_path}", input_size=(32, 32))
     (tmp_path / "config.json").write_text('{"model_type": "brt"}')
     with pytest.raises(ModelError, match="transformers cannot make a model"):
         models.load(f"hf:{tmp_path}")
