@@ -22,6 +22,7 @@ from torch import nn
 
 from prune2deploy.calibration.preprocessing import Preprocessing
 from prune2deploy.errors import MissingBackend, ModelError
+from prune2deploy.models.checkpoint import VALUES, contents
 from prune2deploy.models.loaded import LoadedModel, Request
 
 INSTALL = "pip install 'prune2deploy[yolo]'"
@@ -37,6 +38,7 @@ def load(request: Request) -> LoadedModel:
         ModelError: No such YAML (the nearest names are offered) or checkpoint, or it is broken.
         MissingBackend: ultralytics is not installed.
     """
+    _check_checkpoint(Path(request.name))
     with _quiet():
         module, task = _network(request.name)
     set_export(module, True)
@@ -63,13 +65,7 @@ def _network(name: str) -> tuple[Any, str]:
             f"install it with: {INSTALL}"
         ) from error
     path = Path(name)
-    if path.suffix == ".pt":
-        if not path.is_file():
-            raise ModelError(
-                f"no checkpoint {name!r} found; expected a file that ultralytics wrote (nothing "
-                f"is downloaded); {path.stem}.yaml gives the same network with random weights"
-            )
-    elif not path.is_file():
+    if path.suffix != ".pt" and not path.is_file():
         folder = Path(ultralytics.__file__).parent / "cfg" / "models"
         _check_yaml(path, tasks.guess_model_scale(path), folder)
     try:
@@ -79,6 +75,27 @@ def _network(name: str) -> tuple[Any, str]:
             f"ultralytics cannot make a model of {name!r}: {type(error).__name__}: {error}"
         ) from error
     return wrapper.model, str(wrapper.task)
+
+
+def _check_checkpoint(path: Path) -> None:
+    """Raise unless a path that stands for a checkpoint of ultralytics holds classes of theirs."""
+    if path.suffix != ".pt":
+        return
+    if not path.is_file():
+        raise ModelError(
+            f"no checkpoint {str(path)!r} found; expected a file that ultralytics wrote (nothing "
+            f"is downloaded); {path.stem}.yaml gives the same network with random weights"
+        )
+    found = contents(path)
+    if any(name.startswith("ultralytics.") for name in found.classes):
+        return
+    here = found.kind == VALUES
+    weights = f"{path}" if here else f"FILE, which {found.state} writes"
+    raise ModelError(
+        f"{str(path)!r} holds {found.text}; a model that is named by a file in .pt is a checkpoint "
+        "of ultralytics. Name the code that makes the model, and a state dict as its weights: "
+        f"--model file.py:factory --weights {weights}"
+    )
 
 
 def _wrapper(ultralytics: Any, tasks: Any, path: Path) -> Any:

@@ -1,28 +1,24 @@
 """Weights from a file into a model, without running anything that the file holds.
 
 In: a model and the path of a state dict (``torch.save`` or safetensors), plain or wrapped the ways
-training scripts wrap it. Out: the model, filled. ``torch.load(weights_only=True)`` refuses a
-pickle that would run code.
+training scripts wrap it. Out: the model, filled.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import pickle
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from prune2deploy.errors import MissingBackend, ModelError
+from prune2deploy.models.checkpoint import OBJECTS, contents
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "ema", "params")
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile, Lightning
-_CODE = ("GLOBAL", "REDUCE", "BUILD", "Unsupported class")  # what torch refuses to run
 _OPTIONAL = "num_batches_tracked"  # counters that old checkpoints lack
 
 
@@ -55,48 +51,17 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise ModelError(f"weights: no file {str(path)!r} found; expected a state dict")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    found = _unwrapped(_read_torch(path))
-    if isinstance(found, Mapping):
-        state = {k: v for k, v in found.items() if isinstance(v, Tensor)}
-        if state and all(isinstance(key, str) for key in state):
-            return state
-    what = f"a {type(found).__name__}"
-    if isinstance(found, Mapping):
-        what += f" with keys {sorted(map(str, found))[:5]}"
+    found = contents(path)
+    state = _unwrapped(found.value)
+    if isinstance(state, Mapping):
+        tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+        if tensors and all(isinstance(key, str) for key in tensors):
+            return tensors
+    refused = ", which are refused because loading them can run code" * (found.kind == OBJECTS)
     raise ModelError(
-        f"weights: {str(path)!r} holds {what}; expected a state dict (names to tensors), as "
-        "torch.save(model.state_dict(), FILE) writes it"
+        f"weights: {str(path)!r} holds {found.text}{refused}; expected a state dict (names to "
+        f"tensors); save the tensors alone with {found.state}"
     )
-
-
-def _read_torch(path: Path) -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # on unusual pickle protocols
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        detail = str(error).rpartition("WeightsUnpickler error:")[2].partition("Please file")[0]
-        if not any(word in detail for word in _CODE):
-            raise ModelError(_broken(path, detail)) from error
-        raise ModelError(
-            f"weights: {str(path)!r} holds pickled Python objects, which are refused because "
-            "loading them can run code; save the tensors alone with "
-            f"torch.save(model.state_dict(), FILE). torch says: {_short(detail)}"
-        ) from error
-    except Exception as error:  # damaged bytes make the unpickler raise anything
-        raise ModelError(_broken(path, f"{type(error).__name__}: {error}")) from error
-
-
-def _broken(path: Path, detail: str) -> str:
-    return (
-        f"weights: {str(path)!r} ({path.stat().st_size} bytes) cannot be read: it is truncated or "
-        f"not written by torch.save; copy it again. {_short(detail)}"
-    )
-
-
-def _short(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= 300 else line[:300] + "…"
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -103,6 +103,35 @@ def test_ultralytics_checkpoint(tmp_path):
     assert forward(loaded).shape == (1, 84, 84)
 
 
+class Own(nn.Sequential):
+    """Pickled by name, as every model of a user's is."""
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
+@pytest.mark.parametrize(
+    ("save", "told"),
+    [
+        (
+            lambda net, path: torch.save(net.state_dict(), path),
+            "a state dict; .* --weights {path}$",
+        ),
+        (torch.save, r"pickled Python objects \(.*Own\); .* --weights FILE, which torch\.save"),
+        (
+            lambda net, path: torch.jit.trace(net, torch.zeros(1, 2)).save(path),
+            r"a TorchScript archive; .* which torch\.save\(torch\.jit\.load\(THIS\)",
+        ),
+        (lambda net, path: torch.save([1, 2], path), "holds a list; .*file.py:factory"),
+        (lambda net, path: path.write_bytes(b""), r"\(0 bytes\) cannot be read"),
+    ],
+)
+def test_files_in_pt_that_are_no_checkpoint_of_ultralytics(tmp_path, save, told):
+    path = tmp_path / "mine.pt"
+    save(Own(nn.Linear(2, 2)), path)
+    with pytest.raises(ModelError, match=told.format(path=path)):
+        models.load(str(path))
+
+
 def test_transformers_from_a_config_file(tmp_path):
     pytest.importorskip("transformers")
     facts = {

@@ -136,3 +136,25 @@ def test_missing_and_extra_names(tmp_path):
     torch.save({**state, "3.weight": torch.zeros(2)}, tmp_path / "more.pth")
     with pytest.raises(ModelError, match=r"'3\.weight' of the file is not in the model"):
         load_weights(net(), tmp_path / "more.pth")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
+@pytest.mark.parametrize("kind", ["script", "exported"])
+def test_archives_of_programs_are_named_with_the_line_that_makes_weights_of_them(tmp_path, kind):
+    wanted = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval()
+    x, path = torch.zeros(1, 3, 8, 8), tmp_path / "program.pt"
+    if kind == "script":
+        torch.jit.trace(wanted, x).save(path)
+    else:
+        with path.open("wb") as file:
+            torch.export.save(torch.export.export(wanted, (x,)), file)
+    named = {"script": "a TorchScript archive", "exported": "an archive of torch.export"}[kind]
+    with pytest.raises(ModelError, match=f"holds {named}; expected a state dict") as caught:
+        load_weights(net(), path)
+    line = str(caught.value).rpartition("alone with ")[2]
+    made = tmp_path / "w.pth"
+    exec(line, {"torch": torch, "THIS": str(path), "FILE": made})  # what is advised works
+    other = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    load_weights(other, made)
+    assert torch.equal(other[0].weight, wanted[0].weight)
