@@ -20,7 +20,7 @@ from prune2deploy.errors import ConfigError
 from prune2deploy.graph import Graph
 from prune2deploy.graph import trace as trace_graph
 from prune2deploy.identity import content
-from prune2deploy.importance import NAMES, score
+from prune2deploy.importance import DATA_FREE, NAMES, score
 from prune2deploy.measure import Comparison
 from prune2deploy.models.weights import load_weights
 from prune2deploy.plan.allocate import channels
@@ -124,21 +124,25 @@ def prune(
         model: Any module; it is not changed.
         example_inputs: One tensor, a tuple of positional arguments, or a dict of keywords.
         ratio: Fraction of the channels to remove, from 0 up to but not including 1.
-        importance: Criterion that chooses the channels.
+        importance: Criterion that chooses the channels; one that needs no data.
         channel_multiple: Kept widths are multiples of this (rounded to the nearest, at least one).
 
     Returns:
         A new, smaller module.
 
     Raises:
-        ConfigError: A ratio outside [0, 1), or an unknown criterion.
+        ConfigError: A ratio outside [0, 1), or a criterion that is unknown or needs data.
         TraceError: The forward pass fails, returns no tensor, or has nothing to prune.
     """
     if not 0 <= ratio < 1:
         raise ConfigError(f"ratio: found {ratio}, expected at least 0 and below 1")
     if channel_multiple < 1:
         raise ConfigError(f"channel_multiple: found {channel_multiple}, expected at least 1")
-    config.one_of("importance", importance, NAMES)
+    if config.one_of("importance", importance, NAMES) not in DATA_FREE:
+        raise ConfigError(
+            f"importance {importance!r} looks at data, which prune() takes none of; choose one of "
+            f"{', '.join(DATA_FREE)}, or use prune_to_budget(..., batches=...)"
+        )
     graph = trace_graph(model, example_inputs)
     scores = score(importance, model, graph)
     curves = importance_curves(graph, scores)

@@ -206,7 +206,7 @@ def _telling(drawn: Progress) -> Progress:
 
 
 def _complain(error: BaseException, code: int, out: Any, *, as_json: bool) -> int:
-    told = str(error) or "interrupted; go on with the same command and --resume"
+    told = str(error) or "interrupted"
     print(f"prune2deploy: {told}", file=sys.stderr)
     if as_json:
         document = {"error": type(error).__name__, "message": told, "exit_code": code}

@@ -234,7 +234,7 @@ def explain(error: OSError, path: Path) -> ConfigError:
     if error.errno in DISK_FULL:
         return ConfigError(
             f"{path}: the disk is full; nothing half-written is kept: free some space, then "
-            "repeat the command with --resume"
+            "repeat the command (run and sweep go on where they were with --resume)"
         )
     return ConfigError(
         f"{path}: cannot be written ({error.strerror or error}); expected a folder that you may "

@@ -118,7 +118,8 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path):
             temporary.write_text("x")
         assert not (tmp_path / "model.onnx").exists()
         assert not list(tmp_path.glob(".part-*"))
-    assert "free some space" in str(explain(OSError(errno.ENOSPC, ""), tmp_path))
+    told = str(explain(OSError(errno.ENOSPC, ""), tmp_path))
+    assert "free some space, then repeat the command (run and sweep go on" in told
 
 
 def test_manifest_of_no_run_of_garbage_and_of_another_schema(tmp_path):

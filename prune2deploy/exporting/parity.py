@@ -29,6 +29,12 @@ int8, whose largest single error grows with the number of elements and says litt
 whose products keep the ten fraction bits of fp16: rounding a YOLOv8n's operands so moves its
 outputs by up to 0.002."""
 
+_FINEST = (
+    "both sides compute in fp32, so no higher precision helps: check that the model gives the same "
+    "outputs twice for one input, and that its weights are trained (with random ones, activations "
+    "may grow or vanish until rounding shows); what is left is an operator that the exporter or "
+    "the runtime gets wrong, which another opset or version of it may not"
+)
 _CHANNEL_FLOOR = 1e-3  # a channel counts as at least this fraction of the whole output's scale
 _SMALLEST_SCALE = 1e-7
 
@@ -48,6 +54,7 @@ class Parity:
             proves nothing.
         rms_rel: Root mean square of the differences over that of the reference, worst output.
         judged: ``max_rel`` or ``rms_rel``: which of the two is held against the tolerance.
+        precision: Of the less precise side.
     """
 
     max_abs: float
@@ -59,6 +66,7 @@ class Parity:
     vacuous: tuple[str, ...] = ()
     rms_rel: float = 0.0
     judged: str = "max_rel"
+    precision: str = "fp32"
 
     @property
     def error(self) -> float:
@@ -86,7 +94,7 @@ def compare(
         reference: The stage that is trusted.
         candidate: The stage that is checked.
         samples: Inputs by name; not empty.
-        precision: Chooses the tolerance from ``TOLERANCE``.
+        precision: Of the less precise side; chooses the tolerance from ``TOLERANCE``.
         tolerance: Overrides it.
 
     Raises:
@@ -108,6 +116,7 @@ def compare(
         vacuous=tuple(name for name, all_zero in zero.items() if all_zero),
         rms_rel=max(error["rms_rel"] for error in errors.values()),
         judged=judged,
+        precision=precision,
     )
 
 
@@ -140,10 +149,11 @@ def require(parity: Parity, stages: str) -> Parity:
         ParityError: It did not pass.
     """
     if not parity.passed:
+        advice = _FINEST if parity.precision == "fp32" else "a higher precision may pass"
         raise ParityError(
             f"{stages} disagree: output {parity.worst_output!r} is off by {parity.error:.3g} of "
             f"its scale (at most {parity.max_abs:.3g} absolute) over {parity.samples} samples, "
-            f"{parity.tolerance:.3g} is allowed. Do not use the result; a higher precision may pass"
+            f"{parity.tolerance:.3g} is allowed. Do not use the result; {advice}"
         )
     return parity
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
+from prune2deploy.errors import TraceError
 from prune2deploy.graph.axes import Graph
 from prune2deploy.graph.build import build
 from prune2deploy.graph.calling import Forward
@@ -26,9 +28,27 @@ def trace(model: nn.Module, example_inputs: Any, *, forward_fn: Forward | None =
         The graph: ``.axes`` (size, members, reason where frozen), ``.layers``, ``.blocks``.
 
     Raises:
-        TraceError: the forward pass fails, returns no tensor, or has nothing to prune.
+        TraceError: the forward pass fails, returns no tensor, or has nothing to prune; or the
+            model is TorchScript.
     """
-    return build(record(unwrap(model), example_inputs, forward_fn))
+    return build(record(_plain(unwrap(model)), example_inputs, forward_fn))
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """Return a module whose layers can be looked into.
+
+    Raises:
+        TraceError: One of them is compiled TorchScript.
+    """
+    for name, part in model.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            raise TraceError(
+                f"{f'module {name!r} of the model' if name else 'the model'} is TorchScript (of "
+                "torch.jit.script, torch.jit.trace or torch.jit.load), whose layers are compiled "
+                "and cannot be cut; give the torch.nn.Module that it was made of, which its "
+                "state_dict() fills"
+            )
+    return model
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -66,6 +66,8 @@ CRITERIA: dict[str, Criterion] = {
 
 NAMES: tuple[str, ...] = tuple(CRITERIA)
 DEFAULT = "l2"
+DATA_FREE: tuple[str, ...] = tuple(n for n, known in CRITERIA.items() if not known.needs_data)
+"""Those that need no data."""
 
 
 def score(
@@ -101,9 +103,9 @@ def score(
             f"no importance criterion is called {name!r}; {hint}Choose one of {', '.join(NAMES)}"
         )
     if criterion.needs_data and batches is None:
-        free = ", ".join(known for known, other in CRITERIA.items() if not other.needs_data)
         raise ConfigError(
             f"importance {name!r} looks at data and was given none: name a calibration recipe "
-            f"(--data), or choose a criterion that needs no data: {free}"
+            "(--data RECIPE; in Python batches=...), or choose a criterion that needs no data: "
+            f"{', '.join(DATA_FREE)}"
         )
     return criterion.function(Subject(model, graph), () if batches is None else batches, seed)

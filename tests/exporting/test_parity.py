@@ -85,6 +85,11 @@ def test_require_raises_with_output_figures_and_tolerance():
     found = parity.compare(gives(a=[1.0]), gives(a=[1.5]), [X])
     with pytest.raises(ParityError, match=r"torch and ONNX disagree.*'a'.*0\.5.*0\.001"):
         parity.require(found, "torch and ONNX")
+    with pytest.raises(ParityError, match="both sides compute in fp32, so no higher precision"):
+        parity.require(found, "torch and ONNX")
+    lower = parity.compare(gives(a=[1.0]), gives(a=[1.5]), [X], precision="fp16")
+    with pytest.raises(ParityError, match=r"Do not use the result; a higher precision may pass$"):
+        parity.require(lower, "fp32 ONNX and fp16 ONNX")
     good = parity.compare(gives(a=[1.0]), gives(a=[1.0]), [X])
     assert parity.require(good, "") is good
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+import prune2deploy
 from prune2deploy.errors import ConfigError
 from prune2deploy.graph import trace
 from prune2deploy.graph.axes import Member
@@ -209,6 +210,8 @@ def test_data_driven_criteria_say_what_they_need(net, batches, name):
     graph = trace(net, batches[0][0])
     with pytest.raises(ConfigError, match=r"was given none.*l2"):
         score(name, net, graph)
+    with pytest.raises(ConfigError, match=r"which prune\(\) takes none of.*l2.*prune_to_budget"):
+        prune2deploy.prune(net, batches[0][0], importance=name)
     with pytest.raises(ConfigError, match=r"holds no batch|at least one sample"):
         score(name, net, graph, [])
 

@@ -12,6 +12,8 @@ from prune2deploy.graph import trace
 from prune2deploy.plan.plan import Plan
 from prune2deploy.surgery.slicing import apply, kept_positions, slice_tensors
 
+X4 = torch.ones(1, 4)
+
 
 def halves(graph):
     return Plan({a.name: tuple(range(max(1, a.size // 2))) for a in graph.prunable})
@@ -223,6 +225,19 @@ def test_tied_axes_must_keep_equally_many():
 def test_models_that_cannot_be_traced_say_why(model, message):
     with pytest.raises(TraceError, match=message):
         trace(model, torch.randn(1, 4))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
+@pytest.mark.parametrize("compile_", [torch.jit.script, lambda m: torch.jit.trace(m, X4)])
+def test_torchscript_is_named_with_what_to_give_instead(compile_):
+    compiled = compile_(nn.Linear(4, 2))
+    for model, named in (
+        (compiled, "the model is TorchScript"),
+        (nn.Sequential(nn.Linear(4, 4), compiled), "module '1' of the model is TorchScript"),
+    ):
+        with pytest.raises(TraceError, match=f"{named}.*give the torch.nn.Module"):
+            trace(model, X4)
 
 
 def test_a_model_that_returns_no_tensor_is_refused():
