@@ -169,13 +169,19 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _system(error: OSError, out: Any, *, as_json: bool) -> int:
-    """A full disk, a folder that cannot be written, a reader that is gone (``| head``)."""
+    """A full disk, a file that cannot be read or written, a reader that is gone (``| head``)."""
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     if error.filename is None and error.errno not in DISK_FULL:
         return _bug(error, out, as_json=as_json)
-    told = explain(error, Path(error.filename or Path.cwd()))
+    if error.errno in DISK_FULL:
+        told = explain(error, Path(error.filename or Path.cwd()))
+    else:
+        told = ConfigError(
+            f"{error.filename}: cannot be used ({error.strerror or error}); check that it is what "
+            "you mean, and that you may read it, or write it if it is for results"
+        )
     return _complain(told, told.exit_code, out, as_json=as_json)
 
 

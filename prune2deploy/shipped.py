@@ -67,8 +67,8 @@ def find(kind: str, name_or_path: str | Path) -> Path:
     if text in known:
         return known[text]
     raise ConfigError(
-        f"no {kind.rstrip('s')} named {text!r} found; {_nearest(text, known)}. A file of your own "
-        f"is given by its path (./{text or 'mine'}.toml)"
+        f"no {kind.rstrip('s')} named {text!r} found; {_nearest(text, known)}. A TOML file of "
+        f"your own is given by its path (./{Path(text).stem or 'mine'}.toml)"
     )
 
 

@@ -242,12 +242,80 @@ def test_models_that_cannot_be_pruned(fails, name):
     fails(run(f"nets.py:{name}"), 2, MODELS[name])
 
 
-@pytest.mark.parametrize("case", ["missing", "text", "truncated", "empty"])
+def unreadable(path):
+    """Make a file that exists and whose reading fails, for every user."""
+    path.unlink(missing_ok=True)
+    path.symlink_to("/proc/self/mem")
+    return path
+
+
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/mem").exists(), reason="needs a file that nobody can read"
+)
+FILES = {
+    "a folder": lambda path: path.mkdir(),
+    "an empty file": lambda path: path.write_bytes(b""),
+    "an unreadable file": unreadable,
+}
+
+
+def input_options(name, path):
+    """The ways a file reaches a command, by the suffix of its name."""
+    weights = [[*run(), "--weights", path]]
+    return {
+        "model.pt": [run(path), *weights],
+        "model.pt2": [run(path)],
+        "model.py": [run(f"{path}:net")],
+        "weights.pth": weights,
+        "weights.safetensors": weights,
+        "recipe.toml": [[*run(), "--data", path]],
+        "profile.toml": [["run", "--model", "nets.py:small", "--target", path, "--speedup", "2"]],
+        "file.onnx": [[c, path, "--target", "ort"] for c in ("measure", "build")],
+    }[name]
+
+
+INPUTS = (
+    "model.pt, model.pt2, model.py, weights.pth, weights.safetensors, recipe.toml, profile.toml, "
+    "file.onnx"
+)
+
+
+@needs_proc
+@pytest.mark.parametrize("made", FILES)
+@pytest.mark.parametrize("name", INPUTS.split(", "))
+def test_files_that_hold_nothing_to_read(tmp_path, fails, name, made):
+    path = tmp_path / name
+    FILES[made](path)
+    for arguments in input_options(name, path):
+        told = fails(arguments, 2)
+        assert path.name in told or str(path.resolve()) in told
+        assert len(told.splitlines()) == 1, told
+
+
+@needs_proc
+def test_a_picture_that_cannot_be_read_is_named(tmp_path, fails):
+    (tmp_path / "pictures").mkdir()
+    path = unreadable(tmp_path / "pictures/one.png")
+    (tmp_path / "mine.toml").write_text('reader = "images"\npath = "pictures"')
+    fails([*run(), "--data", tmp_path / "mine.toml"], 2, f"{path}: cannot be read", "replace it")
+
+
+def test_a_file_that_may_not_be_read_is_not_told_as_one_to_write(monkeypatch, capsys):
+    def denied(arguments, progress):
+        raise PermissionError(errno.EACCES, "Permission denied", "secret.bin")
+
+    monkeypatch.setitem(commands.TABLE, "targets", denied)
+    assert cli.run(["targets"]) == 2
+    told = capsys.readouterr().err
+    assert "secret.bin: cannot be used (Permission denied)" in told and "--out" not in told
+
+
+@pytest.mark.parametrize("case", ["missing", "text", "truncated"])
 @pytest.mark.parametrize("command", ["measure", "build"])
 def test_files_that_are_no_onnx(place, fails, case, command):
     path = place / f"{case}.onnx"
     if case != "missing":
-        path.write_bytes({"text": b"hello", "truncated": b"\x08\x08\x12", "empty": b""}[case])
+        path.write_bytes({"text": b"hello", "truncated": b"\x08\x08\x12"}[case])
     fails([command, path, "--target", "ort"], 2, path.name, "onnx")
 
 

@@ -22,7 +22,7 @@ def check(path: Path) -> Any:
     """Load and check an ONNX file; return its ``ModelProto`` (external weights not loaded).
 
     Raises:
-        BuildError: The file is missing, truncated, not ONNX, or breaks the standard.
+        BuildError: The file is missing, unreadable, truncated, not ONNX, or breaks the standard.
     """
     import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
@@ -31,6 +31,11 @@ def check(path: Path) -> Any:
         raise BuildError(f"{path}: no such file; expected an ONNX model")
     try:
         model = onnx.load(str(path), load_external_data=False)
+    except OSError as error:
+        raise BuildError(
+            f"{path}: cannot be read ({error.strerror or error}); expected an ONNX model that you "
+            "may read"
+        ) from error
     except (DecodeError, ValueError) as error:
         raise BuildError(
             f"{path}: {path.stat().st_size} bytes that are not an ONNX model ({error}); "

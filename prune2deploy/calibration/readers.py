@@ -101,8 +101,13 @@ class PictureReader(Reader):
     @override
     def content(self, number: int) -> bytes:
         path, label = self._files[number]
-        with path.open("rb") as file:
-            start = file.read(_TELLING)
+        try:
+            with path.open("rb") as file:
+                start = file.read(_TELLING)
+        except OSError as error:
+            raise ConfigError(
+                f"{path}: cannot be read ({error.strerror or error}); remove the file or replace it"
+            ) from error
         return f"{path}\0{label}\0{path.stat().st_size}\0".encode() + start
 
     @override

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,11 @@ def load(request: Request) -> LoadedModel:
     path = Path(request.name)
     if not path.is_file():
         raise ModelError(f"no file {str(path)!r} found; expected an archive of torch.export.save")
+    if not zipfile.is_zipfile(path):
+        raise ModelError(
+            f"{str(path)!r} ({path.stat().st_size} bytes) is not an archive that torch.export.save "
+            "wrote, or cannot be read: it is no zip file; copy it again or export the model again"
+        )
     try:
         with _weights_only():
             program = torch.export.load(path)

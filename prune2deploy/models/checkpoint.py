@@ -22,7 +22,11 @@ from torch import Tensor
 from prune2deploy.errors import ModelError
 
 VALUES, OBJECTS, SCRIPT, EXPORTED = "values", "objects", "script", "exported"
-_MARKS = {"constants.pkl": SCRIPT, "archive_format": EXPORTED}  # files of one kind of archive alone
+_MARKS = {  # files that one kind of archive alone holds
+    "constants.pkl": SCRIPT,
+    "archive_format": EXPORTED,
+    "serialized_exported_program.json": EXPORTED,  # before torch 2.8
+}
 _CODE = ("GLOBAL", "REDUCE", "BUILD", "Unsupported class")  # what torch refuses to run
 _PICKLES = 4  # that an old file begins with: a mark, a version, facts of the machine, the object
 _COMMON = ("torch.", "collections.", "builtins.", "__builtin__.")  # of nearly every pickle
@@ -72,8 +76,16 @@ def contents(path: Path) -> Contents:
     """Say what the file at ``path`` holds.
 
     Raises:
-        ModelError: It cannot be read: truncated, or nothing that torch writes.
+        ModelError: It cannot be read, is truncated, or is nothing that torch writes.
     """
+    try:
+        with path.open("rb") as file:
+            file.read(1)
+    except OSError as error:
+        raise ModelError(
+            f"{str(path)!r} cannot be read ({error.strerror or error}); expected a file that "
+            "torch.save wrote and you may read"
+        ) from error
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             names = {name.rpartition("/")[2] for name in archive.namelist()}
