@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from prune2deploy.errors import ExportError
+from prune2deploy.modes import evaluating
 
 
 def save(
@@ -34,9 +35,9 @@ def save(
         module = copy.deepcopy(module).half()
         example_inputs = tuple(x.half() if x.is_floating_point() else x for x in example_inputs)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), evaluating(module):
             warnings.simplefilter("ignore")  # advice to the model's author
-            program = torch.export.export(module.eval(), example_inputs)
+            program = torch.export.export(module, example_inputs)
     except Exception as error:
         told = str(error).strip().splitlines() or [type(error).__name__]
         raise ExportError(f"torch.export cannot express this model ({told[0]})") from error

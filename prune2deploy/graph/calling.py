@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prune2deploy.graph.visible import Visible
+from prune2deploy.modes import set_training
 
 Inputs = tuple[Any, ...] | dict[str, Any]
 Forward = Callable[[nn.Module, Any], Any]
@@ -67,8 +68,8 @@ def quiet(model: nn.Module) -> Iterator[None]:
     saved = [(module, _Attributes(module)) for module in modules]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    model.eval()
     try:
+        set_training(model, False)
         answers = _Answered() if _meta(modules) else nullcontext()
         with torch.no_grad(), Visible(), answers:
             yield

@@ -29,7 +29,7 @@ def copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     for part in plain:
         if id(part) in tables:
             memo[id(part)] = type(part).__new__(type(part))
-    for key, state in tables.items():
+    for key, state in reversed(tables.items()):  # parts first: some classes copy what is in them
         memo[key].__setstate__(_table(state, memo, {}))
     return copy.deepcopy(module, memo)
 
