@@ -181,6 +181,22 @@ def _free(dims):
     return helper.make_model(graph, opset_imports=opsets, ir_version=8)
 
 
+def test_an_exported_program_goes_the_way_of_any_model(place, capfd):
+    def said(*arguments):
+        assert cli.run([*map(str, arguments), "--json"]) == 0, capfd.readouterr().err
+        return json.loads(capfd.readouterr().out)
+
+    said("run", *SMALL, "--speedup", "1.3", "--out", "a")
+    axes = said("inspect", "--model", "a/model.pt2")["axes"]
+    widths = {axis["name"]: axis["size"] for axis in axes if axis["frozen"] is None}
+    assert widths.keys() == {"first", "second"} and sum(widths.values()) < 32 + 48
+    again = ("--model", "a/model.pt2", *SMALL[2:], "--speedup", "1.2", "--out", "b")
+    assert said("run", *again)["met"]
+    again = ("--model", "b/model.pt2", *SMALL[2:], "--ratios", "0,0.5", "--out", "s")
+    points = said("sweep", *again)["points"]
+    assert points[0]["p50_ms"] > points[1]["p50_ms"]
+
+
 def test_targets_are_listed_with_the_line_that_fixes_what_is_missing(capfd):
     assert cli.run(["targets", "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capfd.readouterr().out)}

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "prune2deploy"
 
 ORDER = [
-    {"errors", "units", "timing", "atomic", "progress", "watched"},
+    {"errors", "units", "timing", "atomic", "progress", "watched", "modes"},
     {"shipped"},
     {"target"},
     {"calibration"},

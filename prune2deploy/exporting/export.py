@@ -21,6 +21,7 @@ from typing_extensions import Unpack
 
 from prune2deploy.atomic import scratch
 from prune2deploy.errors import ExportError
+from prune2deploy.modes import evaluating
 
 DEFAULT_OPSET = 20
 SINGLE_FILE_BYTES = 1_900_000_000  # protobuf refuses messages of 2 GiB; weights then go beside it
@@ -87,7 +88,7 @@ def to_onnx(
     free_batch = options.get("dynamic_batch", False)
     if free_batch and options.get("dynamo", False):
         example_inputs = tuple(_at_least_two(tensor) for tensor in example_inputs)
-    with _evaluating(module), scratch(path.parent) as folder:
+    with _unfused(), evaluating(module), scratch(path.parent) as folder:
         outputs = _output_names(module, example_inputs, options.get("output_names"))
         file = folder / path.name
         with _plain_call(module):
@@ -251,21 +252,14 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Put every submodule into eval mode and give each its own flag back afterwards.
-
-    The fused attention operator of eval mode has no ONNX form, so it is off meanwhile.
-    """
-    flags = [(child, child.training) for child in module.modules()]
+def _unfused() -> Iterator[None]:
+    """Leave out the fused attention operator of eval mode, which has no ONNX form."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    module.eval()
     try:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
-        for child, flag in flags:
-            child.training = flag
 
 
 def _gather_weights(file: Path) -> None:

@@ -6,7 +6,6 @@ is lowered before it is exported, because a program has the types of its tensors
 
 from __future__ import annotations
 
-import copy
 import warnings
 from pathlib import Path
 
@@ -14,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from prune2deploy.errors import ExportError
+from prune2deploy.modes import evaluating
+from prune2deploy.surgery.copying import copied
 
 
 def save(
@@ -31,12 +32,12 @@ def save(
         ExportError: torch cannot express the module.
     """
     if precision == "fp16":
-        module = copy.deepcopy(module).half()
+        module = copied(module, {}).half()
         example_inputs = tuple(x.half() if x.is_floating_point() else x for x in example_inputs)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), evaluating(module):
             warnings.simplefilter("ignore")  # advice to the model's author
-            program = torch.export.export(module.eval(), example_inputs)
+            program = torch.export.export(module, example_inputs)
     except Exception as error:
         told = str(error).strip().splitlines() or [type(error).__name__]
         raise ExportError(f"torch.export cannot express this model ({told[0]})") from error

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from operator import is_
@@ -13,6 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prune2deploy.graph.visible import Visible
+from prune2deploy.modes import set_training
 
 Inputs = tuple[Any, ...] | dict[str, Any]
 Forward = Callable[[nn.Module, Any], Any]
@@ -60,15 +62,16 @@ def quiet(model: nn.Module) -> Iterator[None]:
 
     Dropout that is called as a function, and values that leave torch, show as operators.
 
-    Attributes that the forward pass sets (caches of anchors, masks, positions) are set back too:
-    the model is left as it was, and each later pass sees what the first one saw.
+    Attributes that the forward pass sets (caches of anchors, masks, positions), and lists, sets
+    and tables that it fills, are set back too: the model is left as it was, and each later pass
+    sees what the first one saw.
     """
     modules = list(model.modules())
     saved = [(module, _Attributes(module)) for module in modules]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    model.eval()
     try:
+        set_training(model, False)
         answers = _Answered() if _meta(modules) else nullcontext()
         with torch.no_grad(), Visible(), answers:
             yield
@@ -96,28 +99,62 @@ def _meta(modules: list[nn.Module]) -> bool:
 
 
 class _Attributes:
-    """A module's attributes, with what its dictionaries hold (parameters, children, hooks)."""
+    """A module's attributes, with what the containers among them hold, however deep."""
 
     def __init__(self, module: nn.Module) -> None:
         self._attributes = dict(module.__dict__)
-        self._tables = [(v, dict(v)) for v in self._attributes.values() if isinstance(v, dict)]
+        self._contents = [(one, _content(one)) for one in _containers(self._attributes.values())]
 
     def restore(self, module: nn.Module) -> None:
-        """Set everything back; dictionaries stay the same objects, since handles refer to them."""
+        """Set everything back; containers stay the same objects, since others refer to them."""
         module.__dict__.clear()
         module.__dict__.update(self._attributes)
-        for table, entries in self._tables:
-            if not _holds(table, entries):  # one that refuses writes holds what it held
-                table.clear()
-                table.update(entries)
+        for container, content in self._contents:
+            if not _holds(container, content):  # one that refuses writes holds what it held
+                container.clear()
+                _fill(container, content)
 
 
-def _holds(table: dict[Any, Any], entries: dict[Any, Any]) -> bool:
-    """Whether a dictionary has the very keys and values, in order."""
-    if not table and not entries:  # most tables of hooks
+NESTING = (dict, list, set, deque, tuple)
+Container = dict[Any, Any] | list[Any] | set[Any] | deque[Any]
+
+
+def _containers(values: Iterable[Any]) -> Iterator[Container]:
+    """The containers among values and within them, each once."""
+    left, seen = [value for value in values if isinstance(value, NESTING)], set[int]()
+    while left:
+        value = left.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if not isinstance(value, tuple):
+            yield value
+        if value:  # most are empty tables of hooks
+            inside = value.values() if isinstance(value, dict) else value
+            left += [item for item in inside if isinstance(item, NESTING)]
+
+
+def _content(container: Container) -> dict[Any, Any] | list[Any]:
+    """What is in a container, in order."""
+    return dict(container) if isinstance(container, dict) else list(container)
+
+
+def _fill(container: Container, content: Any) -> None:
+    """Put the content back into a container that is empty."""
+    if isinstance(container, list | deque):
+        container.extend(content)
+    else:
+        container.update(content)
+
+
+def _holds(container: Container, content: Any) -> bool:
+    """Whether a container has the very content, in order."""
+    if not container and not content:  # most tables of hooks
         return True
-    same = len(table) == len(entries) and all(map(is_, table, entries))
-    return same and all(map(is_, table.values(), entries.values()))
+    same = len(container) == len(content) and all(map(is_, container, content))
+    if isinstance(container, dict):
+        return same and all(map(is_, container.values(), content.values()))
+    return same
 
 
 def run(model: nn.Module, example: Any, forward_fn: Forward | None = None) -> Any:

@@ -93,6 +93,14 @@ class Recorder(TorchDispatchMode):
         for tensor in tensors_in(result):
             algebra.freeze(self.value(tensor).dims, "model output")
 
+    def note_attributes(self, model: nn.Module) -> None:
+        """Note which values stand in attributes of modules when the pass is over."""
+        for path, module in model.named_modules():
+            for name, held in vars(module).items():
+                if isinstance(held, torch.Tensor) and id(held) in self._numbers:
+                    place = f"{path}.{name}" if path else name
+                    self.recording.attributes[place] = self._numbers[id(held)]
+
     def leave_outputs(self, result: Any) -> None:
         """Freeze what the model does not use, and settle what must stay equally wide."""
         self.recording.outputs = self.refer(result)
@@ -279,4 +287,6 @@ def _watch(model: nn.Module, recorder: Recorder) -> Any:
     example = outlined(recording.example) if recording.on_shapes else recording.example
     recorder.enter_inputs(as_inputs(example))
     with quiet(model), on_shapes(model, recording.on_shapes), recorder:
-        return run(model, example, recording.forward_fn)
+        result = run(model, example, recording.forward_fn)
+        recorder.note_attributes(model)
+    return result

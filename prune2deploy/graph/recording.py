@@ -104,6 +104,7 @@ class Recording:
         inputs: Value numbers of the example inputs (tensors only, in tree order).
         outputs: The model's result with tensors replaced by ``Ref``.
         stored: Value number of every parameter and buffer name (tied names share one).
+        attributes: Value number of every tensor that stood in a plain attribute after the pass.
         unknown: Operators without a rule and how often each was met.
         ties: Pairs of dimensions that must keep equally many channels.
         contractions: Per contracting operator: name, kind, weight, and its layouts.
@@ -120,6 +121,7 @@ class Recording:
     inputs: tuple[int, ...] = ()
     outputs: Any = None
     stored: dict[str, int] = field(default_factory=dict)
+    attributes: dict[str, int] = field(default_factory=dict)
     parameters: frozenset[str] = frozenset()
     unknown: dict[str, int] = field(default_factory=dict)
     ties: list[tuple[algebra.Node, algebra.Node]] = field(default_factory=list)

@@ -20,6 +20,7 @@ from prune2deploy.graph.calling import as_inputs, quiet, run, tensors_in, twice
 from prune2deploy.graph.recording import Recording
 from prune2deploy.graph.rules import Value
 from prune2deploy.graph.shapes import on_shapes, outlined
+from prune2deploy.modes import set_training
 
 
 class Recorder(Protocol):
@@ -65,7 +66,7 @@ def _trained(model: nn.Module, recorder: Recorder, *, wanted: bool) -> Any:
     example = twice(recorder.recording.example)
     example = outlined(example) if wanted else example
     with quiet(model), _buffers_kept(model), torch.random.fork_rng():
-        model.train()
+        set_training(model, True)
         recorder.enter_inputs(as_inputs(example))
         try:
             with on_shapes(model, wanted), recorder:

@@ -30,6 +30,7 @@ from prune2deploy.importance.members import (
     to_channels,
 )
 from prune2deploy.importance.weights import l2
+from prune2deploy.modes import evaluating
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -215,17 +216,14 @@ def _differentiable(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
         if parameter.is_floating_point()
     }
     before = {name: parameter.requires_grad for name, parameter in parameters.items()}
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
-        yield parameters
+        with evaluating(model):
+            for parameter in parameters.values():
+                parameter.requires_grad_(True)
+            yield parameters
     finally:
         for name, parameter in parameters.items():
             parameter.requires_grad_(before[name])
-        for module, training in modes:
-            module.training = training
 
 
 def _on_device(subject: Subject, batches: Iterable[Batch]) -> Iterator[Batch]:

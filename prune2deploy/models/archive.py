@@ -18,6 +18,7 @@ from torch import Tensor
 
 from prune2deploy.errors import ModelError
 from prune2deploy.models.loaded import LoadedModel, Request
+from prune2deploy.modes import let_switch
 
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
@@ -48,6 +49,7 @@ def load(request: Request) -> LoadedModel:
             f"{str(path)!r} is not an archive that torch.export.save wrote, or holds pickled "
             f"code, which is not run: {type(error).__name__}: {error}"
         ) from error
+    let_switch(module)
     inputs = _inputs(program.example_inputs, path)
     _check_batch(inputs, request)
     return LoadedModel(

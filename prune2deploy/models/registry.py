@@ -125,6 +125,6 @@ def _require_size(loaded: LoadedModel, input_size: tuple[int, int] | None) -> No
 
 def _settled(module: nn.Module) -> nn.Module:
     """Return the module in eval mode, on the CPU, with its floating-point tensors as float32."""
-    if isinstance(module, torch.fx.GraphModule):
-        return module  # an exported program fixes mode, device and precision
-    return module.eval().to(device="cpu", dtype=torch.float32)
+    if isinstance(module.eval(), torch.fx.GraphModule):
+        return module  # its operators may have device and precision written into them
+    return module.to(device="cpu", dtype=torch.float32)

@@ -26,8 +26,8 @@ from prune2deploy.graph.trace import trace, unwrap
 from prune2deploy.plan.plan import Plan
 from prune2deploy.pruning.decode import merged
 from prune2deploy.pruning.rewrite import is_rewritten, rewrite, with_batch
+from prune2deploy.surgery.lengths import Kept, shrinkage
 from prune2deploy.surgery.slicing import (
-    Kept,
     check_outputs,
     kept_positions,
     runs_as_planned,
@@ -137,7 +137,7 @@ class Live:
             self._alive_before = dict(self.alive)
         plan = self._plan(removal)
         kept = self._customized(kept_positions(self.graph, plan), customized or {})
-        slice_tensors(self.model, kept)
+        slice_tensors(self.model, kept, shrinkage(self.model, self.graph.recording, kept))
         update_attributes(self.model, self.graph.recording, Widths(self.graph, plan))
         self.graph = shrink(self.graph, plan)
         for name, channels in plan.kept.items():

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from prune2deploy.calibration import Batch
+from prune2deploy.modes import evaluating
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,13 @@ def reestimate_batchnorm(module: nn.Module, batches: Iterable[Batch] | None) -> 
         return Reestimated(0, 0, "the model has no BatchNorm layer with running statistics")
     if batches is None:
         return Reestimated(0, 0, "no data: BatchNorm statistics are left as they were")
-    modes = {m: m.training for m in module.modules()}
     momenta = [layer.momentum for layer in layers]
     before = [{name: value.clone() for name, value in m.named_buffers()} for m in layers]
     averaging = _Averaging()
     hooks = [m.register_forward_pre_hook(averaging.weigh, with_kwargs=True) for m in layers]
-    module.eval()
     try:
-        samples = _feed(module, batches)
+        with evaluating(module):
+            samples = _feed(module, batches)
     except BaseException:
         for layer, old in zip(layers, before, strict=True):
             layer.load_state_dict(old, strict=False)
@@ -72,8 +72,6 @@ def reestimate_batchnorm(module: nn.Module, batches: Iterable[Batch] | None) -> 
             hook.remove()
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
-        for part, mode in modes.items():
-            part.training = mode
     if samples == 0:
         return Reestimated(0, 0, "no data: BatchNorm statistics are left as they were")
     return Reestimated(len(averaging.seen), samples)

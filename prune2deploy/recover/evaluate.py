@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from prune2deploy.calibration import Batch
 from prune2deploy.errors import ConfigError
+from prune2deploy.modes import evaluating
 
 _Z95 = 1.959964  # of the normal distribution, for 95 per cent
 
@@ -68,24 +69,18 @@ def evaluate(module: nn.Module, batches: Iterable[Batch]) -> Accuracy:
         ConfigError: There is no labelled sample, or the output is not that of a classifier.
     """
     device = next(module.parameters()).device
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
     right, loss, samples = 0, 0.0, 0
-    try:
-        with torch.no_grad():
-            for inputs, labels in batches:
-                if labels is None:
-                    raise ConfigError(
-                        "accuracy needs labels, but the data has none; use a recipe with labels"
-                    )
-                target = labels.to(device)
-                logits = logits_of(module(*(one.to(device) for one in inputs))).float()
-                right += int((logits.argmax(1) == target).sum())
-                loss += float(nn.functional.cross_entropy(logits, target, reduction="sum"))
-                samples += len(target)
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
+    with evaluating(module), torch.no_grad():
+        for inputs, labels in batches:
+            if labels is None:
+                raise ConfigError(
+                    "accuracy needs labels, but the data has none; use a recipe with labels"
+                )
+            target = labels.to(device)
+            logits = logits_of(module(*(one.to(device) for one in inputs))).float()
+            right += int((logits.argmax(1) == target).sum())
+            loss += float(nn.functional.cross_entropy(logits, target, reduction="sum"))
+            samples += len(target)
     if samples == 0:
         raise ConfigError("accuracy needs at least one labelled sample; the data has none")
     return Accuracy(right / samples, wilson(right, samples), loss / samples, samples)

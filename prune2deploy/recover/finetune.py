@@ -9,7 +9,6 @@ softened outputs (Hinton et al., arXiv 1503.02531); the rate follows a cosine af
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Sized
@@ -23,6 +22,7 @@ from torch.nn import functional as F
 from prune2deploy.calibration import Batch, restarting
 from prune2deploy.errors import ConfigError
 from prune2deploy.recover.evaluate import logits_of
+from prune2deploy.surgery.copying import copied
 
 Progress = Callable[[int, int, float], None]
 """Called after each step with (step, of how many, loss)."""
@@ -140,11 +140,11 @@ def finetune(
     total = options.epochs * _length(restarting(batches)) if batches is not None else 0
     if batches is None or total == 0:
         why = "no data" if batches is None else "no epochs or no batches"
-        return Finetuned(copy.deepcopy(module), (), 0, 0.0, f"nothing was trained: {why}")
+        return Finetuned(copied(module, {}), (), 0, 0.0, f"nothing was trained: {why}")
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with torch.random.fork_rng():
         torch.manual_seed(options.seed)
-        student = copy.deepcopy(module).to(device).train()
+        student = copied(module, {}).to(device).train()
         run = _Run(student, _frozen(teacher, device), total, options)
         run.penalty = penalty
         losses = [
@@ -167,7 +167,7 @@ class _Run:
         self.options = options
         self.total = total
         self.step = 0
-        self.average = copy.deepcopy(student) if options.ema else None
+        self.average = copied(student, {}) if options.ema else None
         self.device = next(student.parameters()).device
         weights = [p for p in student.parameters() if p.requires_grad]
         groups = [
@@ -285,7 +285,7 @@ def _update_average(run: _Run) -> None:
 
 
 def _frozen(teacher: nn.Module | None, device: torch.device) -> nn.Module | None:
-    return None if teacher is None else copy.deepcopy(teacher).to(device).eval()
+    return None if teacher is None else copied(teacher, {}).to(device).eval()
 
 
 def _length(batches: Iterable[Batch]) -> int:

@@ -37,7 +37,8 @@ from prune2deploy.recover.batchnorm import reestimate_batchnorm
 from prune2deploy.recover.contractions import Contraction, contraction, positions_of
 from prune2deploy.recover.distance import apart, outputs
 from prune2deploy.recover.least_squares import correction
-from prune2deploy.surgery.slicing import Kept, kept_positions
+from prune2deploy.surgery.lengths import Kept
+from prune2deploy.surgery.slicing import kept_positions
 
 SAMPLES = 512  # at most
 LEAST = 16  # and at least

@@ -13,14 +13,34 @@ import copy
 from collections import OrderedDict
 from typing import Any
 
+import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes})
 TABLES = frozenset({dict, OrderedDict})
 
 
+class _Detaching(TorchFunctionMode):
+    """Copies the results of operators, which torch refuses to, without how they were computed."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run a function of torch; this is where each tensor that is to be copied comes by."""
+        if func is torch.Tensor.__deepcopy__ and not args[0].is_leaf:
+            tensor, memo = args
+            return memo.setdefault(id(tensor), tensor.detach().clone())
+        return func(*args, **(kwargs or {}))
+
+
 def copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A deep copy; ``memo`` says what stands for objects that are not to be copied."""
+    """A deep copy, wherever its tensors come from.
+
+    Args:
+        module: It is not changed.
+        memo: By ``id``, what stands for objects that are not to be copied.
+    """
     parts = list(module.modules())
     kinds = {kind for kind in map(type, parts) if _is_plain(kind)}
     plain = [part for part in parts if type(part) in kinds]
@@ -29,9 +49,10 @@ def copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     for part in plain:
         if id(part) in tables:
             memo[id(part)] = type(part).__new__(type(part))
-    for key, state in tables.items():
-        memo[key].__setstate__(_table(state, memo, {}))
-    return copy.deepcopy(module, memo)
+    with _Detaching():
+        for key, state in reversed(tables.items()):  # parts first: some classes copy those inside
+            memo[key].__setstate__(_table(state, memo, {}))
+        return copy.deepcopy(module, memo)
 
 
 def _is_plain(kind: type[nn.Module]) -> bool:

@@ -32,9 +32,10 @@ from prune2deploy.graph.whole import WholeModule, name_of, watched
 from prune2deploy.plan.plan import Plan
 from prune2deploy.surgery.capture import capture
 from prune2deploy.surgery.copying import copied
+from prune2deploy.surgery.lengths import Kept, shrinkage
 from prune2deploy.surgery.widths import Widths
 
-Kept = Mapping[str, list[npt.NDArray[np.int64] | None]]
+Factors = Mapping[str, torch.Tensor]
 
 
 def apply(model: nn.Module, graph: Graph, plan: Plan, example_inputs: Any = None) -> nn.Module:
@@ -59,7 +60,7 @@ def apply(model: nn.Module, graph: Graph, plan: Plan, example_inputs: Any = None
     recording: Recording = graph.recording
     example = recording.example if example_inputs is None else example_inputs
     kept = kept_positions(graph, plan)
-    pruned = sliced_copy(source, kept)
+    pruned = sliced_copy(source, kept, shrinkage(source, recording, kept))
     widths = Widths(graph, plan)
     update_attributes(pruned, recording, widths)
     for call in recording.spans(plan.removed).values():
@@ -115,29 +116,30 @@ def kept_positions(graph: Graph, plan: Plan) -> dict[str, list[npt.NDArray[np.in
     }
 
 
-def sliced_copy(module: nn.Module, kept: Kept) -> nn.Module:
-    """A deep copy whose stored tensors are sliced; what goes is never copied."""
+def sliced_copy(module: nn.Module, kept: Kept, factors: Factors) -> nn.Module:
+    """A deep copy whose stored tensors are multiplied and sliced; what goes is never copied."""
     done: dict[int, Any] = {}
     for name, tensor in stored_tensors(module):
         dims = kept[name]
-        if id(tensor) not in done and any(positions is not None for positions in dims):
-            done[id(tensor)] = sliced(tensor, dims, with_gradient=False)
+        changes = name in factors or any(positions is not None for positions in dims)
+        if id(tensor) not in done and changes:
+            done[id(tensor)] = sliced(tensor, dims, factors.get(name), with_gradient=False)
     return copied(module, done)
 
 
-def slice_tensors(module: nn.Module, kept: Kept) -> None:
-    """Slice parameters and buffers in place; tensors that are shared stay shared."""
+def slice_tensors(module: nn.Module, kept: Kept, factors: Factors) -> None:
+    """Multiply and slice parameters and buffers in place; tensors that are shared stay shared."""
     done: dict[int, torch.Tensor] = {}
     owners = dict(module.named_modules(remove_duplicate=False))
     for name, dims in kept.items():
-        if all(positions is None for positions in dims):
+        if name not in factors and all(positions is None for positions in dims):
             continue
         path, _, leaf = name.rpartition(".")
         owner = owners[path]
         table: Any = owner._parameters if leaf in owner._parameters else owner._buffers
         old = table[leaf]
         if id(old) not in done:
-            done[id(old)] = sliced(old, dims)
+            done[id(old)] = sliced(old, dims, factors.get(name))
             done[id(done[id(old)])] = done[id(old)]
         table[leaf] = done[id(old)]
 
@@ -145,11 +147,16 @@ def slice_tensors(module: nn.Module, kept: Kept) -> None:
 def sliced(
     tensor: torch.Tensor,
     dims: list[npt.NDArray[np.int64] | None],
+    factor: torch.Tensor | None = None,
     *,
     with_gradient: bool = True,
 ) -> torch.Tensor:
-    """Keep the given positions of each dimension; a parameter stays one, its gradient follows."""
-    result = _pick(tensor.detach(), dims)
+    """Keep the given positions of each dimension; a parameter stays one, its gradient follows.
+
+    With a ``factor`` of its shape the tensor is multiplied by that before.
+    """
+    whole = tensor.detach()
+    result = _pick(whole if factor is None else whole * factor, dims)
     if not isinstance(tensor, nn.Parameter):
         return result
     parameter = nn.Parameter(result, requires_grad=tensor.requires_grad)
@@ -182,6 +189,7 @@ TRANSPOSED = nn.modules.conv._ConvTransposeNd
 def update_attributes(module: nn.Module, recording: Recording, widths: Widths) -> None:
     """Let the width attributes of standard modules say what their tensors now are."""
     symbols = {op.scope: op.symbols for op in recording.operations if op.symbols}
+    _narrow_leftovers(module, recording, widths)
     _follow_rules(module, recording, widths)
     for name, part in module.named_modules():
         for types, attributes in FROM_WEIGHT:
@@ -201,6 +209,23 @@ def update_attributes(module: nn.Module, recording: Recording, widths: Widths) -
                 part.normalized_shape = tuple(part.weight.shape)
             elif shape:
                 part.normalized_shape = tuple(widths.of((node,)) or 1 for node in shape)
+
+
+def _narrow_leftovers(module: nn.Module, recording: Recording, widths: Widths) -> None:
+    """Give the planned widths to tensors that an earlier pass has left in attributes.
+
+    Such are activations that a model keeps, and weights that a hook computes before each call.
+    The next pass computes them again, so that only their shapes matter.
+    """
+    for place, number in recording.attributes.items():
+        path, _, name = place.rpartition(".")
+        part, dims = module.get_submodule(path), recording.values[number].dims
+        held = vars(part).get(name)
+        if not isinstance(held, torch.Tensor) or held.dim() != len(dims):
+            continue
+        planned = [widths(node) if widths(node) != find(node).size else None for node in dims]
+        if any(width is not None for width in planned):
+            setattr(part, name, held.detach()[tuple(map(slice, planned))].clone())
 
 
 def _follow_rules(module: nn.Module, recording: Recording, widths: Widths) -> None:

@@ -1,8 +1,12 @@
 """A model is left as it was, whatever its attributes are made of."""
 
+from collections import Counter, deque
+
+import pytest
 import torch
 from torch import nn
 
+import prune2deploy
 from prune2deploy.graph import trace
 from prune2deploy.graph.calling import quiet
 
@@ -35,6 +39,68 @@ def test_a_table_that_refuses_writes_is_no_obstacle():
     model = Caching()
     graph = trace(model, torch.randn(1, 4))
     assert [axis.size for axis in graph.prunable] == [8]
+
+
+class Wrapped(nn.Module):
+    """Holds a program of torch.export, as code around a deployed model does."""
+
+    def __init__(self, program):
+        super().__init__()
+        self.program, self.last = program, nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.last(self.program(x))
+
+
+def test_programs_of_torch_export_are_pruned_and_left_as_they_were():
+    net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(3, 4)
+    module = torch.export.export(net, (x,)).module()
+    for model in (module, Wrapped(module)):
+        before, flags = dict(vars(module)), [part.training for part in model.modules()]
+        assert [axis.size for axis in trace(model, x).prunable][:1] == [8]
+        pruned = prune2deploy.prune(model, x, 0.5)
+        assert pruned.eval().training is False
+        assert vars(module) == before and flags == [part.training for part in model.modules()]
+    narrow = prune2deploy.prune(module, x, 0.5)
+    torch.testing.assert_close(narrow(x), prune2deploy.prune(net, x, 0.5)(x))
+    with pytest.raises(NotImplementedError):
+        module.eval()
+
+
+class Recalling(nn.Module):
+    """Fills containers of every kind, also such as lie in others."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.history, self.recent = ["old"], deque(["old"], maxlen=1)
+        self.cache, self.sizes = {"all": [1]}, {4}
+        self.counts, self.pair = Counter(calls=1), ([], {"deep": set()})
+
+    def forward(self, x):
+        hidden = self.first(x)
+        self.history.append(hidden)
+        self.recent.append(hidden)
+        self.cache["last"] = hidden
+        self.cache["all"].append(hidden)
+        self.sizes.add(hidden.shape[1])
+        self.counts["calls"] += 1
+        self.pair[0].append(hidden)
+        self.pair[1]["deep"].add(hidden)
+        return self.last(hidden)
+
+
+def test_containers_that_the_forward_pass_fills_are_as_they_were():
+    model = Recalling()
+    kept = dict(vars(model))
+    graph = trace(model, torch.randn(1, 4))
+    assert [axis.size for axis in graph.prunable] == [8]
+    assert all(vars(model)[name] is held for name, held in kept.items())
+    assert (model.history, model.recent, model.sizes) == (["old"], deque(["old"]), {4})
+    assert model.cache == {"all": [1]} and model.counts == {"calls": 1}
+    assert model.pair == ([], {"deep": set()})
+    assert prune2deploy.prune(model, torch.randn(1, 4), 0.5)(torch.randn(1, 4)).shape == (1, 2)
+    assert model.history == ["old"] and model.cache == {"all": [1]}
 
 
 def test_what_the_forward_pass_keeps_is_forgotten():

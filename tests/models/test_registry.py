@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+import prune2deploy
 from prune2deploy import models
 from prune2deploy.errors import MissingBackend, ModelError
+from prune2deploy.exporting import export, parity, program
 
 
 def forward(loaded):
@@ -269,6 +271,24 @@ def test_exported_archive(archive, tmp_path):
         models.load(str(path), batch=5)
     with pytest.raises(ModelError, match="input size"):
         models.load(str(path), input_size=(9, 9))
+
+
+def test_an_archive_is_pruned_exported_and_saved_again(archive, tmp_path):
+    module = models.load(str(archive[0])).module
+    assert is_settled(module)
+    assert module.train() is module and module.eval() is module
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)).eval()
+    x = torch.randn(1, 3, 8, 8)
+    program.save(net, (x,), tmp_path / "one.pt2")
+    for width in (4, 2):
+        loaded = models.load(str(tmp_path / "one.pt2"))
+        pruned = prune2deploy.prune(loaded.module, x, 0.5)
+        assert pruned.get_parameter("0.weight").shape[0] == width
+        onnx = export.to_onnx(pruned, (x,), tmp_path / "one.onnx")
+        runners = parity.torch_runner(pruned), parity.onnx_runner(onnx)
+        found = parity.compare(*runners, [parity.as_sample((x,), ())])
+        assert found.passed and not found.vacuous
+        program.save(pruned, (x,), tmp_path / "one.pt2")
 
 
 class Evil:

@@ -56,6 +56,18 @@ def test_learns_from_the_teacher_alone_when_there_are_no_labels(teacher):
     assert near < far / 5
 
 
+def test_models_that_keep_an_activation_are_trained_and_teach():
+    class Keeping(nn.Sequential):
+        def forward(self, x):
+            self.seen = super().forward(x)
+            return self.seen
+
+    model = Keeping(*student())
+    model(torch.ones(1, 8))
+    done = finetune(model, model, blobs(count=60), FinetuneOptions(device="cpu", epochs=1))
+    assert done.steps == 2 and model.seen.grad_fn is not None
+
+
 def test_the_seed_decides_everything(teacher):
     runs = [
         finetune(student(), teacher, blobs(), FinetuneOptions(device="cpu", epochs=2, seed=s))

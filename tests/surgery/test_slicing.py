@@ -8,8 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from prune2deploy.errors import PlanError, TraceError
+from prune2deploy.exporting import export, parity, program
 from prune2deploy.graph import trace
 from prune2deploy.plan.plan import Plan
+from prune2deploy.pruning import DependencyGraph, prune_linear_out_channels
 from prune2deploy.surgery.slicing import apply, kept_positions, slice_tensors
 
 X4 = torch.ones(1, 4)
@@ -141,7 +143,7 @@ def test_slicing_in_place_takes_gradients_along():
     model[2].bias.requires_grad_(False)
     graph = trace(model, x)
     gradient = model[0].weight.grad.clone()
-    slice_tensors(model, kept_positions(graph, Plan({"0": (1, 4)})))
+    slice_tensors(model, kept_positions(graph, Plan({"0": (1, 4)})), {})
     assert torch.equal(model[0].weight.grad, gradient[[1, 4]])
     assert not model[2].bias.requires_grad
 
@@ -363,3 +365,74 @@ def test_code_that_keeps_what_it_computed_is_still_pruned_as_a_module():
     pruned = apply(model, graph, halves(graph))
     assert type(pruned) is Kept and pruned.first.out_channels == 4
     assert pruned(x).shape == model(x).shape
+
+
+class Keeping(nn.Module):
+    """Keeps activations, with how they were computed, where its code can look at them later."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 16), nn.Linear(16, 3)
+        self.seen, self.all = None, []
+
+    def forward(self, x):
+        self.seen = self.first(x)
+        self.all = [{"first": self.seen}]
+        return self.last(self.seen.relu())
+
+
+def agree(module, x, tmp_path):
+    """ONNX Runtime gives what the module gives, in every form in which it is written."""
+    file = export.to_onnx(module, (x,), tmp_path / "net.onnx")
+    program.save(module, (x,), tmp_path / "net.pt2", "fp16")
+    runners = parity.torch_runner(module), parity.onnx_runner(file)
+    return parity.compare(*runners, [parity.as_sample((x,), ())]).passed
+
+
+def test_activations_that_a_model_keeps_are_copied_as_values(tmp_path):
+    model, x = Keeping().eval(), torch.randn(2, 4)
+    expected = model(x)
+    seen = model.seen
+    plan = halves(trace(model, x))
+    whole, pruned = (apply(model, trace(model, x), p) for p in (Plan({}), plan))
+    assert model.seen is seen and seen.grad_fn is not None
+    assert torch.equal(whole.seen, seen) and whole.seen is whole.all[0]["first"]
+    torch.testing.assert_close(whole(x), expected)
+    assert pruned.seen.shape == (2, 8) and pruned.seen.is_leaf
+    pruned(x)
+    assert agree(pruned, x, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize(
+    "normed", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm], ids=["hook", "class"]
+)
+def test_normalised_weights_keep_the_values_that_stay(normed, tmp_path):
+    torch.manual_seed(0)
+    first, last = normed(nn.Conv1d(3, 16, 3)), normed(nn.Conv1d(16, 5, 3))
+    model, x = nn.Sequential(first, nn.ReLU(), last).eval(), torch.randn(2, 3, 8)
+    model(x)
+    pruned = apply(model, trace(model, x), Plan({"0": tuple(range(1, 16, 2))}))
+    assert (pruned[0].out_channels, pruned[2].in_channels) == (8, 8)
+    assert pruned[0].weight.shape == (8, 3, 3) and pruned[2].weight.shape == (5, 8, 3)
+    hidden = first(x).relu()
+    hidden[:, ::2] = 0
+    torch.testing.assert_close(pruned(x), last(hidden))
+    assert agree(pruned, x, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_normalised_weights_are_pruned_in_place_likewise():
+    torch.manual_seed(0)
+    norm = nn.utils.weight_norm
+    model, x = (
+        nn.Sequential(norm(nn.Linear(4, 16)), nn.ReLU(), norm(nn.Linear(16, 3))),
+        torch.ones(4),
+    )
+    hidden = model[0](x).relu()
+    hidden[:8] = 0
+    expected = model[2](hidden)
+    graph = DependencyGraph().build_dependency(model, x[None])
+    graph.get_pruning_group(model[0], prune_linear_out_channels, idxs=list(range(8))).prune()
+    torch.testing.assert_close(model(x), expected)
+    assert (model[0].out_features, model[2].in_features) == (8, 8)
