@@ -28,7 +28,7 @@ from prune2deploy.plan.choices import importance_curves
 from prune2deploy.plan.plan import Plan
 from prune2deploy.progress import Progress, silent
 from prune2deploy.report.content import RunReport
-from prune2deploy.rundir import RunDir, free_name
+from prune2deploy.rundir import RunDir, run_folder
 from prune2deploy.search.job import Job
 from prune2deploy.surgery.slicing import apply as apply_plan
 from prune2deploy.sweep import uniform_counts
@@ -75,7 +75,8 @@ class Extras(TypedDict, total=False):
         cache: Use timings of earlier runs on the device, and keep those of this one (True).
         seed: Of random plans (0).
         run_dir: Where to write; ``runs/...`` in the working folder unless given.
-        resume: Go on with the run that ``run_dir`` holds.
+        resume: Go on with the run that ``run_dir`` holds; without it, with the newest of the same
+            model, data and settings in ``runs``.
         progress: Hears of every step.
     """
 
@@ -208,32 +209,20 @@ def prune_to_budget(
         MissingBackend: The target cannot be used here.
         ParityError: An engine gives other outputs than the pruned module.
     """
-    for key in extras:
-        config.one_of("prune_to_budget", key, Extras.__annotations__)
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     name = type(model).__name__
-    options = RunOptions(
-        Budget(budget_ms, speedup, extras.get("percentile", 50)),
-        str(target),
-        ModelOptions(name, precision=extras.get("precision"), seed=extras.get("seed", 0)),
-        importance=config.one_of("importance", extras.get("importance", "l2"), NAMES),
-        max_builds=extras.get("max_builds", RunOptions.max_builds),
-        max_drop=extras.get("max_drop"),
-        cache=extras.get("cache", True),
-        max_size_mb=extras.get("max_size_mb"),
-        max_macs=extras.get("max_macs"),
-    )
+    options = _options(name, str(target), (budget_ms, speedup), extras)
     profile = targets.load(target)
-    label = f"{name}-{profile.name}-{options.budget.label}"
-    folder = Path(extras.get("run_dir") or free_name(Path("runs"), label))
-    batches = extras.get("batches")
+    batches, resume = extras.get("batches"), extras.get("resume", False)
     identity = {
         **options.identity(),
         "profile": profile.sha256,
         "finetune": finetune is not None,
         "content": content(model, inputs, batches),
     }
-    with RunDir(folder, identity, resume=extras.get("resume", False)) as run:
+    label = f"{name}-{profile.name}-{options.budget.label}"
+    place = extras.get("run_dir") or run_folder(label, identity, resume=resume)
+    with RunDir(Path(place), identity, resume=resume) as run:
         job = Job(
             model,
             inputs,
@@ -244,6 +233,24 @@ def prune_to_budget(
             progress=extras.get("progress", silent),
         )
         return carry_out(job, options, name)
+
+
+def _options(
+    name: str, target: str, budget: tuple[float | None, float | None], extras: Extras
+) -> RunOptions:
+    for key in extras:
+        config.one_of("prune_to_budget", key, Extras.__annotations__)
+    return RunOptions(
+        Budget(*budget, extras.get("percentile", 50)),
+        target,
+        ModelOptions(name, precision=extras.get("precision"), seed=extras.get("seed", 0)),
+        importance=config.one_of("importance", extras.get("importance", "l2"), NAMES),
+        max_builds=extras.get("max_builds", RunOptions.max_builds),
+        max_drop=extras.get("max_drop"),
+        cache=extras.get("cache", True),
+        max_size_mb=extras.get("max_size_mb"),
+        max_macs=extras.get("max_macs"),
+    )
 
 
 def carry_out(job: Job, options: RunOptions, name: str) -> Result:

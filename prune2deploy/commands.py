@@ -21,51 +21,28 @@ from prune2deploy.rundir import (
     IDENTITY,
     MANIFEST,
     RunDir,
-    free_name,
-    latest_name,
     read_manifest,
+    run_folder,
     writing,
 )
 
 if TYPE_CHECKING:
     from prune2deploy.models import LoadedModel
+    from prune2deploy.search.job import Job
     from prune2deploy.target import Target
 
 
 def run(arguments: argparse.Namespace, progress: Progress) -> Reply:
     """Prune until the budget is met."""
     options = _run_options(arguments)
-    from prune2deploy import listing
+    with _working(arguments, options, options.budget.label, progress) as job:
+        from prune2deploy import api, summary
+        from prune2deploy.report import write
 
-    target, _ = listing.usable(options.target)
-    precision = options.model.precision or target.precision
-    config.check_max_drop(options.max_drop, precision, data=options.data is not None)
-    from prune2deploy import api, calibration, summary
-    from prune2deploy.importance import NAMES
-    from prune2deploy.report import write
-    from prune2deploy.search.job import Job
-
-    config.one_of("--importance", options.importance, NAMES)
-    loaded = _load(options.model)
-    batches = _data(options.data, loaded, _purposes(options, target))
-    tell(progress, calibration.notices(batches))
-    label = f"{_short(options.model.model)}-{target.name}-{options.budget.label}"
-    facts = {"command": "run", **options.identity()}
-    with _opened(arguments, label, _identity(facts, target, loaded, batches)) as held:
-        job = Job(
-            loaded.module,
-            loaded.example_inputs,
-            target,
-            held,
-            batches,
-            _finetune(options, loaded, batches),
-            loaded.input_names,
-            loaded.output_names,
-            progress,
-        )
         result = api.carry_out(job, options, options.model.model)
-    text = f"{write.show(result.report)}\nrun       {shown(held.path)}"
-    document = {**read_manifest(held.path), "run_dir": str(held.path)}
+    folder = job.run.path
+    text = f"{write.show(result.report)}\nrun       {shown(folder)}"
+    document = {**read_manifest(folder), "run_dir": str(folder)}
     return Reply(text, document, summary.EXIT_CODES[result.verdict])
 
 
@@ -78,36 +55,14 @@ def sweep(arguments: argparse.Namespace, progress: Progress) -> Reply:
         arguments.importance,
         arguments.data,
     )
-    from prune2deploy import listing
+    with _working(arguments, options, "sweep", progress) as job:
+        from prune2deploy import sweep as sweeping
+        from prune2deploy.journal import encode
+        from prune2deploy.report import write
 
-    target, _ = listing.usable(options.target)
-    from prune2deploy import calibration
-    from prune2deploy import sweep as sweeping
-    from prune2deploy.importance import NAMES
-    from prune2deploy.journal import encode
-    from prune2deploy.report import write
-    from prune2deploy.search.job import Job
-
-    config.one_of("--importance", options.importance, NAMES)
-    loaded = _load(options.model)
-    batches = _data(options.data, loaded, _purposes(options, target))
-    tell(progress, calibration.notices(batches))
-    label = f"{_short(options.model.model)}-{target.name}-sweep"
-    facts = {"command": "sweep", **options.identity()}
-    with _opened(arguments, label, _identity(facts, target, loaded, batches)) as held:
-        job = Job(
-            loaded.module,
-            loaded.example_inputs,
-            target,
-            held,
-            batches,
-            input_names=loaded.input_names,
-            output_names=loaded.output_names,
-            progress=progress,
-        )
         report = sweeping.sweep(job, options, options.model.model)
-    text = f"{write.show(report)}\n\nrun {shown(held.path)}"
-    return Reply(text, {**encode(report), "run_dir": str(held.path)})
+    text = f"{write.show(report)}\n\nrun {shown(job.run.path)}"
+    return Reply(text, {**encode(report), "run_dir": str(job.run.path)})
 
 
 def inspect(arguments: argparse.Namespace, progress: Progress) -> Reply:
@@ -204,14 +159,49 @@ def _load(options: ModelOptions) -> LoadedModel:
     )
 
 
-def _purposes(options: RunOptions | SweepOptions, target: Target) -> set[str]:
-    """What data is needed for."""
-    from prune2deploy.importance import CRITERIA
+@contextlib.contextmanager
+def _working(
+    arguments: argparse.Namespace,
+    options: RunOptions | SweepOptions,
+    ending: str,
+    progress: Progress,
+) -> Iterator[Job]:
+    """Check, load and hold what a run or a sweep works on; ``ending`` is of the folder's name."""
+    from prune2deploy import listing
 
+    target, _ = listing.usable(options.target)
+    purposes = _purposes(options, target)
+    from prune2deploy import calibration
+    from prune2deploy.search.job import Job
+
+    loaded = _load(options.model)
+    batches = _data(options.data, loaded, purposes)
+    tell(progress, calibration.notices(batches))
+    label = f"{_short(options.model.model)}-{target.name}-{ending}"
+    with _opened(arguments, label, _identity(options, target, loaded, batches)) as held:
+        yield Job(
+            loaded.module,
+            loaded.example_inputs,
+            target,
+            held,
+            batches,
+            _finetune(options, loaded, batches),
+            loaded.input_names,
+            loaded.output_names,
+            progress,
+        )
+
+
+def _purposes(options: RunOptions | SweepOptions, target: Target) -> set[str]:
+    """Check criterion and accuracy to keep; return what data is needed for."""
+    from prune2deploy.importance import CRITERIA, NAMES
+
+    config.one_of("--importance", options.importance, NAMES)
     precision = options.model.precision or target.precision
     wanted = {"int8"} if precision == "int8" else set()
     wanted |= {"importance"} if CRITERIA[options.importance].needs_data else set()
     if isinstance(options, RunOptions):
+        config.check_max_drop(options.max_drop, precision, data=options.data is not None)
         wanted |= {"evaluate"} if options.max_drop is not None else set()
         wanted |= {"finetune"} if options.finetune_epochs else set()
     return wanted
@@ -229,9 +219,9 @@ def _data(recipe: str | None, loaded: LoadedModel, purposes: set[str]) -> Any:
     return batches
 
 
-def _finetune(options: RunOptions, loaded: LoadedModel, batches: Any) -> Any:
+def _finetune(options: RunOptions | SweepOptions, loaded: LoadedModel, batches: Any) -> Any:
     """The built-in fine-tuning, distilling from the model as it was; None without epochs."""
-    if not options.finetune_epochs:
+    if isinstance(options, SweepOptions) or not options.finetune_epochs:
         return None
     from prune2deploy.recover.finetune import FinetuneOptions, finetune
 
@@ -240,13 +230,17 @@ def _finetune(options: RunOptions, loaded: LoadedModel, batches: Any) -> Any:
 
 
 def _identity(
-    facts: dict[str, Any], target: Target, loaded: LoadedModel, batches: Any
+    options: RunOptions | SweepOptions, target: Target, loaded: LoadedModel, batches: Any
 ) -> dict[str, Any]:
     """What must agree for one command to go on from another: options, profile and content."""
     from prune2deploy.identity import content
 
-    known = content(loaded.module, loaded.example_inputs, batches)
-    return {**facts, "profile": target.sha256, "content": known}
+    return {
+        "command": "run" if isinstance(options, RunOptions) else "sweep",
+        **options.identity(),
+        "profile": target.sha256,
+        "content": content(loaded.module, loaded.example_inputs, batches),
+    }
 
 
 @contextlib.contextmanager
@@ -254,13 +248,8 @@ def _opened(
     arguments: argparse.Namespace, label: str, identity: dict[str, Any]
 ) -> Iterator[RunDir]:
     """Hold the folder that was asked for; else a new one, or with ``--resume`` that of the run."""
-    if arguments.out is not None:
-        folder = Path(arguments.out)
-    elif arguments.resume:
-        folder = latest_name(Path("runs"), label, identity)
-    else:
-        folder = free_name(Path("runs"), label)
-    with RunDir(folder, identity, resume=arguments.resume) as held:
+    place = arguments.out or run_folder(label, identity, resume=arguments.resume)
+    with RunDir(Path(place), identity, resume=arguments.resume) as held:
         try:
             yield held
         except KeyboardInterrupt:

@@ -181,6 +181,12 @@ def sha256(path: Path) -> str:
     return state.hexdigest()
 
 
+def run_folder(name: str, identity: Mapping[str, object], *, resume: bool) -> Path:
+    """Where a run goes that names no folder: a new one in ``runs``, or that of the same run."""
+    parent = Path("runs")
+    return latest_name(parent, name, identity) if resume else free_name(parent, name)
+
+
 def free_name(parent: Path, name: str) -> Path:
     """Return the first of ``parent/name``, ``name-2``, ``name-3`` ... that a run may take."""
     return next(path for path in _names(parent, name) if _vacant(path))

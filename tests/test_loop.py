@@ -338,6 +338,16 @@ def test_a_run_goes_on_only_with_the_same_content(net, target, tmp_path):
     run(net, target, batches=data, resume=True, **common)
 
 
+def test_resume_without_a_folder_finds_the_run(net, target, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    slow = run(net, target, speedup=1.2, max_builds=1)
+    torch.manual_seed(3)
+    other = run((Net().eval(), net[1]), target, speedup=1.2, max_builds=1)
+    assert [r.run_dir.name for r in (slow, other)] == ["Net-formula-1.2x", "Net-formula-1.2x-2"]
+    again = run(net, target, speedup=1.2, max_builds=1, resume=True)
+    assert again.run_dir == slow.run_dir and again.measurement == slow.measurement
+
+
 def test_a_misspelt_setting_is_refused(net, target, tmp_path):
     with pytest.raises(ConfigError, match=r"'max_build'; did you mean max_builds"):
         run(net, target, speedup=2.0, max_build=2, run_dir=tmp_path / "r")
