@@ -17,6 +17,7 @@ from torch.nn import functional
 import prune2deploy
 from prune2deploy import measure
 from prune2deploy.backends.null import NullBackend
+from prune2deploy.calibration import from_dataset
 from prune2deploy.config import Budget
 from prune2deploy.errors import ConfigError, ParityError
 from prune2deploy.journal import Journal
@@ -364,6 +365,27 @@ def test_data_without_a_batch_is_refused_before_anything_is_built(
     with pytest.raises(ConfigError, match=told):
         run(net, target, speedup=2.0, batches=data, run_dir=tmp_path / "r")
     assert not (tmp_path / "r/builds").exists()
+
+
+class Single(Net):
+    """A model that takes a batch of one only."""
+
+    def forward(self, x):
+        return super().forward(x.reshape(1, 3, 8, 8))
+
+
+def test_a_model_of_a_fixed_batch_is_run_on_no_data(net, target, tmp_path):
+    data = from_dataset(torch.randn(8, 3, 8, 8), (net[1],), batch=4)
+    single = Single().eval(), net[1]
+    with pytest.raises(
+        ConfigError, match=r"fails on inputs of shapes \[\(2, 3, 8, 8\)\], .*purposes"
+    ):
+        run(single, target, speedup=2.0, batches=data, run_dir=tmp_path / "a")
+    other = [((torch.randn(8, 3, 8),), None)]
+    with pytest.raises(ConfigError, match=r"of shapes \[\(2, 3, 8\)\], .* correct the data"):
+        run(net, target, speedup=2.0, batches=other, run_dir=tmp_path / "b")
+    elsewhere = replace(data, purposes=("int8", "parity"))
+    assert run(single, target, speedup=2.0, batches=elsewhere, run_dir=tmp_path / "c").met
 
 
 @pytest.mark.parametrize(

@@ -10,15 +10,18 @@ import torch
 
 from prune2deploy import measure
 from prune2deploy.backends import registry
-from prune2deploy.calibration import check_form, check_labels, require
+from prune2deploy.calibration import check_form, check_labels, filled, require, serves
 from prune2deploy.config import ModelOptions, check_max_drop
 from prune2deploy.errors import ConfigError, MissingBackend, TraceError
 from prune2deploy.exporting import export
 from prune2deploy.graph import trace
+from prune2deploy.graph.calling import quiet
 from prune2deploy.measure import Measurement
 from prune2deploy.search import candidate
 from prune2deploy.search.candidate import Workshop
 from prune2deploy.search.job import Baseline, Job
+
+_RUN_ON = ("importance", "bn", "sensitivity", "finetune")  # purposes whose data the model is run on
 
 
 def open_workshop(
@@ -45,6 +48,7 @@ def open_workshop(
         )
     if job.batches is not None:
         check_labels(job.batches, _output_shapes(job))
+        _check_batch(job)
     return Workshop(
         job.module,
         job.example_inputs,
@@ -59,6 +63,29 @@ def open_workshop(
         job.batches,
         max_drop,
     )
+
+
+def _check_batch(job: Job) -> None:
+    """Give the model one sample of data more than its example inputs hold.
+
+    Raises:
+        ConfigError: It fails, and the data serves a purpose for which it is given to the model.
+    """
+    if not any(serves(job.batches, purpose) for purpose in _RUN_ON):
+        return
+    example = job.example_inputs[0]
+    inputs = tuple(one.to(example.device) for one in next(filled(job.batches, len(example) + 1)))
+    try:
+        with quiet(job.module):
+            job.module(*inputs)
+    except Exception as error:  # the user's code may refuse such inputs in any way
+        shapes = [tuple(one.shape) for one in inputs]
+        raise ConfigError(
+            f"data: the model fails on inputs of shapes {shapes}, expected one that takes them in "
+            f"any batch, as it takes {len(example)} as its example inputs "
+            f"({type(error).__name__}: {error}); export it with a free batch dimension, correct "
+            f"the data, or have its recipe list none of the purposes {', '.join(_RUN_ON)}"
+        ) from error
 
 
 def _output_shapes(job: Job) -> list[tuple[int, ...]]:
