@@ -69,7 +69,7 @@ class RunDir:
         self.path = path.resolve()
         with writing(path):
             self.path.mkdir(parents=True, exist_ok=True)
-            _check_contents(self.path)
+            ours = _check_contents(self.path)
             self._lock = (self.path / LOCK).open("a")
         if not _locked(self._lock):
             self._lock.close()
@@ -78,14 +78,14 @@ class RunDir:
                 "wait for it to end or choose another --out"
             )
         try:
-            self._start(identity, resume=resume)
+            self.journal = Journal(self.path / JOURNAL)
+            self._start(identity, resume=resume, vacant=ours and not self.journal.started)
         except BaseException:
             self._lock.close()
             raise
 
-    def _start(self, identity: Mapping[str, object], *, resume: bool) -> None:
-        self.journal = Journal(self.path / JOURNAL)
-        if self.journal.started:
+    def _start(self, identity: Mapping[str, object], *, resume: bool, vacant: bool) -> None:
+        if not vacant:
             _check_identity(self.path, identity, resume=resume)
         else:
             _remove(self.path / WORK)
@@ -211,7 +211,7 @@ def _vacant(path: Path) -> bool:
     """Whether ``path`` is not there, or holds a run that ended before its first finished step."""
     if not path.exists():
         return True
-    if not (path / IDENTITY).is_file() or (path / MANIFEST).exists():
+    if not _ours(path):
         return False
     with (path / LOCK).open("a") as lock:
         return _locked(lock) and not Journal(path / JOURNAL).started
@@ -259,13 +259,25 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _check_contents(path: Path) -> None:
-    names = {entry.name for entry in path.iterdir() if not entry.name.startswith(PARTIAL)}
-    if names - _OURS and not (path / IDENTITY).exists():
+def _check_contents(path: Path) -> bool:
+    """Whether a folder is empty or holds only what a run leaves before its first finished step."""
+    names = _named(path)
+    if not names - _OURS and IDENTITY not in names:
+        return True
+    if IDENTITY not in names:
         raise ConfigError(
             f"{path}: found files that are no run ({', '.join(sorted(names)[:3])} ...), "
             "expected an empty folder, a new name or a run; choose another --out"
         )
+    return _ours(path)
+
+
+def _ours(path: Path) -> bool:
+    return {IDENTITY, LOCK} <= _named(path) <= _OURS - {MANIFEST} | {WORK}
+
+
+def _named(path: Path) -> set[str]:
+    return {entry.name for entry in path.iterdir() if not entry.name.startswith(PARTIAL)}
 
 
 def _differing(path: Path, identity: Mapping[str, object]) -> tuple[str, ...]:

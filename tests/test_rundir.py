@@ -163,3 +163,17 @@ def test_a_run_that_finished_no_step_makes_way(tmp_path):
     assert free_name(tmp_path, "r") == tmp_path / "r-2"
     (tmp_path / "s").mkdir()
     assert free_name(tmp_path, "s") == tmp_path / "s-2"  # not ours to take unasked
+
+
+def test_a_folder_that_only_looks_like_a_run_is_left_alone(tmp_path):
+    for name in ("builds/mine.onnx", "run.json"):
+        (tmp_path / "r" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "r" / name).write_text("{}")
+    assert free_name(tmp_path, "r") == tmp_path / "r-2"
+    with pytest.raises(ConfigError, match="another run"):
+        RunDir(tmp_path / "r", WHO)
+    with RunDir(tmp_path / "s", WHO) as run:
+        run.write_text("report.json", "{}")
+    with pytest.raises(ConfigError, match="another run"):
+        RunDir(tmp_path / "s", {**WHO, "model": "n"})
+    assert (tmp_path / "r/builds/mine.onnx").exists() and (tmp_path / "s/report.json").exists()
