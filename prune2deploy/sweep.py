@@ -71,7 +71,7 @@ def sweep(job: Job, options: SweepOptions, name: str) -> SweepReport:
         last.reference.p50_ms,
         tuple(points),
         summary.environment(shop.target, last.fingerprint),
-        notices(job.batches),
+        (*notices(job.batches), *baseline.notes),
     )
     job.run.copy(job.run / baseline.onnx, "baseline.onnx")
     write.write(report, job.run)

@@ -75,6 +75,21 @@ def target(tmp_path):
     return path
 
 
+class Deciding(Net):
+    """Goes another way for dark inputs."""
+
+    def forward(self, x):
+        return super().forward(x) if x.sum() > 0 else -super().forward(x)
+
+
+def test_the_report_says_what_the_file_holds_of_the_example(target, tmp_path):
+    found = run(
+        (Deciding().eval(), torch.rand(1, 3, 8, 8)), target, speedup=1.2, run_dir=tmp_path / "r"
+    )
+    notes = [note for note in found.report.notes if "values that depend on the input" in note]
+    assert len(notes) == 1 and "test_loop.py:" in notes[0]
+
+
 def run(net, target, **more):
     model, example = net
     return prune2deploy.prune_to_budget(model, example, target=target, **more)

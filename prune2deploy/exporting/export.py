@@ -16,11 +16,11 @@ from typing import Any, TypedDict
 import onnx
 import torch
 from torch import Tensor, nn
-from torch.jit._trace import TracerWarning  # torch.jit has it, but does not declare it
 from typing_extensions import Unpack
 
 from prune2deploy.atomic import scratch
 from prune2deploy.errors import ExportError
+from prune2deploy.exporting import fixed
 from prune2deploy.modes import evaluating
 
 DEFAULT_OPSET = 20
@@ -29,7 +29,6 @@ SINGLE_FILE_BYTES = 1_900_000_000  # protobuf refuses messages of 2 GiB; weights
 _EXPORTER_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     ("You are using the legacy TorchScript-based ONNX export", DeprecationWarning),
     ("The feature will be removed", DeprecationWarning),  # said by the exporter of itself
-    ("", TracerWarning),  # "might not generalise": parity and the batch check decide
     ("Constant folding", UserWarning),  # what could not be folded is left to the simplifier
     ("Provided key .* for dynamic axes", UserWarning),
     ("# 'dynamic_axes' is not recommended", UserWarning),
@@ -51,6 +50,7 @@ class ExportOptions(TypedDict, total=False):
         input_names: One name per input tensor; ``input`` or ``input_0 …`` unless told.
         output_names: One name per output tensor; made from the structure unless told.
         dynamic_batch: Leave dimension 0 of every input and output free.
+        tell: Hears what a reader of the file should know; a warning is given unless told.
     """
 
     dynamo: bool
@@ -58,6 +58,7 @@ class ExportOptions(TypedDict, total=False):
     input_names: Sequence[str]
     output_names: Sequence[str]
     dynamic_batch: bool
+    tell: Callable[[str], None]
 
 
 def to_onnx(
@@ -91,13 +92,16 @@ def to_onnx(
     with _unfused(), evaluating(module), scratch(path.parent) as folder:
         outputs = _output_names(module, example_inputs, options.get("output_names"))
         file = folder / path.name
-        with _plain_call(module):
+        with _plain_call(module), fixed.told_by_tracer() as told:
             _run_exporter(module, example_inputs, file, (names, outputs), options)
+        note = fixed.note(module, example_inputs, told)
         _gather_weights(file)
         _check_file(file)
         if free_batch:
             _check_free_batch(file, example_inputs, names)
         _move(file, path)
+    if note:
+        options.get("tell", warnings.warn)(note)
     return path
 
 

@@ -129,9 +129,7 @@ def search(
         kinds: Nodes by kind, of the kinds that may be kept as a whole.
     """
     with scratch(out.parent) as folder:
-        attempts = _Attempts(folder, convert, judge)
-        attempts.run(candidates, kinds)
-        best = attempts.best
+        best = _Attempts(folder, convert, judge).run(candidates, kinds)
         best.path.replace(out)
     return Found(out, best.kept, best.verdict)
 
@@ -151,25 +149,22 @@ def counterparts(names: Collection[str], path: Path, other: Path) -> tuple[str, 
 
 
 class _Attempts:
-    """The attempts of one search; only the best one's file is of use later."""
+    """The attempts of one search. Files are large: there are that of the best and the last one."""
 
     def __init__(self, folder: Path, convert: Convert, judge: Judge) -> None:
         self._folder, self._convert, self._judge = folder, convert, judge
-        self._made: list[Found] = []
+        self._best: Found | None = None
+        self._written = 0
 
-    @property
-    def best(self) -> Found:
-        return min(self._made, key=lambda found: found.rank)
-
-    def run(self, candidates: Sequence[str] | None, kinds: Sequence[Sequence[str]]) -> None:
+    def run(self, candidates: Sequence[str] | None, kinds: Sequence[Sequence[str]]) -> Found:
         """Keep ever more of the worst nodes, twice as many in each round, until one passes.
 
-        Kinds have their turn, once, when no node helps any more.
+        Kinds have their turn, once, when no node helps any more. Returns the best attempt.
         """
         last = self._attempt([])
         for number in range(ROUNDS - 1):
             if last.verdict.passed:
-                return
+                break
             errors = self._errors(last, candidates, number)
             helped = min(errors.values(), default=math.inf) < STUBBORN * last.verdict.parity.error
             if kinds and not helped:
@@ -179,12 +174,25 @@ class _Attempts:
                 last = self._attempt([*last.kept, *worst])
         if kinds and not last.verdict.passed:
             self._by_kind(kinds)
+        assert self._best is not None
+        return self._best
 
     def _attempt(self, kept: Sequence[str]) -> Found:
-        path = self._folder / f"{len(self._made)}.onnx"
+        path = self._write(kept)
+        made = Found(path, tuple(kept), self._judge(path))
+        if self._best is None or made.rank < self._best.rank:
+            self._best = made
+        return made
+
+    def _write(self, kept: Sequence[str]) -> Path:
+        """Write a file in which the named nodes are kept, once there is none but the best."""
+        for file in self._folder.iterdir():
+            if self._best is None or file != self._best.path:
+                file.unlink()
+        self._written += 1
+        path = self._folder / f"{self._written}.onnx"
         self._convert(path, kept)
-        self._made.append(Found(path, tuple(kept), self._judge(path)))
-        return self._made[-1]
+        return path
 
     def _errors(
         self, last: Found, candidates: Sequence[str] | None, number: int
@@ -195,8 +203,7 @@ class _Attempts:
         suspects = [name for name in jumps if name in may][: max(SHORTLIST, 2**number)]
         errors: dict[str, float] = {}
         for name in suspects:
-            self._convert(self._folder / "trial.onnx", [*last.kept, name])
-            errors[name] = self._judge.compare(self._folder / "trial.onnx").error
+            errors[name] = self._judge.compare(self._write([*last.kept, name])).error
         return errors
 
     def _by_kind(self, kinds: Sequence[Sequence[str]]) -> Found:

@@ -189,12 +189,14 @@ def _assemble(shop: Workshop, name: tuple[int, str], plan: Plan, module: nn.Modu
     started = time.monotonic()
     folder = shop.run / f"{WORK}/{number:02d}-{step}"
     shop.say("exporting", number)
+    told: list[str] = []
     exported = export.to_onnx(
         module.eval(),
         shop.example_inputs,
         folder / "exported.onnx",
         input_names=shop.input_names,
         output_names=shop.output_names,
+        tell=told.append,
     )
     shop.say("simplifying", number)
     report = simplify.simplify(exported, folder / "simplified.onnx")
@@ -219,7 +221,7 @@ def _assemble(shop: Workshop, name: tuple[int, str], plan: Plan, module: nn.Modu
         _inside(shop.run, engine.path),
         time.monotonic() - started,
         borders,
-        _notes(report, lowered),
+        (*told, *_notes(report, lowered)),
         lowered,
     )
 

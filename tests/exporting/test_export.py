@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from prune2deploy import atomic
+from prune2deploy import atomic, models
 from prune2deploy.errors import ExportError
 from prune2deploy.exporting import parity
 from prune2deploy.exporting.export import flatten, to_onnx
@@ -214,3 +214,71 @@ def test_a_really_full_disk(tmp_path):
         name.symlink_to("/dev/full")
         name.write_bytes(b"x" * 100_000)
     assert not list(tmp_path.iterdir())
+
+
+class Deciding(nn.Module):
+    """Goes on by sizes, by its own settings, or by values of its input."""
+
+    def __init__(self, *ways):
+        super().__init__()
+        self.ways = ways
+        self.register_buffer("limit", torch.tensor(3))
+
+    def forward(self, x):
+        if "sizes" in self.ways and x.shape[2] > 7:
+            x = x * int(x.shape[0] / 1) + float(x.new_zeros(1))
+        if "own" in self.ways and self.limit > 2:
+            x = x[:, : int(self.limit)]
+        if "branch" in self.ways and x.sum() > 0:  # here
+            x = x * 2
+        if "number" in self.ways:
+            x = x / int(x.max() + 1)  # here
+        if "numpy" in self.ways:
+            x = x + float(x.detach().numpy().mean())  # here
+        if "part" in self.ways:
+            room = torch.zeros(4)
+            room[:2] = x[0, 0, 0, :2]
+            x = x * room.sum().item()  # here
+        if "rows" in self.ways:
+            x = torch.stack([row + 1 for row in x])
+        return x
+
+
+def line_of(way):
+    lines = Path(__file__).read_text("utf-8").splitlines()
+    first = next(i for i, line in enumerate(lines) if f'"{way}" in self.ways' in line)
+    return next(i for i, line in enumerate(lines[first:], first + 1) if "# here" in line)
+
+
+@pytest.mark.parametrize("way", ["branch", "number", "numpy", "part"])
+def test_values_of_the_input_that_the_file_holds_for_good_are_told(
+    tmp_path, image, way, monkeypatch
+):
+    monkeypatch.chdir(Path(__file__).parent)
+    told = []
+    model = Deciding("sizes", "own", way, "rows")
+    to_onnx(model, (image,), tmp_path / "n.onnx", tell=told.append)
+    assert len(told) == 1
+    assert f"at {Path(__file__).name}:{line_of(way)}; the exported file holds" in told[0]
+    with pytest.warns(UserWarning, match="values that depend on the input"):
+        to_onnx(model, (image,), tmp_path / "n.onnx")
+
+
+def test_sizes_and_settings_that_the_file_holds_are_right_in_it(tmp_path, image):
+    told = []
+    model = Deciding("sizes", "own", "rows")
+    to_onnx(model, (image,), tmp_path / "n.onnx", tell=told.append)
+    assert told == []
+
+
+@pytest.mark.parametrize(
+    ("library", "name"),
+    [("torchvision", "resnet18"), ("torchvision", "swin_t"), ("ultralytics", "yolov8n.yaml"),
+     ("timm", "timm:vit_tiny_patch16_224")],
+)  # fmt: skip
+def test_usual_models_hold_no_values_of_the_example(library, name, tmp_path):
+    pytest.importorskip(library)
+    loaded = models.load(name, input_size=(64, 64))
+    told = []
+    to_onnx(loaded.module, loaded.example_inputs, tmp_path / "n.onnx", tell=told.append)
+    assert told == []

@@ -216,6 +216,26 @@ def test_where_many_of_a_kind_do_the_harm_kinds_are_kept_and_contractions_lowere
     assert any(set(names).isdisjoint(report.kept) for names in found.values())
 
 
+def test_of_all_attempts_only_the_best_and_the_last_lie_on_the_disk(tmp_path, monkeypatch):
+    path, rows = transformer(tmp_path, blocks=2)
+    (tmp_path / "out").mkdir()
+    written = []
+    real = quantize.quantize
+
+    def counting(path, out, *rest):
+        real(path, out, *rest)
+        written.append(len(list(out.parent.iterdir())))
+
+    monkeypatch.setattr(quantize, "quantize", counting)
+    options = Int8Options(recipe="cpu", max_error=0.02)
+    report = to_int8(path, tmp_path / "out/q.onnx", rows, options)
+    assert len(written) > 8 and max(written) <= 2
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["q.onnx"]
+    samples = [parity.as_sample(inputs) for inputs, _ in rows[: precision.COMPARED]]
+    judge = keeping.Judge(path, samples, "int8", (None, None))
+    assert judge.compare(report.path).error == pytest.approx(report.parity.error)
+
+
 def test_kept_nodes_are_found_again_under_other_names_and_without_a_block(tmp_path):
     path, _ = transformer(tmp_path)
     (tmp_path / "less").mkdir()
