@@ -210,6 +210,12 @@ def prune_to_budget(
         ParityError: An engine gives other outputs than the pruned module.
     """
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    others = [f"{type(one).__name__} at {i}" for i, one in enumerate(inputs) if not _is_tensor(one)]
+    if others:
+        raise ConfigError(
+            f"example_inputs: found {', '.join(others)}, expected tensors; wrap the model in a "
+            "module that takes tensors alone"
+        )
     name = type(model).__name__
     options = _options(name, str(target), (budget_ms, speedup), extras)
     profile = targets.load(target)
@@ -233,6 +239,10 @@ def prune_to_budget(
             progress=extras.get("progress", silent),
         )
         return carry_out(job, options, name)
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)
 
 
 def _options(

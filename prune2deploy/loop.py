@@ -315,7 +315,7 @@ class Search:
         """Get accuracy back on the best plan, and measure what is shipped.
 
         What misses the budget is kept for its user to judge, so its weights are fitted too;
-        training, which may take hours, waits for a plan that meets it.
+        training, which may take hours, is left out.
         """
         found = best(self.attempts)
         shop, plan, lessons = self.shop, found.built.plan, self.lessons

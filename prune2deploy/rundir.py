@@ -11,10 +11,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -40,7 +42,7 @@ IDENTITY = "run.json"
 LOCK = ".lock"
 WORK = "builds"  # engines of every build; only what the manifest lists outlives the run
 PARTIAL = ".part-"  # what ``atomic`` calls its temporary folders
-_OURS = frozenset({MANIFEST, JOURNAL, IDENTITY, LOCK})
+_BEGUN = frozenset({JOURNAL, IDENTITY, LOCK, WORK})  # of a run before its first finished step
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,9 @@ def latest_name(parent: Path, name: str, identity: Mapping[str, object]) -> Path
 
     Where none does, the newest that is there: it tells what differs when it is opened.
     """
-    there = [*itertools.takewhile(Path.exists, _names(parent, name))]
+    numbered = re.compile(rf"{re.escape(name)}(?:-(\d+))?")
+    found = [(numbered.fullmatch(path.name), path) for path in parent.glob(f"{glob.escape(name)}*")]
+    there = [path for _, path in sorted((int(m[1] or 1), path) for m, path in found if m)]
     same = [path for path in there if not _differing(path, identity)]
     return (same or there or [parent / name])[-1]
 
@@ -211,7 +215,7 @@ def _vacant(path: Path) -> bool:
     """Whether ``path`` is not there, or holds a run that ended before its first finished step."""
     if not path.exists():
         return True
-    if not _ours(path):
+    if not path.is_dir() or not _ours(path):
         return False
     with (path / LOCK).open("a") as lock:
         return _locked(lock) and not Journal(path / JOURNAL).started
@@ -262,7 +266,7 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
 def _check_contents(path: Path) -> bool:
     """Whether a folder is empty or holds only what a run leaves before its first finished step."""
     names = _named(path)
-    if not names - _OURS and IDENTITY not in names:
+    if not names - {LOCK}:
         return True
     if IDENTITY not in names:
         raise ConfigError(
@@ -273,7 +277,7 @@ def _check_contents(path: Path) -> bool:
 
 
 def _ours(path: Path) -> bool:
-    return {IDENTITY, LOCK} <= _named(path) <= _OURS - {MANIFEST} | {WORK}
+    return {IDENTITY, LOCK} <= _named(path) <= _BEGUN
 
 
 def _named(path: Path) -> set[str]:

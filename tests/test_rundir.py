@@ -177,3 +177,19 @@ def test_a_folder_that_only_looks_like_a_run_is_left_alone(tmp_path):
     with pytest.raises(ConfigError, match="another run"):
         RunDir(tmp_path / "s", {**WHO, "model": "n"})
     assert (tmp_path / "r/builds/mine.onnx").exists() and (tmp_path / "s/report.json").exists()
+
+
+def test_a_manifest_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "manifest.json").write_text("mine")
+    with pytest.raises(ConfigError, match=r"no run \(manifest\.json"):
+        RunDir(tmp_path, WHO)
+    assert (tmp_path / "manifest.json").read_text() == "mine"
+
+
+def test_a_gap_in_the_numbers_hides_no_run(tmp_path):
+    (tmp_path / "r").write_text("a file")
+    begun(tmp_path / "r-2", WHO)
+    begun(tmp_path / "r-10", WHO)
+    begun(tmp_path / "r-x", WHO)
+    assert latest_name(tmp_path, "r", WHO) == tmp_path / "r-10"
+    assert free_name(tmp_path, "r") == tmp_path / "r-3"

@@ -56,8 +56,9 @@ def fixed(path: Path, out: Path, wanted: Wanted) -> Path:
 def _fix(inputs: list[Any], wanted: Wanted) -> dict[str, int]:
     """Give free dimensions of inputs their value, in place; return those that had a name."""
     names: dict[str, int] = {}
+    lengths = {d.dim_param for given in inputs for d in given.type.tensor_type.shape.dim[1:]}
     for given in inputs:
-        for dim, value in _values(given, wanted):
+        for dim, value in _values(given, wanted, lengths - {""}):
             if dim.dim_param:
                 names[dim.dim_param] = value
             if not dim.dim_value:
@@ -73,10 +74,13 @@ def _rename(values: list[Any], names: dict[str, int]) -> None:
                 dim.dim_value = names[dim.dim_param]
 
 
-def _values(given: Any, wanted: Wanted) -> Iterator[tuple[Any, int]]:
-    """The dimensions of an input that have a wanted value, and that value."""
+def _values(given: Any, wanted: Wanted, lengths: set[str]) -> Iterator[tuple[Any, int]]:
+    """The dimensions of an input that have a wanted value, and that value.
+
+    The first is the batch unless its name is among ``lengths``, which stand elsewhere too.
+    """
     dims = given.type.tensor_type.shape.dim
-    if dims:
+    if dims and dims[0].dim_param not in lengths:
         yield dims[0], wanted.batch or 1
     if len(dims) == 4 and wanted.size is not None:
         yield from zip(dims[2:], wanted.size, strict=True)

@@ -236,8 +236,9 @@ def _batches(
     order = np.random.default_rng(recipe.seed).permutation(len(reader))[: recipe.count]
     chosen = tuple(int(i) for i in order)
     digest = hashlib.sha256(recipe.text.encode())
-    for number in chosen:
-        digest.update(reader.content(number) + b"\0")
+    for place, number in enumerate(chosen):
+        told = reader.told is None or place < reader.told
+        digest.update((reader.content(number) if told else reader.name(number).encode()) + b"\0")
     opened = Batches(
         name=recipe.name,
         purposes=recipe.purposes,

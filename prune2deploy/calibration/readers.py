@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from prune2deploy.calibration import arrays, pictures
+from prune2deploy.calibration import arrays as array_files
+from prune2deploy.calibration import pictures
 from prune2deploy.calibration.preprocessing import Preprocessing
 from prune2deploy.calibration.recipe import Recipe
 from prune2deploy.errors import ConfigError, MissingBackend
@@ -39,11 +40,13 @@ class Reader(ABC):
         labelled: Whether its samples have labels.
         place: Where the samples are from, for messages.
         classes: How many classes labels are counted among, or ``None`` if that is not known.
+        told: How many samples are enough to tell its content, where reading is dear; or ``None``.
     """
 
     labelled: bool
     place: str
     classes: int | None = None
+    told: int | None = None
 
     @abstractmethod
     def __len__(self) -> int:
@@ -169,7 +172,7 @@ class ArrayReader(Reader):
 
     def __init__(self, path: Path, inputs: tuple[str, ...], labels: str | None) -> None:
         self.place = str(path)
-        stored = arrays.open_file(path)
+        stored = array_files.open_file(path)
         names = inputs or tuple(n for n in stored if n != (labels or "labels"))[:1]
         labels = labels or ("labels" if "labels" in stored else None)
         for name in (*names, *((labels,) if labels else ())):
@@ -202,13 +205,18 @@ class ArrayReader(Reader):
 
     @override
     def content(self, number: int) -> bytes:
-        rows, label = self.read(number)
-        facts = [(row.shape, row.dtype.str) for row in rows]
-        return f"{facts}\0{label}\0".encode() + b"".join(row.tobytes() for row in rows)
+        return _told(self.read(number))
 
     @override
     def read(self, number: int) -> Sample:
         return tuple(np.array(array[number]) for array in self._inputs), self.label(number)
+
+
+def _told(sample: Sample) -> bytes:
+    """Types, shapes, label and values of a sample."""
+    arrays, label = sample
+    facts = [(array.shape, array.dtype.str) for array in arrays]
+    return f"{facts}\0{label}\0".encode() + b"".join(array.tobytes() for array in arrays)
 
 
 class SequenceReader(Reader):
@@ -217,6 +225,8 @@ class SequenceReader(Reader):
     Inputs are a tensor or array without batch dimension, already preprocessed, or a tuple of
     these for a model of several inputs (then with a label: ``((a, b), label)``).
     """
+
+    told = 32
 
     def __init__(self, dataset: Any, place: str, *, inputs: int = 1) -> None:
         self.place = place
@@ -228,6 +238,10 @@ class SequenceReader(Reader):
 
     def __len__(self) -> int:
         return len(self._data)
+
+    @override
+    def content(self, number: int) -> bytes:
+        return _told(self.read(number))
 
     @override
     def read(self, number: int) -> Sample:

@@ -33,6 +33,7 @@ Opener = Callable[[], Session]
 """Opens and prepares a session."""
 
 BLOCK_NS = 100_000_000
+LEAST_BLOCKS = 2  # whatever the time limit says: one block has no spread
 WARM_BLOCKS = 12
 WARM_RUNS = 3  # after each opening: the first runs of a session are slower
 COOL_NS = 5_000_000_000
@@ -161,7 +162,7 @@ class Sampler:
                 look = int(np.ceil(count * stats.LOOK_GROWTH))
                 if self._suffices(policy, goal, seconds):
                     return "precise"
-            if seconds >= policy.max_seconds:
+            if seconds >= policy.max_seconds and count >= LEAST_BLOCKS:
                 return "time"
 
     def _suffices(self, policy: MeasurePolicy, goal: Goal | None, seconds: float) -> bool:

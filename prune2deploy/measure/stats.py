@@ -115,11 +115,18 @@ def median_interval(values: Floats, level: float = 0.95) -> tuple[float, float]:
     fiftieth of the measurement, and 82 % where it lasts a tenth. A host that changes its speed for
     longer than that shows only what it was like meanwhile.
     """
-    if len(values) < 2 * BATCHES:
+    if len(values) < 2:
         return 0.0, float("inf")
-    half = float(t.ppf(0.5 + level / 2, BATCHES - 1)) * share_error(values, 0.5)
-    low, high = np.quantile(values, [max(0.0, 0.5 - half), min(1.0, 0.5 + half)])
-    return float(low), float(high)
+    freedom = min(len(values), BATCHES) - 1
+    half = float(t.ppf(0.5 + level / 2, freedom)) * share_error(values, 0.5)
+    if half < 0.5:
+        low, high = np.quantile(values, [0.5 - half, 0.5 + half])
+        return float(low), float(high)
+    spread = float(t.ppf(0.5 + level / 2, len(values) - 1) * np.log(values).std(ddof=1))
+    spread *= float(np.sqrt(np.pi / 2 / len(values)))  # the median's error over the mean's
+    low, centre, high = np.quantile(values, [0.0, 0.5, 1.0])  # at least all that was seen
+    wide = centre * np.exp([-spread, min(spread, 50.0)])
+    return float(min(low, wide[0])), float(max(high, wide[1]))
 
 
 def upper_quantile(values: Floats, quantile: float, confidence: float = 0.95) -> tuple[float, bool]:

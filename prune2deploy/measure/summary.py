@@ -260,14 +260,15 @@ def _flags(samples: Samples, target: Target, clock: int) -> tuple[str, ...]:
     drift = stats.drift(stats.block_medians(times(samples.reference, clock), samples.block))
     interval = stats.ratio_interval(effects(samples, clock))[1]
     control = _control(samples, clock)
-    wide = np.log(interval[1] / interval[0]) / 2 > np.log1p(target.measure.half_width)
+    narrow = interval[1] / (1 + target.measure.half_width) ** 2
+    wide = interval[0] < narrow  # so one of a single block, from 0 to infinity
     checks = {
         "not warm": not samples.notes.get("warm", True),
         "noisy host": (clock == CPU and host["cpu_share"] < 0.9) or host["pressure"] > 0.1,
         "steal": host["steal"] > 0.02,
         "throttled": drift.change > 0.03 and drift.steady,
         "drift": abs(drift.change) > 0.03 and not (drift.change > 0.03 and drift.steady),
-        "wide interval": bool(wide),
+        "wide interval": wide,
         "too few samples for p95": 95 in unbounded,
         "too few samples for p99": 99 in unbounded,
         "opened once": not samples.notes.get("reopened", True),

@@ -86,13 +86,10 @@ def contents(path: Path) -> Contents:
             f"{str(path)!r} cannot be read ({error.strerror or error}); expected a file that "
             "torch.save wrote and you may read"
         ) from error
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            names = {name.rpartition("/")[2] for name in archive.namelist()}
-        for mark, kind in _MARKS.items():
-            if mark in names:
-                return Contents(kind)
     try:
+        kinds = [kind for mark, kind in _MARKS.items() if mark in _members(path)]
+        if kinds:
+            return Contents(kinds[0])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # on unusual pickle protocols
             return Contents(VALUES, torch.load(path, map_location="cpu", weights_only=True))
@@ -103,6 +100,14 @@ def contents(path: Path) -> Contents:
         return Contents(OBJECTS, classes=tuple(dict.fromkeys(_classes(path))))
     except Exception as error:  # damaged bytes make the unpickler raise anything
         raise ModelError(_broken(path, f"{type(error).__name__}: {error}")) from error
+
+
+def _members(path: Path) -> set[str]:
+    """Names of the files in an archive, without folders; none where it is no archive."""
+    if not zipfile.is_zipfile(path):
+        return set()
+    with zipfile.ZipFile(path) as archive:
+        return {name.rpartition("/")[2] for name in archive.namelist()}
 
 
 def _classes(path: Path) -> list[str]:

@@ -6,7 +6,6 @@ In: plain values. Out: :class:`Job`, :class:`Baseline`, :class:`Attempt`, :class
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -196,7 +195,7 @@ def percentile_ms(latency: LatencyStats, percentile: int) -> float:
 def half_width(interval: tuple[float, float]) -> float:
     """Half-width of an interval of positive values, as a fraction."""
     low, high = interval
-    return (high - low) / (high + low) if math.isfinite(high) else 1.0
+    return (high - low) / (high + low)
 
 
 def finetuned(module: nn.Module, train: Finetune) -> nn.Module:

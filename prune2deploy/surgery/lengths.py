@@ -2,7 +2,9 @@
 
 Weight normalisation (Salimans and Kingma, "Weight Normalization", NIPS 2016) computes a weight as
 ``g * v / |v|``. Taking entries out of ``v`` alone would stretch those that stay, so ``g`` shrinks
-by as much as the norm does, and each kept weight is what it was.
+by as much as the norm does, and each kept weight is what it was. That holds for lengths over the
+first dimension, the default, which torch records as one operator; over others, kept weights are
+stretched to the length that the whole had.
 """
 
 from __future__ import annotations

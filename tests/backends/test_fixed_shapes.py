@@ -88,3 +88,18 @@ def test_weights_beside_the_file_go_with_the_copy(with_dims, tmp_path):
     x = {"x": np.ones((3, 3, 12, 12), np.float32)}
     session = ort.InferenceSession(str(made), providers=["CPUExecutionProvider"])
     assert session.run(None, x)[0].shape == (3, 8, 10, 10)
+
+
+def test_a_length_that_is_the_first_dimension_of_another_input_stays_free(tmp_path):
+    kinds = onnx.TensorProto.FLOAT
+    given = [
+        onnx.helper.make_tensor_value_info("x", kinds, ("batch", "seq", 8)),
+        onnx.helper.make_tensor_value_info("places", kinds, ("seq",)),
+    ]
+    made = onnx.helper.make_tensor_value_info("y", kinds, ("batch", "seq", 8))
+    node = onnx.helper.make_node("Identity", ["x"], ["y"])
+    graph = onnx.helper.make_graph([node], "g", given, [made])
+    onnx.save(onnx.helper.make_model(graph), str(tmp_path / "seq.onnx"))
+    for wanted in (Wanted(), Wanted(4)):
+        with pytest.raises(ConfigError, match=re.escape("(4, seq, 8)" if wanted.batch else "seq")):
+            fixed(tmp_path / "seq.onnx", tmp_path / "made", wanted)

@@ -381,3 +381,12 @@ def test_channel_counts_of_mean_must_fit(tmp_path):
     text = 'reader = "digits"\n[preprocessing]\nchannel_order = "gray"\nmean = [0.1, 0.2, 0.3]'
     with pytest.raises(ConfigError, match=r"preprocessing\.mean: found 3 numbers for 1 channel"):
         open_recipe(recipe(tmp_path, text), model((1, 1, 8, 8)))
+
+
+def test_datasets_of_one_name_with_other_values_are_other_data():
+    def digest(value, count=40):
+        rows = [torch.full((3, 16, 16), float(value)) for _ in range(count)]
+        return from_dataset(rows, model().example_inputs).sha256
+
+    assert digest(1) == digest(1) != digest(2)
+    assert digest(1) != digest(1, count=41)

@@ -1,9 +1,11 @@
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 
 from prune2deploy.backends.base import Sample, Session
+from prune2deploy.journal import encode
 from prune2deploy.measure import samples as raw
 from prune2deploy.measure import summary
 from prune2deploy.measure.clock import Clock, SimulatedClock
@@ -298,3 +300,15 @@ def test_the_interval_of_a_product_has_both_errors():
     assert low == pytest.approx(5 * np.exp(-np.hypot(np.log(10 / 9), np.log(50 / 49))))
     assert low < 4.5 and 5.5 < high < 5.6
     assert summary.joined((10.0, (0.0, np.inf)), (0.5, (0.49, 0.51))) == (0.0, np.inf)
+
+
+@pytest.mark.parametrize("seconds", [3, 30, 120])
+def test_a_slow_model_gets_a_result_that_json_can_hold(make_target, seconds):
+    costs = [noisy(seconds * 1000 * MS, n) for n in range(3)]
+    policy = MeasurePolicy(max_seconds=90.0)
+    taker, _, target = sampler(make_target, costs, policy)
+    found = summary.summarise(taker.collect(Goal(1.0), None), target)
+    assert len(found.fingerprint) == 0 and found.stopped == "time"
+    json.dumps(encode(found), allow_nan=False)
+    assert found.ratio_ci95[0] < 1 < found.ratio_ci95[1]
+    assert "wide interval" in found.flags

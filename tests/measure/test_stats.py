@@ -159,3 +159,12 @@ def test_settled_needs_two_blocks_that_agree():
 )
 def test_verdicts(interval, expected):
     assert verdict(interval, 10) == expected
+
+
+@pytest.mark.parametrize("count", [2, 4, 8, 12])
+def test_the_median_of_few_values_has_a_finite_interval_that_covers(count):
+    values = np.exp(np.random.default_rng(0).normal(1, 0.1, (2000, count)))
+    bounds = np.array([stats.median_interval(one) for one in values])
+    assert np.isfinite(bounds).all() and (bounds > 0).all()
+    covered = (bounds[:, 0] <= np.e) & (np.e <= bounds[:, 1])
+    assert covered.mean() >= 0.93

@@ -158,3 +158,13 @@ def test_archives_of_programs_are_named_with_the_line_that_makes_weights_of_them
     other = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
     load_weights(other, made)
     assert torch.equal(other[0].weight, wanted[0].weight)
+
+
+def test_an_archive_with_a_damaged_directory(tmp_path):
+    path = tmp_path / "w.pth"
+    torch.save({"a": torch.ones(3)}, path)
+    data = path.read_bytes()
+    last = data.rindex(b"PK\x01\x02")
+    path.write_bytes(data[:last] + b"XXXX" + data[last + 4 :])
+    with pytest.raises(ModelError, match=r"w\.pth.* cannot be read"):
+        load_weights(nn.Linear(1, 3), path)
