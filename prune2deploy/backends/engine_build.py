@@ -40,6 +40,7 @@ class BuildRequest:
         workspace_mb: Limit of scratch memory in MiB; 0 leaves it to TensorRT.
         tf32: Let fp32 contractions use TF32 tensor cores.
         batch: Least, best and largest batch of inputs whose batch is free.
+        capture: Whether the engine is to be launched as a CUDA graph.
         timing_cache: File with kernel timings to reuse and extend, or empty.
         gpu: Number of the GPU to build on.
     """
@@ -51,6 +52,7 @@ class BuildRequest:
     workspace_mb: int = 0
     tf32: bool = True
     batch: tuple[int, int, int] = (1, 1, 8)
+    capture: bool = True
     timing_cache: str = ""
     gpu: int = 0
 
@@ -116,11 +118,16 @@ def _configure(trt: Any, config: Any, request: BuildRequest) -> None:
     else:
         config.clear_flag(trt.BuilderFlag.TF32)
     if request.module == "tensorrt_rtx":
+        if request.capture:  # large tensors are allocated as it runs otherwise: no graph takes that
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         _target_gpu(trt, config, request)
 
 
 def _target_gpu(trt: Any, config: Any, request: BuildRequest) -> None:
-    """Build for the GPU that was asked for; one that the library lacks is refused by name."""
+    """Build for one GPU, that which was asked for or ours; an unknown one is refused by name.
+
+    Without a choice the library builds for several at once, of which ours need not be one.
+    """
     wanted, named = request.capability, "compute capability"
     if not wanted:
         gpu = gpu_driver.facts(request.gpu)
@@ -134,10 +141,9 @@ def _target_gpu(trt: Any, config: Any, request: BuildRequest) -> None:
             f"{named} {wanted!r} is not known to {request.module} {trt.__version__}; "
             f"expected one of {choices}"
         )
-    if request.capability:
-        config.num_compute_capabilities = 1
-        if not config.set_compute_capability(known[f"SM{wanted}"], 0):
-            raise BuildFailed(f"{request.module} does not take compute capability {wanted}")
+    config.num_compute_capabilities = 1
+    if not config.set_compute_capability(known[f"SM{wanted}"], 0):
+        raise BuildFailed(f"{request.module} does not take compute capability {wanted}")
 
 
 def _optimization_profile(

@@ -7,10 +7,12 @@ engine is opened. All use the device's primary context, so they can live in one 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -140,25 +142,37 @@ class CudaPythonMemory(GpuMemory):
 
     def close(self) -> None:
         """See the base class."""
+        rt = self._rt  # codes are not looked at: after a failure every call repeats that failure
         for address in self._buffers:
-            self._do("cudaFree", address)
+            rt.cudaFree(address)
         for address in self._hosts:
-            self._do("cudaFreeHost", address)
+            rt.cudaFreeHost(address)
         for event in self._events:
-            self._do("cudaEventDestroy", event)
-        self._do("cudaStreamDestroy", self._handle)
+            rt.cudaEventDestroy(event)
+        rt.cudaStreamDestroy(self._handle)
         self._buffers, self._hosts, self._events = [], [], []
 
 
+@functools.cache
+def _primary(index: int) -> Any:
+    """The primary context of a device in pycuda, one handle for the life of the process.
+
+    A handle that is let go makes the context current once more and takes it from whoever else
+    (torch) lives in it.
+    """
+    driver = importlib.import_module("pycuda.driver")
+    driver.init()
+    return driver.Device(index).retain_primary_context()
+
+
 class PyCudaMemory(GpuMemory):
-    """pycuda, on the device's primary context."""
+    """pycuda, on the device's primary context, which is current until ``close``."""
 
     name = "pycuda"
 
     def __init__(self, index: int) -> None:
         self._drv = importlib.import_module("pycuda.driver")
-        self._drv.init()
-        self._context = self._drv.Device(index).retain_primary_context()
+        self._context = _primary(index)
         self._context.push()
         self._queue = self._drv.Stream()
         self.stream = int(self._queue.handle)
@@ -180,11 +194,13 @@ class PyCudaMemory(GpuMemory):
 
     def copy_in(self, address: int, source: Array) -> None:
         """See the base class."""
-        self._drv.memcpy_htod_async(address, source, self._queue)
+        with self._translated():
+            self._drv.memcpy_htod_async(address, source, self._queue)
 
     def copy_out(self, target: Array, address: int) -> None:
         """See the base class."""
-        self._drv.memcpy_dtoh_async(target, address, self._queue)
+        with self._translated():
+            self._drv.memcpy_dtoh_async(target, address, self._queue)
 
     def event(self) -> Any:
         """See the base class."""
@@ -192,7 +208,8 @@ class PyCudaMemory(GpuMemory):
 
     def record(self, event: Any) -> None:
         """See the base class."""
-        event.record(self._queue)
+        with self._translated():
+            event.record(self._queue)
 
     def elapsed_ns(self, start: Any, end: Any) -> int:
         """See the base class."""
@@ -200,15 +217,21 @@ class PyCudaMemory(GpuMemory):
 
     def synchronize(self) -> None:
         """See the base class."""
-        try:
+        with self._translated():
             self._queue.synchronize()
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
         except self._drv.Error as error:
             raise BackendError(f"the GPU failed: {error}") from error
 
     def close(self) -> None:
         """See the base class."""
         for buffer in self._buffers:
-            buffer.free()
+            with contextlib.suppress(self._drv.Error):  # what failed before, once more
+                buffer.free()
         self._buffers = []
         self._context.pop()
 

@@ -9,8 +9,6 @@ leaves to another one are an error and are named, unless the profile allows it.
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from prune2deploy.backends import devices, onnx_file, ort_profile
+from prune2deploy.backends import devices, onnx_file, ort_profile, ort_tensorrt
 from prune2deploy.backends.base import (
     Array,
     Availability,
@@ -41,7 +39,7 @@ STRONGLY_TYPED = "1.22"
 """The first version whose TensorRT provider takes every precision from the file."""
 PACKAGES = {
     CUDA: "onnxruntime-gpu[cuda,cudnn]",
-    TENSORRT: f"onnxruntime-gpu[cuda,cudnn]>={STRONGLY_TYPED}",
+    TENSORRT: f'onnxruntime-gpu[cuda,cudnn]>={STRONGLY_TYPED}" "{ort_tensorrt.PACKAGE}',
     OPENVINO: "onnxruntime-openvino",
 }
 """The package whose onnxruntime carries a provider."""
@@ -80,7 +78,7 @@ class OrtBackend(Backend):
         if provider == TENSORRT and _version(onnxruntime.__version__) < _version(STRONGLY_TYPED):
             reason = f"onnxruntime {onnxruntime.__version__} chooses precisions for TensorRT itself"
             return Availability(False, reason, fix)
-        return _device(provider, target)
+        return _device(onnxruntime, provider, target)
 
     def int8_recipe(self, target: Target) -> str:
         """Unsigned activations on the CPU, whose kernels are made for them."""
@@ -175,7 +173,7 @@ class OrtBackend(Backend):
         _load_libraries(onnxruntime, provider)
         try:
             session = onnxruntime.InferenceSession(
-                str(path), options, providers=_providers(target, provider, path.parent)
+                str(path), options, providers=_providers(target, provider, path)
             )
         except Exception as error:  # its exceptions share no base but Exception
             raise BuildError(f"{path}: ONNX Runtime cannot open it: {error}") from error
@@ -192,8 +190,8 @@ def _load_libraries(onnxruntime: Any, provider: str) -> None:
     """Load, once, what a provider needs of the libraries that pip installed."""
     if provider in ON_GPU and hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()  # CUDA and cuDNN, where torch has not
-    if provider == TENSORRT and importlib.util.find_spec("tensorrt"):
-        importlib.import_module("tensorrt")
+    if provider == TENSORRT:
+        ort_tensorrt.load()
 
 
 def _session_options(onnxruntime: Any, target: Target) -> Any:
@@ -215,17 +213,10 @@ def _session_options(onnxruntime: Any, target: Target) -> Any:
     return options
 
 
-def _providers(target: Target, provider: str, folder: Path) -> list[Any]:
-    """The provider with its options, and the CPU for what it leaves.
-
-    TensorRT keeps the engine that it builds beside the ONNX file, so that it is not built (with
-    kernels chosen anew) at each opening.
-    """
+def _providers(target: Target, provider: str, path: Path) -> list[Any]:
+    """The provider with its options, and the CPU for what it leaves."""
     if provider == TENSORRT:
-        cache = str(folder / "tensorrt")
-        settings: dict[str, Any] = {"device_id": devices.device_index(target)}
-        settings |= {"trt_engine_cache_enable": True, "trt_engine_cache_path": cache}
-        return [(TENSORRT, settings), CPU]
+        return [(TENSORRT, ort_tensorrt.settings(path, devices.device_index(target))), CPU]
     if provider == CUDA:
         return [(CUDA, {"device_id": devices.device_index(target), "use_tf32": 0}), CPU]
     if provider == OPENVINO:
@@ -235,13 +226,13 @@ def _providers(target: Target, provider: str, folder: Path) -> list[Any]:
     return [provider] if provider == CPU else [provider, CPU]
 
 
-def _device(provider: str, target: Target) -> Availability:
+def _device(onnxruntime: Any, provider: str, target: Target) -> Availability:
     if provider not in ON_GPU:
         return Availability(True)
     if not devices.nvidia_gpu_visible():
         return Availability(False, devices.NO_GPU, devices.NO_GPU_FIX)
     devices.device_index(target)
-    return Availability(True)
+    return ort_tensorrt.availability(onnxruntime) if provider == TENSORRT else Availability(True)
 
 
 def _version(text: str) -> tuple[int, ...]:

@@ -245,6 +245,7 @@ def _request(onnx: Path, target: Target, cache: Path) -> BuildRequest:
         workspace_mb=int(target.option("workspace_mb", 0)),
         tf32=_uses_tf32(target),
         batch=(sizes[0], sizes[1], sizes[2]),
+        capture=bool(target.option("cuda_graph", True)),
         timing_cache=timing,
         gpu=0 if capability else devices.device_index(target),
     )
@@ -261,6 +262,7 @@ def _wanted(onnx: Path, target: Target, request: BuildRequest) -> Manifest:
             "workspace_mb": request.workspace_mb,
             "tf32": request.tf32,
             "batch": list(request.batch),
+            "capture": request.capture,
         },
         seconds=0.0,
     )

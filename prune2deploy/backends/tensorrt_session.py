@@ -59,9 +59,10 @@ class TensorRtSession(Session):
             raise BackendError(
                 f"{engine}: TensorRT {trt.__version__} cannot read this engine; build it again"
             )
-        self._context = self._engine.create_execution_context()
+        self._context = _context(trt, self._engine)
         if self._context is None:
             raise BackendError(f"{engine}: no room on the GPU for the engine's working memory")
+        self._context.nvtx_verbosity = trt.ProfilingVerbosity.NONE  # marks cost launch time
         self._bound: dict[str, _Bound] = {}
         self._graph: CudaGraph | None = None
         self._events = [memory.event() for _ in range(4)]
@@ -167,6 +168,11 @@ class TensorRtSession(Session):
         return bool(self._engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT)
 
     def _spec(self, name: str) -> TensorSpec:
+        if self._engine.get_tensor_location(name) != self._trt.TensorLocation.DEVICE:
+            raise BackendError(
+                f"tensor {name!r} of the engine is a shape, which TensorRT wants on the host; "
+                "export the model with that shape fixed"
+            )
         kind = self._engine.get_tensor_dtype(name)
         try:
             dtype = np.dtype(self._trt.nptype(kind))
@@ -229,6 +235,20 @@ class TensorRtSession(Session):
         if self._graph is not None:
             self._graph.close()
         self._graph = None
+
+
+def _context(trt: Any, engine: Any) -> Any:
+    """What the engine runs in; kernels are those that stay, from the first run on.
+
+    TensorRT for RTX would else run others while it compiles those for a free batch's size.
+    """
+    if not hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
+        return engine.create_execution_context()
+    config = engine.create_runtime_config()
+    config.dynamic_shapes_kernel_specialization_strategy = (
+        trt.DynamicShapesKernelSpecializationStrategy.EAGER
+    )
+    return engine.create_execution_context(config)
 
 
 def layer_timings(inspected: str, least_ns: Mapping[str, float]) -> tuple[OperatorTiming, ...]:

@@ -8,11 +8,12 @@ program that shows where the work is, not how long the fused kernels take.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -151,9 +152,18 @@ def _load(path: Path, target: Target) -> Any:
             f"{path}: the program's weights are {told}, expected {kinds[target.precision]} for "
             f"{target.precision}; export the module in that precision"
         )
-    if target.device.startswith("cuda"):
-        torch.cuda.set_device(target.device)
-    return move_to_device_pass(program, target.device).module()
+    device = _device(target)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return move_to_device_pass(program, str(device)).module()
+
+
+def _device(target: Target) -> Any:
+    """The profile's device as torch names it; a GPU always has its number."""
+    import torch
+
+    on_gpu = target.device.startswith("cuda")
+    return torch.device("cuda", devices.device_index(target)) if on_gpu else torch.device("cpu")
 
 
 class TorchSession(Session):
@@ -168,7 +178,7 @@ class TorchSession(Session):
         import torch
 
         self._torch = torch
-        self._device = torch.device(target.device)
+        self._device = _device(target)
         if target.threads:
             torch.set_num_threads(target.threads)
         torch.set_flush_denormal(True)
@@ -188,11 +198,8 @@ class TorchSession(Session):
         """Run once; outputs by the names of the ONNX file, in order."""
         from torch.utils import _pytree as pytree
 
-        try:
-            with self._torch.inference_mode():
-                results = pytree.tree_leaves(self._call(*self._upload(feeds)))
-        except RuntimeError as error:
-            raise BackendError(f"PyTorch failed to run: {error}") from error
+        with self._running():
+            results = pytree.tree_leaves(self._call(*self._upload(feeds)))
         return {
             spec.name: np.asarray(value.float().cpu().numpy())
             for spec, value in zip(self.outputs, results, strict=True)
@@ -200,24 +207,37 @@ class TorchSession(Session):
 
     def prepare(self, feeds: Mapping[str, Array]) -> None:
         """Put the inputs on the device and capture the CUDA graph where the mode says so."""
-        self.bound = self._upload(feeds)
-        if not self._graphed:
-            return
-        torch = self._torch
-        with torch.inference_mode():
-            side = torch.cuda.Stream()
-            with torch.cuda.stream(side):
-                for _ in range(3):
-                    self._call(*self.bound)
-            torch.cuda.synchronize()
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+        with self._running():
+            self.bound = self._upload(feeds)
+            if self._graphed:
+                self._graph = self._capture()
+
+    def _capture(self) -> Any:
+        cuda = self._torch.cuda
+        side = cuda.Stream()
+        side.wait_stream(cuda.current_stream())
+        with cuda.stream(side):
+            for _ in range(3):
                 self._call(*self.bound)
+        cuda.synchronize()
+        graph = cuda.CUDAGraph()
+        with cuda.graph(graph):
+            self._call(*self.bound)
+        return graph
 
     def time_once(self) -> Sample:
         """Run on the bound inputs; on a GPU between two events, until the device is done."""
-        with self._torch.inference_mode():
+        with self._running():
             return self._on_gpu() if self._device.type == "cuda" else self._on_cpu()
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        """Without gradients; what PyTorch raises (out of memory, no capture) as BackendError."""
+        try:
+            with self._torch.inference_mode():
+                yield
+        except RuntimeError as error:
+            raise BackendError(f"PyTorch failed to run: {error}") from error
 
     def _on_cpu(self) -> Sample:
         call, bound = self._call, self.bound
@@ -260,4 +280,5 @@ class TorchSession(Session):
         """Drop the program and what lies on the device."""
         self._graph = None
         self._call = None
+        self.module = None
         self.bound = ()

@@ -1,10 +1,11 @@
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from prune2deploy.backends import ort_profile, registry
+from prune2deploy.backends import ort_profile, ort_tensorrt, registry
 from prune2deploy.backends.base import Engine
 from prune2deploy.backends.feeds import random_feeds
 from prune2deploy.errors import BackendError, BuildError, MissingBackend
@@ -154,19 +155,55 @@ def test_providers_get_the_gpu_of_the_target_and_their_libraries(
     monkeypatch.setattr(library, "get_available_providers", lambda: names)
     monkeypatch.setattr(library, "preload_dlls", lambda: seen.append("libraries"), raising=False)
     monkeypatch.setattr(library, "InferenceSession", Session)
-    for provider in names[:2]:
+
+    def target_of(provider):
         options = {"provider": provider, "allow_fallback": True}
-        target = make_target(device="cuda:1", options=options)
-        ort.build(make_onnx(), target, tmp_path / "out")
+        return make_target(device="cuda:1", options=options)
+
+    for provider in names[:2]:
+        ort.build(make_onnx(), target_of(provider), tmp_path / "out")
         assert seen[-2] == "libraries"
         (chosen, settings), cpu = seen[-1]
         assert (chosen, settings["device_id"], cpu) == (provider, 1, names[2])
     settings = seen[1][0][1]  # TensorRT builds once, and what it built lies with the engine
     assert settings["trt_engine_cache_enable"]
     assert settings["trt_engine_cache_path"].startswith(str(tmp_path / "out"))
+    kept = []
+    for width in (16, 8, 16):  # the provider tells engines apart by names, which these share
+        ort.build(make_onnx(width), target_of(names[0]), tmp_path / "out")
+        kept.append(seen[-1][0][1]["trt_engine_cache_path"])
+    assert kept[0] == kept[2] != kept[1]
     monkeypatch.setattr(library, "__version__", "1.21.1")
     found = ort.availability(make_target(device="cuda:0", options={"provider": names[0]}))
     assert not found.usable and "1.21.1" in found.reason and ">=1.22" in found.fix
+
+
+@pytest.mark.parametrize(
+    ("here", "system", "usable", "found"),
+    [
+        ("10.16.1", None, True, ""),
+        ("11.0.0", None, False, "11.0.0"),
+        ("", "libnvinfer.so.10", True, ""),
+        ("", "libnvinfer.so.8", False, "none"),
+        ("", None, False, "none"),
+    ],
+)
+def test_the_tensorrt_that_the_provider_is_linked_to_must_be_here(
+    here, system, usable, found, tmp_path, monkeypatch
+):
+    library = tmp_path / "capi" / "libonnxruntime_providers_tensorrt.so"
+    library.parent.mkdir()
+    library.write_bytes(b"\x7fELF\0libdl.so.2\0libnvinfer.so.10\0libnvonnxparser.so.10\0")
+    package = SimpleNamespace(__file__=str(tmp_path / "__init__.py"), __version__="1.31.1")
+    monkeypatch.setattr(ort_tensorrt, "version", lambda module: here)
+    monkeypatch.setattr(ort_tensorrt.ctypes.util, "find_library", lambda name: system)
+    answer = ort_tensorrt.availability(package)
+    assert answer.usable is usable
+    if not usable:
+        assert f"onnxruntime 1.31.1 needs TensorRT 10, found {found}" in answer.reason
+        assert answer.fix == 'pip install "tensorrt>=10,<11"'
+    library.unlink()
+    assert ort_tensorrt.availability(package).usable
 
 
 def test_operators_that_fall_back_are_an_error_and_named(ort, make_target, make_onnx, tmp_path):

@@ -152,6 +152,23 @@ def test_unknown_compute_capability_names_the_choices(backend, rtx, model, tmp_p
 
 
 @pytest.mark.rtx
+def test_an_engine_is_for_one_gpu_and_can_be_captured_where_asked(monkeypatch):
+    trt = needs_rtx()
+    here = gpu_driver.GpuFacts("a GPU", "75", 1 << 33)
+    monkeypatch.setattr(gpu_driver, "facts", lambda index: here)
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    for named, capture in (("", True), ("89", False)):
+        config = builder.create_builder_config()
+        request = BuildRequest("tensorrt_rtx", "", "", capability=named, capture=capture)
+        engine_build._configure(trt, config, request)
+        assert config.num_compute_capabilities == 1
+        found = config.get_compute_capability(0)
+        assert found == getattr(trt.ComputeCapability, f"SM{named or here.capability}")
+        assert config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION) is capture
+
+
+@pytest.mark.rtx
 def test_free_image_size_is_refused_by_name(backend, rtx, tmp_path):
     needs_rtx()
     x = helper.make_tensor_value_info("pixels", TensorProto.FLOAT, [1, 3, "h", "w"])

@@ -1,7 +1,8 @@
 """The TensorRT session's own work: buffers, order of calls, graphs, times, profile.
 
-There is no GPU here. The engine is a stand-in that computes in host memory and has only methods
-that the real classes of ``tensorrt_rtx`` have too, where that is installed.
+There is no GPU here. The engine is a stand-in that computes in host memory, no sooner than somebody
+waits for it, and has only methods that the real classes of ``tensorrt_rtx`` have too, where that is
+installed.
 """
 
 import ctypes
@@ -21,13 +22,14 @@ from prune2deploy.errors import BackendError
 
 
 class HostMemory(GpuMemory):
-    """Buffers in host memory; its clock goes on by what is queued."""
+    """Buffers in host memory; what is queued waits for ``synchronize``, and moves the clock."""
 
     name = "host"
     stream = 7
 
     def __init__(self):
         self.live, self.clock, self.closed, self.capturing = {}, 0, False, False
+        self.queue = []
 
     def allocate(self, nbytes):
         buffer = (ctypes.c_uint8 * max(nbytes, 1))()
@@ -37,25 +39,31 @@ class HostMemory(GpuMemory):
     def pinned(self, shape, dtype):
         return np.zeros(shape, dtype)
 
+    def later(self, ns, work):
+        def done():
+            self.clock += ns
+            work()
+
+        self.queue.append(done)
+
     def copy_in(self, address, source):
-        self.clock += 10
-        ctypes.memmove(address, source.ctypes.data, source.nbytes)
+        self.later(10, lambda: ctypes.memmove(address, source.ctypes.data, source.nbytes))
 
     def copy_out(self, target, address):
-        self.clock += 20
-        ctypes.memmove(target.ctypes.data, address, target.nbytes)
+        self.later(20, lambda: ctypes.memmove(target.ctypes.data, address, target.nbytes))
 
     def event(self):
         return SimpleNamespace(at=None)
 
     def record(self, event):
-        event.at = self.clock
+        self.later(0, lambda: setattr(event, "at", self.clock))
 
     def elapsed_ns(self, start, end):
         return end.at - start.at
 
     def synchronize(self):
-        pass
+        while self.queue:
+            self.queue.pop(0)()
 
     def close(self):
         self.live, self.closed = {}, True
@@ -66,7 +74,7 @@ class Context:
 
     def __init__(self, memory):
         self.memory, self.shape, self.addresses, self.profiler = memory, (-1, 3), {}, None
-        self.starts, self.captures = True, True
+        self.starts, self.captures, self.nvtx_verbosity = True, True, "detailed"
 
     def set_input_shape(self, name, shape):
         if not 1 <= shape[0] <= 4:
@@ -82,16 +90,15 @@ class Context:
 
     def execute_async_v3(self, stream):
         assert stream == self.memory.stream
-        if self.memory.capturing and not self.captures:
-            return False
+        if self.memory.capturing:
+            return self.captures
         assert set(self.addresses.values()) <= set(self.memory.live), "buffers must be alive"
         count = int(np.prod(self.shape))
         read, write = (
             np.ctypeslib.as_array((ctypes.c_float * count).from_address(self.addresses[name]))
             for name in ("x", "y")
         )
-        write[:] = 2 * read
-        self.memory.clock += 100
+        self.memory.later(100, lambda: np.multiply(read, 2, out=write))
         if self.profiler is not None:
             self.profiler.report_layer_time("double", 0.5 - 0.01 * self.memory.clock / 1e6)
         return self.starts
@@ -111,11 +118,19 @@ class Inspector:
 class Engine:
     num_io_tensors = 2
 
-    def __init__(self, memory, kind="float"):
-        self.memory, self.kind = memory, kind
+    def __init__(self, memory, kind="float", location="device"):
+        self.memory, self.kind, self.location = memory, kind, location
+        self.config = SimpleNamespace(dynamic_shapes_kernel_specialization_strategy="lazy")
 
-    def create_execution_context(self):
+    def create_runtime_config(self):
+        return self.config
+
+    def create_execution_context(self, config):
+        assert config.dynamic_shapes_kernel_specialization_strategy == "eager"
         return Context(self.memory)
+
+    def get_tensor_location(self, name):
+        return self.location
 
     def create_engine_inspector(self):
         return Inspector()
@@ -149,6 +164,9 @@ def library(engine):
         TensorIOMode=SimpleNamespace(INPUT="in"),
         IProfiler=object,
         LayerInformationFormat=SimpleNamespace(JSON="json"),
+        DynamicShapesKernelSpecializationStrategy=SimpleNamespace(EAGER="eager"),
+        ProfilingVerbosity=SimpleNamespace(NONE="none"),
+        TensorLocation=SimpleNamespace(DEVICE="device"),
     )
 
 
@@ -175,7 +193,7 @@ def opened(memory, make_target, tmp_path, monkeypatch):
 
         def launch(self, stream):
             graphs.launched += 1
-            memory.clock += 100
+            memory.later(100, lambda: None)
 
         def close(self):
             graphs.closed += 1
@@ -259,6 +277,20 @@ def test_layers_keep_their_least_time_and_the_inspectors_shapes(opened):
     assert 0 < layer.ns < 500_000
 
 
+def test_a_library_without_that_choice_gets_a_plain_context_and_no_marks(
+    memory, make_target, tmp_path
+):
+    engine = Engine(memory)
+    engine.create_execution_context = lambda: Context(memory)
+    trt = library(engine)
+    del trt.DynamicShapesKernelSpecializationStrategy  # TensorRT proper
+    (tmp_path / "m.engine").write_bytes(b"engine")
+    target = make_target("tensorrt", device="cuda:0")
+    session = TensorRtSession(trt, tmp_path / "m.engine", memory, target)
+    np.testing.assert_array_equal(session.run(feeds())["y"], 2 * feeds()["x"])
+    assert session._context.nvtx_verbosity == "none"
+
+
 def test_what_the_engine_refuses_is_an_error(opened, memory, make_target, tmp_path):
     session, _ = opened()
     session._context.starts = False
@@ -266,8 +298,10 @@ def test_what_the_engine_refuses_is_an_error(opened, memory, make_target, tmp_pa
         session.run(feeds())
     with pytest.raises(BackendError, match="tensor 'x' of the engine is bf16, which numpy lacks"):
         opened(Engine(memory, "bf16"))
+    with pytest.raises(BackendError, match=r"tensor 'x' of the engine is a shape, .* on the host"):
+        opened(Engine(memory, location="host"))
     engine = Engine(memory)
-    engine.create_execution_context = lambda: None
+    engine.create_execution_context = lambda config: None
     with pytest.raises(BackendError, match="no room on the GPU"):
         opened(engine)
     nothing = library(None)
@@ -304,8 +338,8 @@ def test_every_call_of_cuda_python_exists():
         pytest.skip("cuda-python is not installed")
     runtime = pytest.importorskip("cuda.bindings.runtime", exc_type=ImportError)
     source = Path(gpu_memory.__file__).read_text()
-    used = set(re.findall(r'_do\("(cuda\w+)"', source)) | set(re.findall(r"_rt\.(cuda\w+)", source))
-    assert len(used) >= 10
+    used = set(re.findall(r'_do\("(cuda\w+)"', source)) | set(re.findall(r"rt\.(cuda\w+)", source))
+    assert len(used) >= 10 and "cudaFreeHost" in used
     assert used <= set(dir(runtime))
 
 

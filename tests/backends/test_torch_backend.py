@@ -1,9 +1,11 @@
+import time
+
 import numpy as np
 import pytest
 
-from prune2deploy.backends import registry
+from prune2deploy.backends import registry, torch_backend, torch_nodes
 from prune2deploy.backends.feeds import random_feeds
-from prune2deploy.errors import BuildError
+from prune2deploy.errors import BackendError, BuildError
 
 torch = pytest.importorskip("torch")
 
@@ -41,6 +43,58 @@ def test_it_runs_the_program_beside_the_onnx_file(program, make_target, tmp_path
     timings = backend.profile(engine, target, feeds, runs=2)
     assert [t.kind for t in timings] == ["conv2d", "relu", "conv2d", "sigmoid"]
     assert timings[0].output_shapes == ((1, 16, 12, 12),)
+
+
+def test_what_pytorch_raises_is_an_error_of_the_backend(program, make_target, tmp_path):
+    backend, target = registry.get("torch"), make_target("torch")
+    session = backend.open(backend.build(program, target, tmp_path / "out"), target)
+    feeds = random_feeds(session.inputs, seed=0)
+    session.prepare(feeds)
+
+    def fails(*arguments):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    session._call, session._graphed = fails, True
+    session._capture = fails
+    for use in (lambda: session.run(feeds), lambda: session.prepare(feeds), session.time_once):
+        with pytest.raises(BackendError, match="PyTorch failed to run: CUDA out of memory"):
+            use()
+    session.close()
+    assert session.module is None
+
+
+def test_a_gpu_without_a_number_is_the_first(make_target):
+    assert torch_backend._device(make_target("torch", device="cuda")) == torch.device("cuda:0")
+    assert torch_backend._device(make_target("torch", device="cuda:1")) == torch.device("cuda:1")
+    assert torch_backend._device(make_target("torch")) == torch.device("cpu")
+
+
+def test_a_device_is_held_up_equally_for_every_run_and_not_for_long(monkeypatch):
+    """A queue that is full makes its host wait for the device: no run may pay for the last one."""
+    held, asleep = [], [0]
+
+    def sleep(cycles):
+        held.append(cycles / torch_nodes._CYCLES_PER_NS)
+        asleep[0] = cycles / torch_nodes._CYCLES_PER_NS / 1e9
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            time.sleep(asleep[0])  # the host waits until the device has slept
+            asleep[0] = 0
+
+        def elapsed_time(self, other):
+            return 0.25
+
+    monkeypatch.setattr(torch.cuda, "_sleep", sleep)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    traced = torch.fx.symbolic_trace(lambda x: torch.relu(x) + 1)
+    found = torch_nodes.node_times(traced, (torch.ones(2),), 6, "cuda:0")
+    assert [t.ns for t in found] == [250_000, 250_000]
+    assert len(held) == 6 and len(set(held)) == 1 and 0 < held[0] <= torch_nodes._MOST_NS
 
 
 def test_an_onnx_file_alone_is_refused(make_onnx, make_target, tmp_path):
