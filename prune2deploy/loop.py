@@ -36,7 +36,6 @@ from prune2deploy.plan.choices import Choice, Problem, choices
 from prune2deploy.plan.latency_model import LatencyModel
 from prune2deploy.plan.plan import Plan
 from prune2deploy.plan.probes import probes
-from prune2deploy.recover.reconstruct import restore
 from prune2deploy.search import accuracy, candidate, depth, payoff, planning, worth
 from prune2deploy.search.candidate import Built, Workshop
 from prune2deploy.search.job import (
@@ -47,7 +46,6 @@ from prune2deploy.search.job import (
     aim,
     best,
     expected_half_width,
-    finetuned,
     judge,
     percentile_ms,
 )
@@ -55,6 +53,7 @@ from prune2deploy.search.learning import COVERED, Lessons
 from prune2deploy.search.opening import measure_baseline, open_workshop
 from prune2deploy.search.payoff import Payoff
 from prune2deploy.search.planning import Question, Wanted
+from prune2deploy.search.recovery import Told, recovered
 from prune2deploy.surgery.slicing import apply as apply_plan
 
 
@@ -344,7 +343,7 @@ class Search:
             lessons.whole,
             lessons.multiple_source,
             self._gap(plan),
-            accuracy.take(shop, self.baseline.built, found.built),
+            accuracy.take(shop, self.baseline.built, found.built, self.job.unseen),
         )
 
     def _gap(self, plan: Plan) -> Gap | None:
@@ -374,17 +373,13 @@ class Search:
             state = torch.load(self.shop.run / name, weights_only=True)
             module.load_state_dict(state)
         else:
-            shop, told = self.shop, ""
+            shop = self.shop
             shop.say("recovering accuracy", number)
-            if serves(self.job.batches, "bn"):
-                known = (shop.module, shop.graph, found.built.plan, self.job.batches)
-                told = restore(module, *known, trains=trains)
-            if self.job.finetune is not None and trains:
-                module = finetuned(module, self.job.finetune)
+            plan = found.built.plan
+            module, told = recovered(self.job, shop.graph, plan, module, trains=trains)
             with shop.run.place(name) as path:
                 torch.save(module.state_dict(), path)
-            shop.run.journal.write(key, told)
-        told = self.shop.run.journal.read(key, str)
-        self.notes += [told] if told else []
+            shop.run.journal.write(key, Told(told))
+        self.notes += self.shop.run.journal.read(key, Told).notes
         built = candidate.build_module(self.shop, number, found.built.plan, module.eval())
         return module, self._measure(built, found.predicted_ms)

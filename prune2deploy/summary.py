@@ -112,7 +112,9 @@ def describe(outcome: Outcome, seconds: float, name: str, notes: tuple[str, ...]
 
 def _accuracy(outcome: Outcome) -> AccuracyLine | None:
     found = outcome.accuracy
-    return None if found is None else AccuracyLine(found.samples, found.unpruned, found.pruned)
+    if found is None:
+        return None
+    return AccuracyLine(found.samples, found.unpruned, found.pruned, found.unseen)
 
 
 def _notes(outcome: Outcome) -> tuple[str, ...]:
@@ -182,6 +184,7 @@ def manifest(outcome: Outcome, report: RunReport) -> dict[str, Any]:
         "final": _entry(report.final),
         "parity": [encode(line) for line in report.parity],
         "precision": _precision(outcome),
+        "accuracy": encode(report.accuracy),
         "removed": list(report.removed),
         "floor_ms": outcome.floor_ms,
         "fixed_share": report.limits.fixed_share,

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from prune2deploy import cli, console
@@ -195,6 +196,24 @@ def test_an_exported_program_goes_the_way_of_any_model(place, capfd):
     again = ("--model", "b/model.pt2", *SMALL[2:], "--ratios", "0,0.5", "--out", "s")
     points = said("sweep", *again)["points"]
     assert points[0]["p50_ms"] > points[1]["p50_ms"]
+
+
+def test_training_is_judged_on_samples_that_were_held_back(place, capfd):
+    dice, labels = np.random.default_rng(0), np.arange(160) % 10
+    np.savez("data.npz", x=dice.normal(size=(160, 3, 8, 8)).astype("float32"), y=labels)
+    (place / "data.toml").write_text(
+        'reader = "arrays"\npath = "data.npz"\n[options]\ninputs = "x"\nlabels = "y"\n'
+    )
+    more = ("--data", "data.toml", "--finetune", "1", "--out", "r", "--json")
+    seen = []
+    for again in ((), ("--resume",)):
+        assert cli.run(["run", *SMALL, "--speedup", "2", *more, *again]) == 0, capfd.readouterr()
+        seen.append(json.loads(capfd.readouterr().out))
+    assert seen[0]["accuracy"]["samples"] == 20 and seen[0]["accuracy"]["unseen"]
+    notes = seen[0]["notes"]
+    assert sum("on 20 samples held back from it" in note for note in notes) == 1
+    assert any("fitted to what the unpruned model computes on 123 samples" in n for n in notes)
+    assert seen[1]["accuracy"] == seen[0]["accuracy"] and seen[1]["notes"] == notes
 
 
 def test_targets_are_listed_with_the_line_that_fixes_what_is_missing(capfd):

@@ -56,6 +56,11 @@ def stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                     yield prefix + leaf, tensor
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model computes: the device of what it stores; the CPU where it stores nothing."""
+    return next((tensor.device for _, tensor in stored_tensors(model)), torch.device("cpu"))
+
+
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients or fused attention fast path; all restored on leaving.

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from prune2deploy.calibration import Batch
+from prune2deploy.graph.calling import device_of
 from prune2deploy.modes import evaluating
 
 
@@ -102,7 +103,7 @@ class _Averaging:
 
 def _feed(module: nn.Module, batches: Iterable[Batch]) -> int:
     """Run all batches; return the number of samples."""
-    device = next((t.device for t in module.buffers()), torch.device("cpu"))
+    device = device_of(module)
     samples = 0
     with torch.no_grad():
         for inputs, _ in batches:

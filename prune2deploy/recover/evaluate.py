@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from prune2deploy.calibration import Batch
 from prune2deploy.errors import ConfigError
+from prune2deploy.graph.calling import device_of
 from prune2deploy.modes import evaluating
 
 _Z95 = 1.959964  # of the normal distribution, for 95 per cent
@@ -68,7 +69,7 @@ def evaluate(module: nn.Module, batches: Iterable[Batch]) -> Accuracy:
     Raises:
         ConfigError: There is no labelled sample, or the output is not that of a classifier.
     """
-    device = next(module.parameters()).device
+    device = device_of(module)
     right, loss, samples = 0, 0.0, 0
     with evaluating(module), torch.no_grad():
         for inputs, labels in batches:

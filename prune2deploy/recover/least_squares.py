@@ -14,20 +14,16 @@ RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # tried, relative to the mean square of 
 _ROWS = 4096  # multiplied at once in single precision; the sums of those are double
 
 
-def correction(
-    inputs: Tensor, missing: Tensor, fitted: Tensor, share: float = 1.0
-) -> Tensor | None:
+def correction(inputs: Tensor, missing: Tensor, fitted: Tensor) -> Tensor | None:
     """What to add to weights so that least is missing.
 
-    Corrections with several ridges are fitted to one part of the rows and judged on the other. Of
-    those that gain there at least ``share`` of what the best one gains, the strongest ridge is
-    taken, and a correction with it fitted to all rows.
+    Corrections with several ridges are fitted to one part of the rows and judged on the other. The
+    ridge that gains most there is taken, and a correction with it fitted to all rows.
 
     Args:
         inputs: float32 (rows, groups, d).
         missing: float32 (rows, groups, o), to be added to the outputs.
         fitted: bool (rows,), the part to fit to; the others judge.
-        share: 0..1; the less, the nearer weights stay to what they were.
 
     Returns:
         float64 (groups, d, o) to add to weights that inputs are multiplied by from the left;
@@ -41,10 +37,9 @@ def correction(
         return float((found * (2 * other_cross - other_gram @ found)).sum())
 
     gains = {ridge: gain(ridge) for ridge in RIDGES}
-    most = max(gains.values())
-    if most <= 0:
+    ridge = max(RIDGES, key=lambda one: gains[one])
+    if gains[ridge] <= 0:
         return None
-    ridge = max(ridge for ridge, gained in gains.items() if gained >= share * most)
     return _solve(gram + other_gram, cross + other_cross, ridge)
 
 

@@ -30,13 +30,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prune2deploy.calibration import Batch, first
 from prune2deploy.graph.axes import Graph
-from prune2deploy.graph.calling import quiet, run, stored_tensors, tensors_in
+from prune2deploy.graph.calling import device_of, quiet, run, stored_tensors, tensors_in
 from prune2deploy.graph.recording import Recording
 from prune2deploy.plan.plan import Plan
 from prune2deploy.recover.batchnorm import reestimate_batchnorm
 from prune2deploy.recover.contractions import Contraction, contraction, positions_of
 from prune2deploy.recover.distance import apart, outputs
 from prune2deploy.recover.least_squares import correction
+from prune2deploy.recover.rescaling import restore_lengths
 from prune2deploy.surgery.lengths import Kept
 from prune2deploy.surgery.slicing import kept_positions
 
@@ -48,7 +49,6 @@ ROWS = (4096, 32768)  # noted per layer: 16 per input, within these
 WIDEST = 8192  # inputs beyond which a layer is left alone: its normal equations would be too large
 JUDGING = 8  # one sample of so many has no part in fitting and judges the whole
 CHUNK = 32  # samples, when statistics are taken
-GENTLE = 0.9  # of what can be gained, where training follows
 SAME = 1e-10  # of the outputs' energy: what is missing less than this needs no correction
 
 
@@ -90,11 +90,11 @@ def reconstruct(
     graph: Graph,
     plan: Plan,
     batches: Iterable[Batch],
-    share: float = 1.0,
 ) -> Reconstructed:
     """Fit the weights of a pruned module to what the original computes, in place.
 
-    Everything runs in evaluation mode. Deterministic.
+    Everything runs in evaluation mode. Deterministic. Weights before a BatchNorm are as long
+    afterwards as they were, so that training takes steps of the usual size.
 
     Args:
         module: The pruned module, in either form; its mode is as before afterwards.
@@ -102,7 +102,6 @@ def reconstruct(
         graph: Its graph.
         plan: What was pruned.
         batches: (inputs, labels or ``None``); labels are not used.
-        share: Of what a layer can gain, 0..1: how much is worth having its weights move farther.
 
     Returns:
         How many layers were changed; ``note`` says why nothing was done, e.g. where there are too
@@ -119,12 +118,13 @@ def reconstruct(
     unseen = tuple(tensor[:judging] for tensor in inputs)
     before = _state(module)
     try:
-        done = _fit(module, original, graph, plan, fitting, share)
+        done = _fit(module, original, graph, plan, fitting)
         errors = _errors(module, original, before, fitting, unseen)
     except Exception as error:  # noqa: BLE001  the user's code may refuse such a batch in any way
         module.load_state_dict(before)
         return Reconstructed(0, 0, 0, f"the model does not take {many} samples at once: {error}")
     if errors[0] < errors[1]:
+        restore_lengths(module, recording, before)
         return done
     module.load_state_dict(before)
     note = (
@@ -140,7 +140,6 @@ def _fit(
     graph: Graph,
     plan: Plan,
     inputs: tuple[Tensor, ...],
-    share: float,
 ) -> Reconstructed:
     """The two passes."""
     samples, forward = len(inputs[0]), graph.recording.forward_fn
@@ -150,7 +149,7 @@ def _fit(
     listening = _Listening(original, kept_positions(graph, plan), samples, rows)
     with quiet(original), listening:
         run(original, inputs, forward)
-    correcting = _Correcting(module, listening.once(), samples, share)
+    correcting = _Correcting(module, listening.once(), samples)
     with quiet(module), correcting:
         run(module, inputs, forward)
     return Reconstructed(correcting.changed, correcting.met, samples)
@@ -187,14 +186,8 @@ def restore(
     graph: Graph,
     plan: Plan,
     batches: Iterable[Batch],
-    *,
-    trains: bool = False,
 ) -> str:
     """Reconstruct a pruned module in place; where that is not possible, re-estimate BatchNorm.
-
-    Weights that were moved far by least squares train worse: they are large and cancel each other.
-    Where training follows, each layer therefore takes the smallest correction that has ``GENTLE``
-    of the gain.
 
     Args:
         module: The pruned module.
@@ -202,12 +195,11 @@ def restore(
         graph: Its graph.
         plan: What was pruned.
         batches: May be gone through more than once.
-        trains: Whether the module will be trained.
 
     Returns:
         What was done, in words.
     """
-    done = reconstruct(module, original, graph, plan, batches, GENTLE if trains else 1.0)
+    done = reconstruct(module, original, graph, plan, batches)
     if not done.note:
         return (
             f"weights of {done.layers} layers were fitted to what the unpruned model computes on "
@@ -229,7 +221,7 @@ def _affordable(recording: Recording) -> int:
 
 def _together(batches: Iterable[Batch], most: int, module: nn.Module) -> tuple[Tensor, ...]:
     """The first samples of all batches as one."""
-    device = next((t.device for _, t in stored_tensors(module)), torch.device("cpu"))
+    device = device_of(module)
     columns = zip(*(inputs for inputs, _ in first(batches, most)), strict=True)
     return tuple(torch.cat([one.to(device) for one in column]) for column in columns)
 
@@ -298,11 +290,9 @@ class _Listening(_Watch):
 class _Correcting(_Watch):
     """Corrects the layers of the pruned module on the way."""
 
-    def __init__(
-        self, module: nn.Module, noted: Mapping[str, _Noted], samples: int, share: float
-    ) -> None:
+    def __init__(self, module: nn.Module, noted: Mapping[str, _Noted], samples: int) -> None:
         super().__init__(module, samples)
-        self._noted, self._share = noted, share
+        self._noted = noted
         self.met = self.changed = 0
 
     def see(self, name: str, call: Contraction, made: Tensor) -> bool:
@@ -326,7 +316,6 @@ class _Correcting(_Watch):
             inputs.flatten(0, 1),
             missing.flatten(0, 1).unflatten(1, (inputs.shape[2], -1)),
             fitted.expand(-1, len(noted.positions)).flatten(),
-            self._share,
         )
         if change is None:
             return False

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from prune2deploy import measure
 from prune2deploy.calibration import serves
 from prune2deploy.config import FILL, Budget
-from prune2deploy.errors import ConfigError
 from prune2deploy.graph import Graph
 from prune2deploy.measure import Comparison, LatencyStats, Measurement
 from prune2deploy.plan.allocate import Gap
@@ -44,6 +43,8 @@ class Job:
         run: The opened run directory.
         batches: Calibration data, or ``None``.
         finetune: Called with the pruned module; trains it in place or returns another.
+        unseen: Samples that are held back from all this, which accuracy is taken on and training
+            judged by; ``None`` takes what there is, and training as it is.
         input_names: Names of the inputs in the ONNX file; empty leaves them to the exporter.
         output_names: Names of the outputs in the ONNX file; empty likewise.
         progress: Hears of every step.
@@ -55,6 +56,7 @@ class Job:
     run: RunDir
     batches: Any = None
     finetune: Finetune | None = None
+    unseen: Any = None
     input_names: tuple[str, ...] = ()
     output_names: tuple[str, ...] = ()
     progress: Progress = silent
@@ -196,35 +198,6 @@ def half_width(interval: tuple[float, float]) -> float:
     """Half-width of an interval of positive values, as a fraction."""
     low, high = interval
     return (high - low) / (high + low)
-
-
-def finetuned(module: nn.Module, train: Finetune) -> nn.Module:
-    """Train a pruned module by the user's function; what comes back must have the same shapes.
-
-    Raises:
-        ConfigError: It gives back something else.
-    """
-    before = _shapes(module)
-    returned: Any = train(module)
-    after = module if returned is None else returned
-    if not isinstance(after, nn.Module):
-        raise ConfigError(
-            f"finetune: it returned a {type(after).__name__}, expected None (trained in place) or "
-            "a module"
-        )
-    found = _shapes(after)
-    for name in sorted({*before, *found}):
-        if before.get(name) != found.get(name):
-            raise ConfigError(
-                f"finetune: {name} has shape {found.get(name)} afterwards, expected "
-                f"{before.get(name)} as in the module that it was given: train that one, or "
-                "return one of the same layers and widths"
-            )
-    return after
-
-
-def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(value.shape) for name, value in module.state_dict().items()}
 
 
 def best(attempts: Sequence[Attempt]) -> Attempt:

@@ -22,7 +22,7 @@ from torch import fx, nn
 from prune2deploy.errors import PruneError, TraceError
 from prune2deploy.graph.axes import Graph
 from prune2deploy.graph.build import build
-from prune2deploy.graph.calling import stored_tensors, tensors_in, twice
+from prune2deploy.graph.calling import device_of, stored_tensors, tensors_in, twice
 from prune2deploy.graph.layout import CAT, LEAF, Layout, Node, find, leaves
 from prune2deploy.graph.record import record
 from prune2deploy.graph.recording import ModuleCall, Operation, Recording, Ref, Struct
@@ -110,7 +110,7 @@ class _Writer:
                 self._note_varying(operations[at])
             at += 1
         self.graph.output(self.argument(_writable(self.recording.outputs)))
-        device = next((t.device for _, t in stored_tensors(self.pruned)), torch.device("cpu"))
+        device = device_of(self.pruned)
         fold(self.graph, self.pruned, device)
         make_functional(self.graph)
         self.graph.lint()
