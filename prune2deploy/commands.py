@@ -179,7 +179,6 @@ def _working(
     tell(progress, calibration.notices(batches))
     label = f"{_short(options.model.model)}-{target.name}-{ending}"
     with _opened(arguments, label, _identity(options, target, loaded, batches)) as held:
-        batches, unseen = _parted(options, batches)
         yield Job(
             loaded.module,
             loaded.example_inputs,
@@ -187,7 +186,6 @@ def _working(
             held,
             batches,
             _finetune(options, loaded, batches),
-            unseen,
             loaded.input_names,
             loaded.output_names,
             progress,
@@ -219,15 +217,6 @@ def _data(recipe: str | None, loaded: LoadedModel, purposes: set[str]) -> Any:
     for purpose in sorted(purposes):
         batches.need(purpose)
     return batches
-
-
-def _parted(options: RunOptions | SweepOptions, batches: Any) -> tuple[Any, Any]:
-    """The data to work with, and what is held back to judge the built-in training by."""
-    if isinstance(options, SweepOptions) or not options.finetune_epochs:
-        return batches, None
-    from prune2deploy.recover.judging import parted
-
-    return parted(batches)
 
 
 def _finetune(options: RunOptions | SweepOptions, loaded: LoadedModel, batches: Any) -> Any:

@@ -53,7 +53,7 @@ from prune2deploy.search.learning import COVERED, Lessons
 from prune2deploy.search.opening import measure_baseline, open_workshop
 from prune2deploy.search.payoff import Payoff
 from prune2deploy.search.planning import Question, Wanted
-from prune2deploy.search.recovery import Told, recovered
+from prune2deploy.search.recovery import recovered
 from prune2deploy.surgery.slicing import apply as apply_plan
 
 
@@ -343,7 +343,7 @@ class Search:
             lessons.whole,
             lessons.multiple_source,
             self._gap(plan),
-            accuracy.take(shop, self.baseline.built, found.built, self.job.unseen),
+            accuracy.take(shop, self.baseline.built, found.built),
         )
 
     def _gap(self, plan: Plan) -> Gap | None:
@@ -379,7 +379,8 @@ class Search:
             module, told = recovered(self.job, shop.graph, plan, module, trains=trains)
             with shop.run.place(name) as path:
                 torch.save(module.state_dict(), path)
-            shop.run.journal.write(key, Told(told))
-        self.notes += self.shop.run.journal.read(key, Told).notes
+            shop.run.journal.write(key, told)
+        told = self.shop.run.journal.read(key, str)
+        self.notes += [told] if told else []
         built = candidate.build_module(self.shop, number, found.built.plan, module.eval())
         return module, self._measure(built, found.predicted_ms)

@@ -13,7 +13,7 @@ from typing import Any
 
 from prune2deploy.backends import registry
 from prune2deploy.journal import encode
-from prune2deploy.measure import LatencyStats
+from prune2deploy.measure import Comparison, LatencyStats
 from prune2deploy.plan.choices import grid
 from prune2deploy.plan.latency_model import numbers
 from prune2deploy.report import write
@@ -112,9 +112,7 @@ def describe(outcome: Outcome, seconds: float, name: str, notes: tuple[str, ...]
 
 def _accuracy(outcome: Outcome) -> AccuracyLine | None:
     found = outcome.accuracy
-    if found is None:
-        return None
-    return AccuracyLine(found.samples, found.unpruned, found.pruned, found.unseen)
+    return None if found is None else AccuracyLine(found.samples, found.unpruned, found.pruned)
 
 
 def _notes(outcome: Outcome) -> tuple[str, ...]:
@@ -189,16 +187,20 @@ def manifest(outcome: Outcome, report: RunReport) -> dict[str, Any]:
         "floor_ms": outcome.floor_ms,
         "fixed_share": report.limits.fixed_share,
         "model": report.model,
-        "measurement": {
-            "ratio": seen.ratio,
-            "ratio_ci95": list(seen.ratio_ci95),
-            "clock": seen.clock,
-            "wall_p50_ms": seen.wall_p50_ms,
-            "control_ratio": seen.control_ratio,
-            "stopped": seen.stopped,
-            "flags": list(seen.flags),
-        },
+        "measurement": _measurement(seen),
         "notes": list(report.notes),
+    }
+
+
+def _measurement(seen: Comparison) -> dict[str, Any]:
+    return {
+        "ratio": seen.ratio,
+        "ratio_ci95": list(seen.ratio_ci95),
+        "clock": seen.clock,
+        "wall_p50_ms": seen.wall_p50_ms,
+        "control_ratio": seen.control_ratio,
+        "stopped": seen.stopped,
+        "flags": list(seen.flags),
     }
 
 

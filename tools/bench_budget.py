@@ -25,9 +25,7 @@ any search of this method on this network that does not exceed the wanted latenc
     kept in balance by scores where it does; channels by Taylor; weights reconstructed. The
     peer, which has no such step, gets BatchNorm re-estimation. Both from the same 512 samples, and
     then the same fine-tuning with the dense model as teacher, ``FINETUNE`` epochs in each of
-    ``ORDERS`` orders of the samples, but for ``HELD`` that are held back: what it gives is kept
-    where it is better on those (of either side). What there is without it is told too (0 epochs).
-    Told: top-1
+    ``ORDERS`` orders of the samples; what there is without it is told too (0 epochs). Told: top-1
     points lost against the dense model, mean over orders and seeds. Six probe builds, once for
     all seeds.
 (b) The networks of (a) with planted channels in two of the four blocks: ``dead`` (nothing reads

@@ -34,13 +34,12 @@ from prune2deploy.recover import (
     finetune,
     reestimate_batchnorm,
 )
-from prune2deploy.recover.judging import judged
 from prune2deploy.recover.reconstruct import restore
 from prune2deploy.search.worth import TIE, blended
 from prune2deploy.surgery.slicing import apply
 
 SIDE, WIDTHS, BLOCKS = 16, (64, 128), (2, 2)
-TRAIN, HELD, FEW, DRAWS = 800, 100, 512, 5
+TRAIN, FEW, DRAWS = 800, 512, 5
 ORDERS = 3  # fine-tunings of each network, which differ in the order of their samples
 EXAMPLE = (torch.zeros(1, 1, SIDE, SIDE),)
 PEERS = ("tp uniform", "tp uniform round_to", "tp global", "tp global round_to")
@@ -103,7 +102,6 @@ class Case:
 
     module: nn.Module
     train: Batches
-    judging: Batches
     test: Batches
     few: Batches
     seed: int
@@ -153,9 +151,8 @@ def train(seed: int, epochs: int, folder: Path) -> Case:
     else:
         module = finetune(DigitNet(), None, data, options).module
         torch.save(module.state_dict(), kept)
-    training, judging = data.parted(TRAIN - HELD)
-    few = training.first(FEW).rebatched(64)
-    return Case(module, training, judging, test, few, seed, evaluate(module, test).top1)
+    few = data.first(FEW).rebatched(64)
+    return Case(module, data, test, few, seed, evaluate(module, test).top1)
 
 
 def recovered(case: Case, module: nn.Module, epochs: Sequence[int]) -> dict[int, float]:
@@ -168,11 +165,9 @@ def recovered(case: Case, module: nn.Module, epochs: Sequence[int]) -> dict[int,
 
 
 def trained(case: Case, module: nn.Module, epochs: int, seed: int) -> float:
-    """Top-1 after fine-tuning with the dense network as teacher, where that helps."""
+    """Top-1 after fine-tuning with the dense network as teacher."""
     options = FinetuneOptions(epochs=epochs, lr=0.02, seed=seed, device="cpu")
-    after = finetune(module, case.module, case.train, options).module
-    kept = after if judged(module, after, case.module, case.judging).better else module
-    return evaluate(kept, case.test).top1
+    return evaluate(finetune(module, case.module, case.train, options).module, case.test).top1
 
 
 class Pruner:
@@ -301,4 +296,4 @@ def plant(case: Case, kind: str) -> Case:
     planted.load_state_dict(state)
     planted.eval()
     top1 = evaluate(planted, case.test).top1
-    return Case(planted, case.train, case.judging, case.test, case.few, case.seed, top1)
+    return Case(planted, case.train, case.test, case.few, case.seed, top1)

@@ -89,15 +89,6 @@ class Batches:
         """Return the first ``count`` samples (all, if there are fewer)."""
         return replace(self, chosen=self.chosen[: max(count, 1)])
 
-    def parted(self, count: int) -> tuple[Batches, Batches]:
-        """Return the first ``count`` samples and the others, as data of their own."""
-        assert 0 < count < self.count, count
-        first, rest = self.chosen[:count], self.chosen[count:]
-        part = hashlib.sha256(f"{self.sha256} {count}".encode()).hexdigest()
-        return replace(self, chosen=first, sha256=f"{part}-first"), replace(
-            self, chosen=rest, sha256=f"{part}-rest"
-        )
-
     def shuffled(self, seed: int) -> Batches:
         """Return the same samples in another order, which ``seed`` decides."""
         order = np.random.default_rng(seed).permutation(self.chosen)

@@ -147,20 +147,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class AccuracyLine:
-    """Top-1 accuracy of the ONNX files as fractions, on samples of the run's own data.
-
-    ``unseen``: on samples that had been held back from all that the run did.
-    """
+    """Top-1 accuracy of the ONNX files as fractions, on samples of the run's own data."""
 
     samples: int
     baseline: float
     final: float
-    unseen: bool = False
-
-    @property
-    def label(self) -> str:
-        """What was taken, and on what."""
-        return f"top-1 on {self.samples} samples " + ("held back" if self.unseen else "of the data")
 
 
 @dataclass(frozen=True)

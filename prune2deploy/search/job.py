@@ -43,8 +43,6 @@ class Job:
         run: The opened run directory.
         batches: Calibration data, or ``None``.
         finetune: Called with the pruned module; trains it in place or returns another.
-        unseen: Samples that are held back from all this, which accuracy is taken on and training
-            judged by; ``None`` takes what there is, and training as it is.
         input_names: Names of the inputs in the ONNX file; empty leaves them to the exporter.
         output_names: Names of the outputs in the ONNX file; empty likewise.
         progress: Hears of every step.
@@ -56,7 +54,6 @@ class Job:
     run: RunDir
     batches: Any = None
     finetune: Finetune | None = None
-    unseen: Any = None
     input_names: tuple[str, ...] = ()
     output_names: tuple[str, ...] = ()
     progress: Progress = silent

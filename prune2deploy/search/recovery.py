@@ -1,13 +1,11 @@
 """Accuracy comes back to the plan that was found: reconstruction, then training where wanted.
 
 In: a job, a pruned module and its plan. Out: the module with other weights, and what the report
-says of it. The built-in training has to prove itself on samples that were held back; a caller's own
-is taken as it is.
+says of it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -16,22 +14,13 @@ from prune2deploy.calibration import serves
 from prune2deploy.errors import ConfigError
 from prune2deploy.graph.axes import Graph
 from prune2deploy.plan.plan import Plan
-from prune2deploy.recover.judging import judged
 from prune2deploy.recover.reconstruct import restore
 from prune2deploy.search.job import Finetune, Job
-from prune2deploy.surgery.copying import copied
-
-
-@dataclass(frozen=True)
-class Told:
-    """Notes on what was done, as the journal keeps them."""
-
-    notes: tuple[str, ...]
 
 
 def recovered(
     job: Job, graph: Graph, plan: Plan, module: nn.Module, *, trains: bool
-) -> tuple[nn.Module, tuple[str, ...]]:
+) -> tuple[nn.Module, str]:
     """Get accuracy back.
 
     Args:
@@ -42,23 +31,17 @@ def recovered(
         trains: Whether training is worth its time.
 
     Returns:
-        The module, or another one of the same shapes, and notes for the report.
+        The module, or another one of the same shapes, and a note for the report, if any.
 
     Raises:
         ConfigError: The training gives back something else.
     """
-    told: list[str] = []
-    train = job.finetune if trains else None
+    told = ""
     if serves(job.batches, "bn"):
-        told.append(restore(module, job.module, graph, plan, job.batches))
-    if train is None:
-        return module, tuple(told)
-    if job.unseen is None:
-        return finetuned(module, train), tuple(told)
-    before = copied(module, {})
-    after = finetuned(module, train)
-    found = judged(before, after, job.module, job.unseen)
-    return after if found.better else before, (*told, found.text())
+        told = restore(module, job.module, graph, plan, job.batches)
+    if job.finetune is not None and trains:
+        module = finetuned(module, job.finetune)
+    return module, told
 
 
 def finetuned(module: nn.Module, train: Finetune) -> nn.Module:
