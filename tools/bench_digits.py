@@ -155,18 +155,23 @@ def train(seed: int, epochs: int, folder: Path) -> Case:
     return Case(module, data, test, few, seed, evaluate(module, test).top1)
 
 
-def recovered(case: Case, module: nn.Module, epochs: Sequence[int]) -> dict[int, float]:
-    """Top-1 as the module is (0), and after fine-tuning for so many epochs, mean over orders."""
+def recovered(
+    case: Case, module: nn.Module, epochs: Sequence[int], rate: float | None = None
+) -> dict[int, float]:
+    """Top-1 as the module is (0), and after fine-tuning for so many epochs, mean over orders.
+
+    ``rate`` is the highest learning rate; ``None`` is the default for the number of steps.
+    """
     found = {0: evaluate(module, case.test).top1}
     for many in epochs:
         seeds = [case.seed + 100 * order for order in range(ORDERS)]
-        found[many] = statistics.fmean(trained(case, module, many, seed) for seed in seeds)
+        found[many] = statistics.fmean(trained(case, module, many, seed, rate) for seed in seeds)
     return found
 
 
-def trained(case: Case, module: nn.Module, epochs: int, seed: int) -> float:
+def trained(case: Case, module: nn.Module, epochs: int, seed: int, rate: float | None) -> float:
     """Top-1 after fine-tuning with the dense network as teacher."""
-    options = FinetuneOptions(epochs=epochs, lr=0.02, seed=seed, device="cpu")
+    options = FinetuneOptions(epochs=epochs, lr=rate, seed=seed, device="cpu")
     return evaluate(finetune(module, case.module, case.train, options).module, case.test).top1
 
 

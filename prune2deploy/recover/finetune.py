@@ -24,6 +24,9 @@ from prune2deploy.errors import ConfigError
 from prune2deploy.recover.evaluate import logits_of
 from prune2deploy.surgery.copying import copied
 
+RATE = 0.02  # highest, where there are steps enough
+SETTLES = 100  # steps that it takes to settle from there
+
 Progress = Callable[[int, int, float], None]
 """Called after each step with (step, of how many, loss)."""
 Penalty = Callable[[nn.Module], Tensor]
@@ -44,7 +47,9 @@ class FinetuneOptions:
 
     Attributes:
         epochs: Passes over the batches; 0 trains nothing.
-        lr: Highest learning rate of SGD with Nesterov momentum.
+        lr: Highest learning rate of SGD with Nesterov momentum; ``None`` is ``RATE``, and less
+            by the square where there are fewer than ``SETTLES`` steps: what cannot settle is
+            better hardly moved.
         momentum: Of SGD.
         weight_decay: On weights of two or more dimensions only.
         temperature: Softens both outputs before they are compared.
@@ -58,7 +63,7 @@ class FinetuneOptions:
     """
 
     epochs: int = 10
-    lr: float = 0.02
+    lr: float | None = None
     momentum: float = 0.9
     weight_decay: float = 1e-4
     temperature: float = 2.0
@@ -73,7 +78,7 @@ class FinetuneOptions:
     def __post_init__(self) -> None:
         checks = (
             ("epochs", self.epochs >= 0, "0 or more"),
-            ("lr", 0 < self.lr < math.inf, "a finite number above 0"),
+            ("lr", self.lr is None or 0 < self.lr < math.inf, "a finite number above 0"),
             ("momentum", 0 <= self.momentum < 1, "0 up to but not including 1"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
             ("temperature", 0 < self.temperature < math.inf, "a finite number above 0"),
@@ -166,6 +171,7 @@ class _Run:
         self.penalty: Penalty | None = None
         self.options = options
         self.total = total
+        self.highest = highest_rate(total) if options.lr is None else options.lr
         self.step = 0
         self.average = copied(student, {}) if options.ema else None
         self.device = next(student.parameters()).device
@@ -176,7 +182,7 @@ class _Run:
         ]
         self.optimizer = torch.optim.SGD(
             [group for group in groups if group["params"]],
-            lr=options.lr,
+            lr=self.highest,
             momentum=options.momentum,
             nesterov=options.momentum > 0,
         )
@@ -203,7 +209,7 @@ def _step(run: _Run, batch: Batch) -> float:
         run.step += 1
         return 0.0  # BatchNorm has no variance of one sample
     for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(run.step, run.total, run.options)
+        group["lr"] = run.highest * learning_rate(run.step, run.total, run.options.warmup)
     with torch.autocast(run.device.type, dtype=run.dtype, enabled=run.amp):
         student = logits_of(run.student(*inputs))
         with torch.no_grad():
@@ -215,7 +221,7 @@ def _step(run: _Run, batch: Batch) -> float:
     if not math.isfinite(value):
         raise ConfigError(
             f"fine-tuning: the loss is {value} at step {run.step}; the learning rate "
-            f"{run.options.lr:g} is too high for this model, try {run.options.lr / 10:g}"
+            f"{run.highest:g} is too high for this model, try {run.highest / 10:g}"
         )
     run.optimizer.zero_grad(set_to_none=True)
     run.scaler.scale(loss).backward()
@@ -228,16 +234,25 @@ def _step(run: _Run, batch: Batch) -> float:
     return value
 
 
-def learning_rate(step: int, total: int, options: FinetuneOptions) -> float:
-    """Return the rate at ``step`` of ``total``: a linear rise, then a cosine down to zero.
+def highest_rate(total: int) -> float:
+    """Return the highest rate for so many steps in all.
 
-    >>> learning_rate(5, 10, FinetuneOptions(lr=1.0, warmup=0.0))
-    0.5000000000000001
+    >>> highest_rate(1000), highest_rate(50)
+    (0.02, 0.005)
     """
-    rise = options.warmup * total
+    return RATE * min(1.0, total / SETTLES) ** 2
+
+
+def learning_rate(step: int, total: int, warmup: float) -> float:
+    """Return the share of the highest rate at a step: a linear rise, then a cosine down to zero.
+
+    >>> learning_rate(5, 10, 0.0)
+    0.5
+    """
+    rise = warmup * total
     if step < rise:
-        return options.lr * (step + 1) / (rise + 1)
-    return options.lr * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(total - rise, 1)))
+        return (step + 1) / (rise + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(total - rise, 1)))
 
 
 def distillation_loss(

@@ -9,7 +9,7 @@ from prune2deploy.calibration import from_dataset
 from prune2deploy.errors import ConfigError
 from prune2deploy.recover import FinetuneOptions, evaluate, finetune
 from prune2deploy.recover.evaluate import wilson
-from prune2deploy.recover.finetune import distillation_loss, learning_rate
+from prune2deploy.recover.finetune import distillation_loss, highest_rate, learning_rate
 
 CPU = FinetuneOptions(device="cpu", epochs=6, lr=0.05)
 
@@ -173,10 +173,21 @@ def test_distillation_loss_by_hand():
 
 
 def test_learning_rate_rises_then_falls_to_nothing():
-    options = FinetuneOptions(lr=1.0, warmup=0.1)
-    rates = [learning_rate(step, 100, options) for step in range(100)]
+    rates = [learning_rate(step, 100, 0.1) for step in range(100)]
     assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
     assert max(rates) == 1.0 and rates[-1] < 0.001
+
+
+def test_few_steps_move_a_network_less_unless_a_rate_is_given():
+    def moved(epochs, lr):
+        module, options = student(), FinetuneOptions(epochs=epochs, lr=lr, device="cpu")
+        after = finetune(module, None, blobs(), options).module.parameters()
+        return sum(float((a - b).square().sum()) for a, b in zip(after, module.parameters()))
+
+    assert highest_rate(8) == pytest.approx(0.02 * 0.08**2)
+    assert highest_rate(100) == highest_rate(10_000) == 0.02
+    assert moved(1, None) == moved(1, highest_rate(8)) < 0.01 * moved(1, 0.02)
+    assert moved(13, None) == moved(13, 0.02)  # 104 steps
 
 
 def test_accuracy_counts_and_interval():
