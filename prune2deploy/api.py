@@ -216,6 +216,11 @@ def prune_to_budget(
             f"example_inputs: found {', '.join(others)}, expected tensors; wrap the model in a "
             "module that takes tensors alone"
         )
+    if finetune is not None and not callable(finetune):
+        raise ConfigError(
+            f"finetune: found a {type(finetune).__name__}, expected a function that trains the "
+            "module that it is given"
+        )
     name = type(model).__name__
     options = _options(name, str(target), (budget_ms, speedup), extras)
     profile = targets.load(target)

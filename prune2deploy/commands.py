@@ -194,12 +194,14 @@ def _working(
 
 def _purposes(options: RunOptions | SweepOptions, target: Target) -> set[str]:
     """Check criterion and accuracy to keep; return what data is needed for."""
-    from prune2deploy.importance import CRITERIA, NAMES
+    from prune2deploy.importance import CRITERIA, NAMES, require_data
 
     config.one_of("--importance", options.importance, NAMES)
     precision = options.model.precision or target.precision
     wanted = {"int8"} if precision == "int8" else set()
-    wanted |= {"importance"} if CRITERIA[options.importance].needs_data else set()
+    if CRITERIA[options.importance].needs_data:
+        require_data(options.importance, given=options.data is not None)
+        wanted |= {"importance"}
     if isinstance(options, RunOptions):
         config.check_max_drop(options.max_drop, precision, data=options.data is not None)
         wanted |= {"evaluate"} if options.max_drop is not None else set()
@@ -226,7 +228,7 @@ def _finetune(options: RunOptions | SweepOptions, loaded: LoadedModel, batches: 
     from prune2deploy.recover.finetune import FinetuneOptions, finetune
 
     settings = FinetuneOptions(epochs=options.finetune_epochs, seed=options.model.seed)
-    return lambda module: finetune(module, loaded.module, batches, settings).module
+    return lambda module: finetune(module, loaded.module, batches, settings)
 
 
 def _identity(

@@ -291,8 +291,10 @@ def check_max_drop(max_drop: float | None, precision: str, *, data: bool) -> Non
 
 
 def _positive(what: str, value: float | None) -> None:
-    if value is not None and not (math.isfinite(value) and value > 0):
-        raise ConfigError(f"{what}: found {value:g}, expected a finite number above 0")
+    if value is None:
+        return
+    if not (hasattr(value, "__float__") and math.isfinite(value) and value > 0):
+        raise ConfigError(f"{what}: found {value!r}, expected a finite number above 0")
 
 
 def _at_least(what: str, value: int, least: int) -> None:

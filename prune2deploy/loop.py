@@ -53,7 +53,7 @@ from prune2deploy.search.learning import COVERED, Lessons
 from prune2deploy.search.opening import measure_baseline, open_workshop
 from prune2deploy.search.payoff import Payoff
 from prune2deploy.search.planning import Question, Wanted
-from prune2deploy.search.recovery import recovered
+from prune2deploy.search.recovery import Told, recovered
 from prune2deploy.surgery.slicing import apply as apply_plan
 
 
@@ -240,6 +240,11 @@ class Search:
             self.lessons.keep()
         self.model = self.lessons.fit()
         self.notes += self.lessons.timings.notes
+        if not self.done and self.builds_left <= 0:
+            self.notes.append(
+                f"all {self.options.max_builds} builds are used; more of them (--max-builds) may "
+                "come nearer to the budget"
+            )
         if self.ranked:
             self.notes.append(
                 f"{self.ranked} plans of nearly equal worth were compared by their loss on "
@@ -379,8 +384,7 @@ class Search:
             module, told = recovered(self.job, shop.graph, plan, module, trains=trains)
             with shop.run.place(name) as path:
                 torch.save(module.state_dict(), path)
-            shop.run.journal.write(key, told)
-        told = self.shop.run.journal.read(key, str)
-        self.notes += [told] if told else []
+            shop.run.journal.write(key, Told(told))
+        self.notes += self.shop.run.journal.read(key, Told).notes
         built = candidate.build_module(self.shop, number, found.built.plan, module.eval())
         return module, self._measure(built, found.predicted_ms)

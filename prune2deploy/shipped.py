@@ -105,5 +105,5 @@ def check_keys(path: Path, table: Mapping[str, Any], known: Collection[str], at:
 def _nearest(name: str, known: Collection[str]) -> str:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if near:
-        return "did you mean " + " or ".join(repr(n) for n in near) + "?"
+        return "did you mean " + " or ".join(repr(n) for n in near)
     return "expected one of " + ", ".join(sorted(known)) if known else "none is expected here"

@@ -213,6 +213,8 @@ def test_accuracy_of_labelled_data_is_in_the_manifest(place, capfd):
     assert found["samples"] == 160 and 0 <= found["baseline"] <= 1 and 0 <= found["final"] <= 1
     told = "fitted to what the unpruned model computes on 140 samples"
     assert any(told in note for note in seen[0]["notes"])
+    trained = next(note for note in seen[0]["notes"] if note.startswith("trained for 1 epochs"))
+    assert "steps" in trained and "samples that were trained on" in trained
     assert seen[1]["accuracy"] == found and seen[1]["notes"] == seen[0]["notes"]
 
 
@@ -292,6 +294,8 @@ def test_a_command_that_is_refused_takes_no_folder(place, capsys):
     assert cli.run(wrong) == 2
     assert not (place / "r").exists()
     assert cli.run(["--model", "net.py:smal", *wrong[2:-2]]) == 2
+    assert cli.run([*wrong[:-2], "--importance", "taylor"]) == 2
+    assert "importance 'taylor' looks at data and was given none" in capsys.readouterr().err
     assert not (place / "r").exists()
 
 

@@ -211,9 +211,26 @@ def test_a_missed_run_goes_on_with_more_builds_and_is_trained_then(net, target, 
     common = {"speedup": 2.0, "finetune": trained.append, "run_dir": tmp_path / "r"}
     few = run(net, target, max_builds=2, **common)
     assert few.verdict == "missed" and not trained
+    assert any("all 2 builds are used" in note for note in few.report.notes)
     more = run(net, target, max_builds=8, resume=True, **common)
     assert more.met and len(trained) == 1
+    assert not any("builds are used" in note for note in more.report.notes)
     assert more.report.builds <= 8
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"speedup": "2"}, "--speedup: found '2', expected a finite number above 0"),
+        ({"speedup": 2.0, "finetune": 3}, "finetune: found a int, expected a function"),
+    ],
+)
+def test_values_of_other_types_are_refused_before_anything_is_built(
+    net, target, tmp_path, wrong, told
+):
+    with pytest.raises(ConfigError, match=told):
+        run(net, target, run_dir=tmp_path / "r", **wrong)
+    assert not (tmp_path / "r").exists()
 
 
 def test_one_build_is_too_few_for_a_search_and_a_final_model(net, target, tmp_path):
@@ -494,6 +511,15 @@ def test_judging_uses_the_interval_and_the_session():
         9.9, pytest.approx(11.76), pytest.approx(11.76), "missed",
     )  # fmt: skip
     assert judge(tail, Budget(latency_ms=12, percentile=99))[-1] == "met"
+
+
+def test_a_tail_that_a_busy_host_may_have_made_is_no_miss():
+    wanted = Budget(latency_ms=9.9, percentile=99)
+    busy = replace(seen(9.8, 20), flags=("noisy host",))
+    assert judge(busy, wanted)[-1] == "uncertain"
+    assert judge(replace(busy, flags=("opened once",)), wanted)[-1] == "missed"
+    slow = replace(seen(10.2, 20), flags=("noisy host",))
+    assert judge(slow, wanted)[-1] == "missed"  # its median is over the budget
 
 
 def test_milliseconds_are_judged_by_how_well_the_session_knows_them():

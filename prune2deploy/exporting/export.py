@@ -240,7 +240,11 @@ def _call_exporter(export: Callable[[], object]) -> None:
     except OSError:
         raise  # a full disk or a folder that cannot be written says so itself
     except Exception as error:
-        raise ExportError(f"torch.onnx.export failed: {_first_line(error)}") from error
+        told = _first_line(error).partition("Please feel free")[0].strip()
+        raise ExportError(
+            f"torch.onnx.export cannot write this model: {told} Replace what is named in the "
+            "model's code, or leave that part out of the model and run it beside the engine"
+        ) from error
 
 
 @contextmanager

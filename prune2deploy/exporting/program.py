@@ -29,7 +29,7 @@ def save(
         precision: ``"fp16"`` for weights and inputs in half precision, else as they are.
 
     Raises:
-        ExportError: torch cannot express the module.
+        ExportError: torch cannot express the module, or not load what it wrote.
     """
     if precision == "fp16":
         module = copied(module, {}).half()
@@ -39,6 +39,17 @@ def save(
             warnings.simplefilter("ignore")  # advice to the model's author
             program = torch.export.export(module, example_inputs)
     except Exception as error:
-        told = str(error).strip().splitlines() or [type(error).__name__]
-        raise ExportError(f"torch.export cannot express this model ({told[0]})") from error
+        raise ExportError(
+            f"torch.export cannot express this model ({_first_line(error)})"
+        ) from error
     torch.export.save(program, path)
+    try:
+        torch.export.load(path).module()
+    except Exception as error:
+        raise ExportError(
+            f"torch.export wrote a file that it cannot load ({_first_line(error)})"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

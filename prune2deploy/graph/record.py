@@ -277,7 +277,8 @@ def _on_values(model: nn.Module, example: Any, forward_fn: Forward | None) -> Wa
         shapes = [tuple(t.shape) for t in tensors_in(as_inputs(example))]
         raise TraceError(
             f"the forward pass of {type(model).__name__} failed on inputs of shapes {shapes}: "
-            f"{type(error).__name__}: {error}. Check that the example inputs fit the model."
+            f"{type(error).__name__}: {error}. Check that the example inputs fit the model; a "
+            "factory of --model gives its own by returning (module, example_inputs)"
         ) from error
 
 

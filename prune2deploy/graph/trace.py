@@ -52,7 +52,13 @@ def _plain(model: nn.Module) -> nn.Module:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside ``torch.compile``, ``DataParallel`` or ``DistributedDataParallel``."""
+    """The module inside ``torch.compile``, ``DataParallel`` or ``DistributedDataParallel``.
+
+    Raises:
+        TraceError: It is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TraceError(f"the model is a {type(model).__name__}, expected a torch.nn.Module")
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while True:
         if isinstance(model, wrappers):

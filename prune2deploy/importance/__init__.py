@@ -21,7 +21,7 @@ from prune2deploy.graph.axes import Graph
 from prune2deploy.importance import data, weights
 from prune2deploy.importance.members import Scores, Subject
 
-__all__ = ["CRITERIA", "DEFAULT", "NAMES", "Criterion", "score"]
+__all__ = ["CRITERIA", "DEFAULT", "NAMES", "Criterion", "require_data", "score"]
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,16 @@ def score(
         raise ConfigError(
             f"no importance criterion is called {name!r}; {hint}Choose one of {', '.join(NAMES)}"
         )
-    if criterion.needs_data and batches is None:
+    if criterion.needs_data:
+        require_data(name, given=batches is not None)
+    return criterion.function(Subject(model, graph), () if batches is None else batches, seed)
+
+
+def require_data(name: str, *, given: bool) -> None:
+    """Raise ConfigError where a criterion that looks at data is given none."""
+    if not given:
         raise ConfigError(
             f"importance {name!r} looks at data and was given none: name a calibration recipe "
             "(--data RECIPE; in Python batches=...), or choose a criterion that needs no data: "
             f"{', '.join(DATA_FREE)}"
         )
-    return criterion.function(Subject(model, graph), () if batches is None else batches, seed)

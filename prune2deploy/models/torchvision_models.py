@@ -65,7 +65,7 @@ def _unknown(name: str, names: list[str]) -> str:
     return (
         f"unknown model {name!r}: torchvision has {len(names)} builders and {offered}; other "
         "libraries are reached by timm:NAME, NAME.yaml (ultralytics), hf:CONFIG, "
-        "package.module:factory or FILE.pt2"
+        "package.module:factory, file.py:factory or FILE.pt2"
     )
 
 

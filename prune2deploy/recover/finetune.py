@@ -112,6 +112,16 @@ class Finetuned:
     seconds: float
     note: str = ""
 
+    def text(self) -> str:
+        """One line for the report."""
+        if self.note:
+            return self.note
+        return (
+            f"trained for {len(self.losses)} epochs ({self.steps} steps, {self.seconds:.0f} s): "
+            f"mean loss {self.losses[0]:.3g} in the first, {self.losses[-1]:.3g} in the last; "
+            "accuracy on samples that were trained on is better than on others"
+        )
+
 
 def finetune(
     module: nn.Module,

@@ -20,6 +20,7 @@ from prune2deploy.measure import Comparison, LatencyStats, Measurement
 from prune2deploy.plan.allocate import Gap
 from prune2deploy.plan.latency_model import LatencyModel
 from prune2deploy.progress import Progress, silent
+from prune2deploy.recover import Finetuned
 from prune2deploy.rundir import RunDir
 from prune2deploy.search.accuracy import Accuracy
 from prune2deploy.search.candidate import Built
@@ -28,8 +29,9 @@ from prune2deploy.target import Target
 from prune2deploy.timing import OperatorTiming
 
 MARGIN = 0.005  # aimed below the budget, beside the half-width of the interval
+_DISTURBED = {"noisy host", "steal", "drift", "throttled"}  # flags of a measurement
 WIDEST = 0.1  # half-width up to which a wide interval lowers the aim
-Finetune = Callable[[nn.Module], nn.Module | None]
+Finetune = Callable[[nn.Module], nn.Module | Finetuned | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +167,8 @@ def judge(comparison: Comparison, budget: Budget) -> tuple[float, float, float, 
 
     A speed-up is a ratio, and known as well as that; milliseconds are known as well as those of
     the session. A percentile above the median is an upper confidence bound already, so it is met
-    or missed, or uncertain where the samples were too few for one.
+    or missed; or uncertain where the samples were too few for one, or where the median is within
+    the budget and a disturbed host may have made the tail.
 
     Returns:
         Budget in this session, the latency it is for, its upper bound, and the verdict.
@@ -181,7 +184,8 @@ def judge(comparison: Comparison, budget: Budget) -> tuple[float, float, float, 
         verdict = measure.verdict(measured.ci95_ms, limit)
         return limit, measured.p50_ms, measured.ci95_ms[1], verdict
     value = percentile_ms(measured, budget.percentile)
-    if budget.percentile in measured.unbounded:
+    disturbed = measured.p50_ms <= limit < value and _DISTURBED & set(comparison.flags)
+    if budget.percentile in measured.unbounded or disturbed:
         return limit, value, value, "uncertain"
     return limit, value, value, "met" if value <= limit else "missed"
 

@@ -6,6 +6,7 @@ says of it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -14,13 +15,21 @@ from prune2deploy.calibration import serves
 from prune2deploy.errors import ConfigError
 from prune2deploy.graph.axes import Graph
 from prune2deploy.plan.plan import Plan
+from prune2deploy.recover import Finetuned
 from prune2deploy.recover.reconstruct import restore
 from prune2deploy.search.job import Finetune, Job
 
 
+@dataclass(frozen=True)
+class Told:
+    """Notes on what was done, as the journal keeps them."""
+
+    notes: tuple[str, ...]
+
+
 def recovered(
     job: Job, graph: Graph, plan: Plan, module: nn.Module, *, trains: bool
-) -> tuple[nn.Module, str]:
+) -> tuple[nn.Module, tuple[str, ...]]:
     """Get accuracy back.
 
     Args:
@@ -31,28 +40,33 @@ def recovered(
         trains: Whether training is worth its time.
 
     Returns:
-        The module, or another one of the same shapes, and a note for the report, if any.
+        The module, or another one of the same shapes, and notes for the report.
 
     Raises:
         ConfigError: The training gives back something else.
     """
-    told = ""
+    told: list[str] = []
     if serves(job.batches, "bn"):
-        told = restore(module, job.module, graph, plan, job.batches)
+        told.append(restore(module, job.module, graph, plan, job.batches))
     if job.finetune is not None and trains:
-        module = finetuned(module, job.finetune)
-    return module, told
+        module, note = finetuned(module, job.finetune)
+        told += [note] if note else []
+    return module, tuple(told)
 
 
-def finetuned(module: nn.Module, train: Finetune) -> nn.Module:
-    """Train a pruned module by the user's function; what comes back must have the same shapes.
+def finetuned(module: nn.Module, train: Finetune) -> tuple[nn.Module, str]:
+    """Train a pruned module by a function; what comes back must have the same shapes.
+
+    Returns:
+        The trained module, and what the built-in training says of it.
 
     Raises:
         ConfigError: It gives back something else.
     """
     before = _shapes(module)
     returned: Any = train(module)
-    after = module if returned is None else returned
+    done = returned if isinstance(returned, Finetuned) else None
+    after = done.module if done else module if returned is None else returned
     if not isinstance(after, nn.Module):
         raise ConfigError(
             f"finetune: it returned a {type(after).__name__}, expected None (trained in place) or "
@@ -66,7 +80,7 @@ def finetuned(module: nn.Module, train: Finetune) -> nn.Module:
                 f"{before.get(name)} as in the module that it was given: train that one, or "
                 "return one of the same layers and widths"
             )
-    return after
+    return after, done.text() if done else ""
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

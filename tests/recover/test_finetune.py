@@ -182,7 +182,8 @@ def test_few_steps_move_a_network_less_unless_a_rate_is_given():
     def moved(epochs, lr):
         module, options = student(), FinetuneOptions(epochs=epochs, lr=lr, device="cpu")
         after = finetune(module, None, blobs(), options).module.parameters()
-        return sum(float((a - b).square().sum()) for a, b in zip(after, module.parameters()))
+        pairs = zip(after, module.parameters(), strict=True)
+        return sum(float((a - b).detach().square().sum()) for a, b in pairs)
 
     assert highest_rate(8) == pytest.approx(0.02 * 0.08**2)
     assert highest_rate(100) == highest_rate(10_000) == 0.02

@@ -229,6 +229,14 @@ def test_models_that_cannot_be_traced_say_why(model, message):
         trace(model, torch.randn(1, 4))
 
 
+@pytest.mark.parametrize("wrong", [lambda x: x, None, {"weight": torch.ones(2)}])
+def test_what_is_no_module_is_refused_by_its_type(wrong):
+    with pytest.raises(
+        TraceError, match=f"is a {type(wrong).__name__}, expected a torch.nn.Module"
+    ):
+        trace(wrong, torch.randn(1, 3, 8, 8))
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
 @pytest.mark.parametrize("compile_", [torch.jit.script, lambda m: torch.jit.trace(m, X4)])

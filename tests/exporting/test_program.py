@@ -1,0 +1,33 @@
+"""Exported programs that are written can be loaded, or are refused."""
+
+import pytest
+import torch
+from torch import nn
+
+from prune2deploy.errors import ExportError
+from prune2deploy.exporting import program
+
+
+class Named(nn.Module):
+    """A part of it is called ``name``."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.add_module(name, nn.Sequential(nn.Linear(4, 3)))
+        self.name = name
+
+    def forward(self, x):
+        return getattr(self, self.name)(x)
+
+
+def test_a_program_that_was_written_gives_the_same(tmp_path):
+    module, x = Named("part").eval(), torch.randn(2, 4)
+    program.save(module, (x,), tmp_path / "m.pt2")
+    torch.testing.assert_close(torch.export.load(tmp_path / "m.pt2").module()(x), module(x))
+
+
+def test_a_file_that_torch_cannot_load_again_is_refused(tmp_path):
+    # torch.export gives such a part a name that it takes for one of its own
+    module, x = Named("meta").eval(), torch.randn(2, 4)
+    with pytest.raises(ExportError, match="wrote a file that it cannot load"):
+        program.save(module, (x,), tmp_path / "m.pt2")
