@@ -210,17 +210,7 @@ def prune_to_budget(
         ParityError: An engine gives other outputs than the pruned module.
     """
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    others = [f"{type(one).__name__} at {i}" for i, one in enumerate(inputs) if not _is_tensor(one)]
-    if others:
-        raise ConfigError(
-            f"example_inputs: found {', '.join(others)}, expected tensors; wrap the model in a "
-            "module that takes tensors alone"
-        )
-    if finetune is not None and not callable(finetune):
-        raise ConfigError(
-            f"finetune: found a {type(finetune).__name__}, expected a function that trains the "
-            "module that it is given"
-        )
+    _check_types(inputs, finetune)
     name = type(model).__name__
     options = _options(name, str(target), (budget_ms, speedup), extras)
     profile = targets.load(target)
@@ -246,8 +236,22 @@ def prune_to_budget(
         return carry_out(job, options, name)
 
 
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, Tensor)
+def _check_types(inputs: tuple[object, ...], finetune: object) -> None:
+    others = [
+        f"{type(one).__name__} at {i}"
+        for i, one in enumerate(inputs)
+        if not isinstance(one, Tensor)
+    ]
+    if others:
+        raise ConfigError(
+            f"example_inputs: found {', '.join(others)}, expected tensors; wrap the model in a "
+            "module that takes tensors alone"
+        )
+    if finetune is not None and not callable(finetune):
+        raise ConfigError(
+            f"finetune: found a {type(finetune).__name__}, expected a function that trains the "
+            "module that it is given"
+        )
 
 
 def _options(
