@@ -198,7 +198,7 @@ def _forward(module: nn.Module, inputs: tuple[Tensor, ...]) -> object:
     except Exception as error:
         shapes = ", ".join(str(tuple(t.shape)) for t in inputs)
         raise ExportError(
-            f"the forward pass fails on inputs of shape {shapes}: {_first_line(error)}"
+            f"the forward pass fails on inputs of shape {shapes}: {first_line(error)}"
         ) from error
 
 
@@ -240,7 +240,7 @@ def _call_exporter(export: Callable[[], object]) -> None:
     except OSError:
         raise  # a full disk or a folder that cannot be written says so itself
     except Exception as error:
-        told = _first_line(error).partition("Please feel free")[0].strip()
+        told = first_line(error).partition("Please feel free")[0].strip()
         raise ExportError(
             f"torch.onnx.export cannot write this model: {told} Replace what is named in the "
             "model's code, or leave that part out of the model and run it beside the engine"
@@ -293,7 +293,7 @@ def _check_file(file: Path) -> None:
     try:
         onnx.checker.check_model(str(file))
     except onnx.checker.ValidationError as error:
-        raise ExportError(f"the exported file is not valid ONNX: {_first_line(error)}") from error
+        raise ExportError(f"the exported file is not valid ONNX: {first_line(error)}") from error
 
 
 def _at_least_two(tensor: Tensor) -> Tensor:
@@ -329,11 +329,12 @@ def _check_other_batch(file: Path, inputs: tuple[Tensor, ...], names: Sequence[s
         batch = inputs[0].shape[0]
         raise ExportError(
             f"a free batch was asked for, but the graph fails with {batch + 1} samples after an "
-            f"example of {batch}: {_first_line(error)}. A reshape in the forward pass has the "
+            f"example of {batch}: {first_line(error)}. A reshape in the forward pass has the "
             "batch size written into it; export with a fixed batch"
         ) from error
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its type where it says nothing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:300]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from prune2deploy.errors import ExportError
+from prune2deploy.exporting.export import first_line
 from prune2deploy.modes import evaluating
 from prune2deploy.surgery.copying import copied
 
@@ -40,16 +41,12 @@ def save(
             program = torch.export.export(module, example_inputs)
     except Exception as error:
         raise ExportError(
-            f"torch.export cannot express this model ({_first_line(error)})"
+            f"torch.export cannot express this model ({first_line(error)})"
         ) from error
     torch.export.save(program, path)
     try:
         torch.export.load(path).module()
     except Exception as error:
         raise ExportError(
-            f"torch.export wrote a file that it cannot load ({_first_line(error)})"
+            f"torch.export wrote a file that it cannot load ({first_line(error)})"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -65,8 +65,9 @@ def finetuned(module: nn.Module, train: Finetune) -> tuple[nn.Module, str]:
     """
     before = _shapes(module)
     returned: Any = train(module)
-    done = returned if isinstance(returned, Finetuned) else None
-    after = done.module if done else module if returned is None else returned
+    note, after = "", module if returned is None else returned
+    if isinstance(returned, Finetuned):
+        note, after = returned.text(), returned.module
     if not isinstance(after, nn.Module):
         raise ConfigError(
             f"finetune: it returned a {type(after).__name__}, expected None (trained in place) or "
@@ -80,7 +81,7 @@ def finetuned(module: nn.Module, train: Finetune) -> tuple[nn.Module, str]:
                 f"{before.get(name)} as in the module that it was given: train that one, or "
                 "return one of the same layers and widths"
             )
-    return after, done.text() if done else ""
+    return after, note
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
