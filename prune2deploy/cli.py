@@ -15,7 +15,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -192,11 +192,15 @@ def _answer(argv: Sequence[str], out: Any, *, as_json: bool) -> int:
         return int(leaving.code or 0)
     from prune2deploy import commands, console
 
-    with console.drawing(quiet=not sys.stderr.isatty()) as drawn:
+    with console.drawing() if sys.stderr.isatty() else nullcontext(console.logging(_log)) as drawn:
         reply = commands.TABLE[arguments.command](arguments, _telling(drawn))
     text = json.dumps(reply.document, allow_nan=False) if as_json else reply.text
     print(text, file=out, flush=True)
     return reply.exit_code
+
+
+def _log(line: str) -> None:
+    print(f"prune2deploy: {line}", file=sys.stderr, flush=True)
 
 
 def _telling(drawn: Progress) -> Progress:
@@ -204,7 +208,7 @@ def _telling(drawn: Progress) -> Progress:
 
     def hear(step: Step) -> None:
         if step.stage == NOTICE:
-            print(f"prune2deploy: note: {step.detail}", file=sys.stderr, flush=True)
+            _log(f"note: {step.detail}")
         else:
             drawn(step)
 

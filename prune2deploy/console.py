@@ -1,23 +1,20 @@
-"""Progress on a terminal: stage, build number and remaining time, on standard error.
+"""Progress on standard error: stage, build number and remaining time.
 
-In: :class:`~prune2deploy.progress.Step` values. Out: one line that is redrawn; nothing at all
-where standard error is no terminal.
+In: :class:`~prune2deploy.progress.Step` values. Out: on a terminal one line that is redrawn; in a
+log a line for each build.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from prune2deploy.progress import Progress, Step, silent
+from prune2deploy.progress import Progress, Step
 
 
 @contextmanager
-def drawing(*, quiet: bool) -> Iterator[Progress]:
+def drawing() -> Iterator[Progress]:
     """Give a callable that draws each step until the block is left."""
-    if quiet:
-        yield silent
-        return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -43,13 +40,30 @@ def drawing(*, quiet: bool) -> Iterator[Progress]:
         yield draw
 
 
+def logging(write: Callable[[str], None]) -> Progress:
+    """Return a callable that writes one line for each build, when its first stage begins."""
+    told: tuple[str, int] | None = None
+
+    def hear(step: Step) -> None:
+        nonlocal told
+        now = (step.unit, step.number if step.unit == "build" else 0)
+        if now != told:
+            told = now
+            left = remaining(step.remaining_s)
+            write(describe(step) + (f", {left}" if left else ""))
+
+    return hear
+
+
 def describe(step: Step) -> str:
     """One line about a step.
 
     >>> describe(Step("measuring", 2, 9, "resnet18"))
     'build 2 of at most 9: measuring resnet18'
     """
-    where = f"build {step.number} of at most {step.total}" if step.number else "baseline"
+    where = "baseline"
+    if step.number or step.unit != "build":
+        where = f"{step.unit} {step.number} of at most {step.total}"
     return f"{where}: {step.stage} {step.detail}".rstrip()
 
 

@@ -15,10 +15,11 @@ class Step:
 
     Attributes:
         stage: What is being done (``"building"``, ``"measuring"`` ...).
-        number: Which build or ratio, 0 for the baseline.
+        number: Which build or ratio, 0 for the baseline; or which part of the stage.
         total: How many there are at most.
         detail: More about it, or empty.
         remaining_s: Estimated seconds to the end, ``None`` while there is nothing to go by.
+        unit: What ``number`` counts.
     """
 
     stage: str
@@ -26,6 +27,7 @@ class Step:
     total: int
     detail: str = ""
     remaining_s: float | None = None
+    unit: str = "build"
 
 
 Progress = Callable[[Step], None]

@@ -107,7 +107,12 @@ def test_a_finished_run_is_shown_compared_and_rendered_again(place):
         done = command(*SMALL, "--speedup", factor, "--out", name, cwd=place)
         assert done.returncode == 0, done.stderr
         assert "measured p50 (ms)" in done.stdout and "builds" in done.stdout
-        assert done.stderr == ""  # no progress where standard error is no terminal
+        told = done.stderr.splitlines()  # a log, where standard error is no terminal
+        assert told[0] == "prune2deploy: baseline: pruning"
+        builds = [line.split()[2] for line in told if line.startswith("prune2deploy: build ")]
+        once = list(dict.fromkeys(builds))  # the best is gone back to at the end
+        assert once == [str(number) for number in range(1, len(once) + 1)]
+        assert len(builds) <= len(once) + 1
     (place / "a/report.html").unlink()
     again = command("report", "a", cwd=place)
     assert again.returncode == 0 and "measured p50" in again.stdout
@@ -344,16 +349,33 @@ def test_more_builds_do_not_make_another_run_but_other_options_do():
 def test_progress_names_stage_build_and_time():
     assert console.describe(Step("building", 0, 9)) == "baseline: building"
     assert console.describe(Step("measuring", 3, 9)) == "build 3 of at most 9: measuring"
+    assert console.describe(Step("probing widths", 3, 40, unit="model")) == (
+        "model 3 of at most 40: probing widths"
+    )
     assert console.remaining(None) == ""
     assert console.remaining(30) == "about 30 s left"
     assert console.remaining(600) == "about 10 min left"
 
 
-def test_progress_is_silent_off_a_terminal_and_drawn_on_one(monkeypatch, capsys):
-    with console.drawing(quiet=True) as progress:
-        progress(Step("measuring", 1, 9))
-    assert capsys.readouterr() == ("", "")
+def test_progress_in_a_log_is_a_line_for_each_build():
+    lines = []
+    progress = console.logging(lines.append)
+    progress(Step("building", 0, 9))
+    for part in range(1, 4):
+        progress(Step("probing widths", part, 40, unit="model"))
+    for build in (1, 2):
+        for stage in ("pruning", "exporting"):  # further stages are no further lines
+            progress(Step(stage, build, 9, remaining_s=100.0))
+    assert lines == [
+        "baseline: building",
+        "model 1 of at most 40: probing widths",
+        "build 1 of at most 9: pruning, about 2 min left",
+        "build 2 of at most 9: pruning, about 2 min left",
+    ]
+
+
+def test_progress_is_one_line_that_is_drawn_again_on_a_terminal(monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
-    with console.drawing(quiet=False) as progress:
+    with console.drawing() as progress:
         progress(Step("measuring", 1, 9, remaining_s=45.0))
     assert "measuring" in capsys.readouterr().err

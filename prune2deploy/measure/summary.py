@@ -25,6 +25,7 @@ from prune2deploy.target import Target
 from prune2deploy.units import ms
 
 CLOCKS = ("wall", "cpu", "device")
+DISTURBED = frozenset({"noisy host", "steal", "throttled", "drift"})  # flags that no model raises
 
 
 @dataclass(frozen=True)

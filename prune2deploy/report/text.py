@@ -16,6 +16,7 @@ import numpy as np
 from prune2deploy.report.content import Row, RunReport, SweepReport
 from prune2deploy.units import readable
 
+WORTH = "what the plan maximises (the worth of its widths, not accuracy)"
 Cells = Sequence[Sequence[str]]
 
 
@@ -118,8 +119,8 @@ def gains(report: RunReport) -> tuple[str, ...]:
         if here >= at[0] and here + more <= at[-1]:
             after = float(np.interp(here + more, at, worth))
             found.append(
-                f"{milliseconds(more)} ms more would keep {after:.1%} instead of {before:.1%} of "
-                "what widths are worth"
+                f"{milliseconds(more)} ms more would keep {after:.1%} instead of {before:.1%} "
+                f"of {WORTH}"
             )
     return tuple(found)
 
@@ -130,10 +131,7 @@ def gap_text(report: RunReport) -> tuple[str, ...]:
     if limits.gap is None:
         return ()
     told = "at most" if limits.gap_exact else "about"
-    return (
-        f"other widths of the same latency could keep {told} {limits.gap:.2%} more of what widths "
-        "are worth",
-    )
+    return (f"other widths of the same latency could keep {told} {limits.gap:.2%} more of {WORTH}",)
 
 
 def removed_text(report: RunReport) -> str:

@@ -29,7 +29,6 @@ from prune2deploy.target import Target
 from prune2deploy.timing import OperatorTiming
 
 MARGIN = 0.005  # aimed below the budget, beside the half-width of the interval
-_DISTURBED = {"noisy host", "steal", "drift", "throttled"}  # flags of a measurement
 WIDEST = 0.1  # half-width up to which a wide interval lowers the aim
 Finetune = Callable[[nn.Module], nn.Module | Finetuned | None]
 
@@ -184,7 +183,7 @@ def judge(comparison: Comparison, budget: Budget) -> tuple[float, float, float, 
         verdict = measure.verdict(measured.ci95_ms, limit)
         return limit, measured.p50_ms, measured.ci95_ms[1], verdict
     value = percentile_ms(measured, budget.percentile)
-    disturbed = measured.p50_ms <= limit < value and _DISTURBED & set(comparison.flags)
+    disturbed = measured.p50_ms <= limit < value and measure.DISTURBED & set(comparison.flags)
     if budget.percentile in measured.unbounded or disturbed:
         return limit, value, value, "uncertain"
     return limit, value, value, "met" if value <= limit else "missed"

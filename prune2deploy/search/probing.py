@@ -50,7 +50,7 @@ def probe(
             time_ns,
             Path(folder),
             store=timings,
-            tell=lambda done, total: progress(Step("probing widths", done, total)),
+            tell=lambda done, total: progress(Step("probing widths", done, total, unit="model")),
         )
 
 
