@@ -211,7 +211,8 @@ class Pruner:
             return module
         plan = channels(self.yard.graph, self.scores, trial.setting)
         module = self._cut(trial.setting)
-        restore(module, self.case.module, self.yard.graph, plan, self.case.few)
+        follows = self.method == TRAINED
+        restore(module, self.case.module, self.yard.graph, plan, self.case.few, trained=follows)
         return module
 
     def _cut(self, counts: Mapping[str, int]) -> nn.Module:

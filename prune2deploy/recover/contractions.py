@@ -77,6 +77,13 @@ class Contraction:
             return made.reshape(samples, -1, made.shape[-1])[:, positions]
         return made.flatten(2)[:, :, positions].transpose(1, 2)
 
+    def matrices(self) -> Tensor:
+        """The weight in double precision, (groups, inputs per group, outputs per group)."""
+        groups = 1 if self.window is None else self.window[3]
+        weight = self.weight.detach() if self.turned else self.weight.detach().T
+        found: Tensor = weight.double().flatten(1).unflatten(0, (groups, -1)).transpose(1, 2)
+        return found
+
     def add(self, change: Tensor) -> None:
         """Add to weight and bias, in place.
 

@@ -47,9 +47,9 @@ class FinetuneOptions:
 
     Attributes:
         epochs: Passes over the batches; 0 trains nothing.
-        lr: Highest learning rate of SGD with Nesterov momentum; ``None`` is ``RATE``, and less
-            by the square where there are fewer than ``SETTLES`` steps: what cannot settle is
-            better hardly moved.
+        lr: Highest learning rate of SGD with Nesterov momentum; ``None`` is ``RATE``, and in
+            proportion less where there are fewer than ``SETTLES`` steps: what has no time to
+            settle must not be moved far.
         momentum: Of SGD.
         weight_decay: On weights of two or more dimensions only.
         temperature: Softens both outputs before they are compared.
@@ -248,9 +248,9 @@ def highest_rate(total: int) -> float:
     """Return the highest rate for so many steps in all.
 
     >>> highest_rate(1000), highest_rate(50)
-    (0.02, 0.005)
+    (0.02, 0.01)
     """
-    return RATE * min(1.0, total / SETTLES) ** 2
+    return RATE * min(1.0, total / SETTLES)
 
 
 def learning_rate(step: int, total: int, warmup: float) -> float:

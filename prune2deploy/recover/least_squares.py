@@ -3,6 +3,11 @@
 In: what goes into a linear operator, and what is missing from what comes out. Out: what to add to
 its weights, or nothing where no correction holds on samples that it was not fitted to. Pure
 arithmetic.
+
+Least squares makes long weights, parts of which cancel each other. That is exact where nothing
+changes any more. In training it is a burden: what the layers before it learn comes out magnified,
+and long weights turn slowly. Where the caller says that weights must stay short, the ridge is made
+strong enough for it.
 """
 
 from __future__ import annotations
@@ -11,10 +16,14 @@ import torch
 from torch import Tensor
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # tried, relative to the mean square of the inputs
+LONGEST = 1.25  # of the length that weights had, where they are to stay short
+_STRONGER = 10**0.5  # factor from one ridge to the next that is tried to keep them so
 _ROWS = 4096  # multiplied at once in single precision; the sums of those are double
 
 
-def correction(inputs: Tensor, missing: Tensor, fitted: Tensor) -> Tensor | None:
+def correction(
+    inputs: Tensor, missing: Tensor, fitted: Tensor, short: Tensor | None = None
+) -> Tensor | None:
     """What to add to weights so that least is missing.
 
     Corrections with several ridges are fitted to one part of the rows and judged on the other. The
@@ -24,6 +33,9 @@ def correction(inputs: Tensor, missing: Tensor, fitted: Tensor) -> Tensor | None
         inputs: float32 (rows, groups, d).
         missing: float32 (rows, groups, o), to be added to the outputs.
         fitted: bool (rows,), the part to fit to; the others judge.
+        short: (groups, up to d, o), the weights that the correction is added to, where they may
+            become at most ``LONGEST`` times as long; inputs that are left out (the last ones) and
+            weights that are all zero are not held to it.
 
     Returns:
         float64 (groups, d, o) to add to weights that inputs are multiplied by from the left;
@@ -40,7 +52,17 @@ def correction(inputs: Tensor, missing: Tensor, fitted: Tensor) -> Tensor | None
     ridge = max(RIDGES, key=lambda one: gains[one])
     if gains[ridge] <= 0:
         return None
-    return _solve(gram + other_gram, cross + other_cross, ridge)
+    gram, cross = gram + other_gram, cross + other_cross
+    found = _solve(gram, cross, ridge)
+    while short is not None and _too_long(short, found):
+        ridge *= _STRONGER
+        found = _solve(gram, cross, ridge)
+    return found
+
+
+def _too_long(weights: Tensor, change: Tensor) -> bool:
+    length = float(weights.norm())
+    return 0 < LONGEST * length < float((weights + change[:, : weights.shape[1]]).norm())
 
 
 def _moments(inputs: Tensor, missing: Tensor) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,7 @@ from prune2deploy.recover.batchnorm import reestimate_batchnorm
 from prune2deploy.recover.contractions import Contraction, contraction, positions_of
 from prune2deploy.recover.distance import apart, outputs
 from prune2deploy.recover.least_squares import correction
-from prune2deploy.recover.rescaling import restore_lengths
+from prune2deploy.recover.rescaling import adjustable, restore_lengths
 from prune2deploy.surgery.lengths import Kept
 from prune2deploy.surgery.slicing import kept_positions
 
@@ -90,6 +90,8 @@ def reconstruct(
     graph: Graph,
     plan: Plan,
     batches: Iterable[Batch],
+    *,
+    trained: bool = False,
 ) -> Reconstructed:
     """Fit the weights of a pruned module to what the original computes, in place.
 
@@ -102,6 +104,8 @@ def reconstruct(
         graph: Its graph.
         plan: What was pruned.
         batches: (inputs, labels or ``None``); labels are not used.
+        trained: Whether training follows. Weights that no BatchNorm follows are then fitted less
+            closely, so that they stay short: it is a worse model now and a better one afterwards.
 
     Returns:
         How many layers were changed; ``note`` says why nothing was done, e.g. where there are too
@@ -118,7 +122,8 @@ def reconstruct(
     unseen = tuple(tensor[:judging] for tensor in inputs)
     before = _state(module)
     try:
-        done = _fit(module, original, graph, plan, fitting)
+        long = adjustable(recording) if trained else None
+        done = _fit(module, original, (graph, plan), fitting, long)
         errors = _errors(module, original, before, fitting, unseen)
     except Exception as error:  # noqa: BLE001  the user's code may refuse such a batch in any way
         module.load_state_dict(before)
@@ -137,11 +142,12 @@ def reconstruct(
 def _fit(
     module: nn.Module,
     original: nn.Module,
-    graph: Graph,
-    plan: Plan,
+    cut: tuple[Graph, Plan],
     inputs: tuple[Tensor, ...],
+    long: frozenset[str] | None,
 ) -> Reconstructed:
-    """The two passes."""
+    """The two passes; weights that are not named in ``long`` have to stay short."""
+    graph, plan = cut
     samples, forward = len(inputs[0]), graph.recording.forward_fn
     sizes = graph.sizes(plan.counts)
     width = sum(layer.out_width(sizes) for layer in graph.without(plan.removed).layers)
@@ -149,7 +155,7 @@ def _fit(
     listening = _Listening(original, kept_positions(graph, plan), samples, rows)
     with quiet(original), listening:
         run(original, inputs, forward)
-    correcting = _Correcting(module, listening.once(), samples)
+    correcting = _Correcting(module, listening.once(), samples, long)
     with quiet(module), correcting:
         run(module, inputs, forward)
     return Reconstructed(correcting.changed, correcting.met, samples)
@@ -186,6 +192,8 @@ def restore(
     graph: Graph,
     plan: Plan,
     batches: Iterable[Batch],
+    *,
+    trained: bool = False,
 ) -> str:
     """Reconstruct a pruned module in place; where that is not possible, re-estimate BatchNorm.
 
@@ -195,11 +203,12 @@ def restore(
         graph: Its graph.
         plan: What was pruned.
         batches: May be gone through more than once.
+        trained: Whether training follows; see :func:`reconstruct`.
 
     Returns:
         What was done, in words.
     """
-    done = reconstruct(module, original, graph, plan, batches)
+    done = reconstruct(module, original, graph, plan, batches, trained=trained)
     if not done.note:
         return (
             f"weights of {done.layers} layers were fitted to what the unpruned model computes on "
@@ -290,9 +299,15 @@ class _Listening(_Watch):
 class _Correcting(_Watch):
     """Corrects the layers of the pruned module on the way."""
 
-    def __init__(self, module: nn.Module, noted: Mapping[str, _Noted], samples: int) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        noted: Mapping[str, _Noted],
+        samples: int,
+        long: frozenset[str] | None,
+    ) -> None:
         super().__init__(module, samples)
-        self._noted = noted
+        self._noted, self._long = noted, long
         self.met = self.changed = 0
 
     def see(self, name: str, call: Contraction, made: Tensor) -> bool:
@@ -316,6 +331,7 @@ class _Correcting(_Watch):
             inputs.flatten(0, 1),
             missing.flatten(0, 1).unflatten(1, (inputs.shape[2], -1)),
             fitted.expand(-1, len(noted.positions)).flatten(),
+            None if self._long is None or name in self._long else call.matrices(),
         )
         if change is None:
             return False

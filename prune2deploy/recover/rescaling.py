@@ -68,6 +68,11 @@ def restore_lengths(module: nn.Module, recording: Recording, before: Mapping[str
     return len(pairs)
 
 
+def adjustable(recording: Recording) -> frozenset[str]:
+    """Names of the weights that :func:`restore_lengths` can give their lengths back."""
+    return frozenset(pair.weight for pair in _pairs(recording))
+
+
 def _lengths(weight: Tensor) -> Tensor:
     found: Tensor = weight.detach().flatten(1).norm(dim=1)
     return found

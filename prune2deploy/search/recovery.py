@@ -46,8 +46,9 @@ def recovered(
         ConfigError: The training gives back something else.
     """
     told: list[str] = []
+    trains = trains and job.finetune is not None
     if serves(job.batches, "bn"):
-        told.append(restore(module, job.module, graph, plan, job.batches))
+        told.append(restore(module, job.module, graph, plan, job.batches, trained=trains))
     if job.finetune is not None and trains:
         module, note = finetuned(module, job.finetune)
         told += [note] if note else []
