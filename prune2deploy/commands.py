@@ -225,10 +225,10 @@ def _finetune(options: RunOptions | SweepOptions, loaded: LoadedModel, batches: 
     """The built-in fine-tuning, distilling from the model as it was; None without epochs."""
     if isinstance(options, SweepOptions) or not options.finetune_epochs:
         return None
-    from prune2deploy.recover.finetune import FinetuneOptions, finetune
+    from prune2deploy.recover import FinetuneOptions, Training
 
     settings = FinetuneOptions(epochs=options.finetune_epochs, seed=options.model.seed)
-    return lambda module: finetune(module, loaded.module, batches, settings)
+    return Training(loaded.module, batches, settings)
 
 
 def _identity(

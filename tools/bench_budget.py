@@ -22,13 +22,13 @@ any search of this method on this network that does not exceed the wanted latenc
     that the peer *delivered*: both are then within 2 % of each other, ours never the slower by
     more than the error of measuring. Ours is what the loop does on the same samples: widths by
     measured sensitivity, plans nearly as good compared by their loss, where no training follows;
-    kept in balance by scores where it does; channels by Taylor; weights reconstructed. The
-    peer, which has no such step, gets BatchNorm re-estimation. Both from the same 512 samples, and
-    then the same fine-tuning with the dense model as teacher, ``FINETUNE`` epochs in each of
-    ``ORDERS`` orders of the samples, ours at the highest rate that is the default for so few
-    steps, the peer, which has more to learn, at ``RATE``; what there is without it is told too
-    (0 epochs). Told: top-1 points lost against the dense model, mean over orders and seeds. Six
-    probe builds, once for all seeds.
+    kept in balance by scores where it does; channels by Taylor; weights reconstructed, and kept
+    short for more than a few steps of training. The peer, which has no such step, gets
+    BatchNorm re-estimation. Both from the same 512 samples, and then the same fine-tuning with
+    the dense model as teacher, ``FINETUNE`` epochs in each of ``ORDERS`` orders of the samples,
+    ours at the highest rate that is the default for so few steps, the peer, which has more to
+    learn, at ``RATE``; what there is without it is told too (0 epochs). Told: top-1 points lost
+    against the dense model, mean over orders and seeds. Six probe builds, once for all seeds.
 (b) The networks of (a) with planted channels in two of the four blocks: ``dead`` (nothing reads
     them) or ``copied`` (original and copy read at half weight). Wanted of all methods: 1.02 times
     the latency of the network before planting. Recovered as in (a), no fine-tuning. ``*``:
@@ -195,16 +195,17 @@ def contest(
     row["dense"] = pruner.case.top1
     if best is None:
         return row
-    module = pruner.module(best)
     ours = isinstance(best.setting, Mapping)
-    top1 = recovered(pruner.case, module, epochs, None if ours else RATE)
+    modules = {many: pruner.module(best, many) for many in (0, *epochs)}
+    rate = None if ours else RATE
+    top1 = {many: recovered(pruner.case, one, many, rate) for many, one in modules.items()}
     return row | {
         "share": best.share / limit,
         "off": best.share < FILL * limit,
         "latency": (best.share, best.low, best.high),
         "lost": {str(many): 100 * (pruner.case.top1 - value) for many, value in top1.items()},
         "setting": dict(best.setting) if ours else best.setting,
-        "widths": [p.out_channels for p in module.modules() if isinstance(p, nn.Conv2d)],
+        "widths": [p.out_channels for p in modules[0].modules() if isinstance(p, nn.Conv2d)],
     }
 
 

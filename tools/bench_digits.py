@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import statistics
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from prune2deploy.plan.allocate import channels
 from prune2deploy.plan.choices import choices, importance_curves, trained_curves
 from prune2deploy.recover import (
     FinetuneOptions,
+    Training,
     evaluate,
     finetune,
     reestimate_batchnorm,
@@ -155,24 +156,20 @@ def train(seed: int, epochs: int, folder: Path) -> Case:
     return Case(module, data, test, few, seed, evaluate(module, test).top1)
 
 
-def recovered(
-    case: Case, module: nn.Module, epochs: Sequence[int], rate: float | None = None
-) -> dict[int, float]:
-    """Top-1 as the module is (0), and after fine-tuning for so many epochs, mean over orders.
+def recovered(case: Case, module: nn.Module, epochs: int, rate: float | None = None) -> float:
+    """Top-1 after fine-tuning with the dense network as teacher, mean over orders; 0: as it is.
 
     ``rate`` is the highest learning rate; ``None`` is the default for the number of steps.
     """
-    found = {0: evaluate(module, case.test).top1}
-    for many in epochs:
-        seeds = [case.seed + 100 * order for order in range(ORDERS)]
-        found[many] = statistics.fmean(trained(case, module, many, seed, rate) for seed in seeds)
-    return found
+    seeds = [case.seed + 100 * order for order in range(ORDERS if epochs else 1)]
+    runs = [training(case, epochs, seed, rate)(module).module for seed in seeds]
+    return statistics.fmean(evaluate(one, case.test).top1 for one in runs)
 
 
-def trained(case: Case, module: nn.Module, epochs: int, seed: int, rate: float | None) -> float:
-    """Top-1 after fine-tuning with the dense network as teacher."""
+def training(case: Case, epochs: int, seed: int, rate: float | None) -> Training:
+    """The fine-tuning, which is the same for everybody but for the highest rate."""
     options = FinetuneOptions(epochs=epochs, lr=rate, seed=seed, device="cpu")
-    return evaluate(finetune(module, case.module, case.train, options).module, case.test).top1
+    return Training(case.module, case.train, options)
 
 
 class Pruner:
@@ -203,16 +200,19 @@ class Pruner:
             return correct(self.yard, self.choices, limit, most, rank)
         return bisect(self._peer, self.yard, limit, most)
 
-    def module(self, trial: Trial) -> nn.Module:
-        """The pruned network of a build: ours reconstructed, the peer's BatchNorm re-estimated."""
+    def module(self, trial: Trial, epochs: int) -> nn.Module:
+        """The pruned network of a build, for so many epochs of fine-tuning.
+
+        Ours is reconstructed, the peer's BatchNorm re-estimated.
+        """
         if isinstance(trial.setting, float):
             module = self._peer(trial.setting)
             reestimate_batchnorm(module, self.case.few)
             return module
         plan = channels(self.yard.graph, self.scores, trial.setting)
         module = self._cut(trial.setting)
-        follows = self.method == TRAINED
-        restore(module, self.case.module, self.yard.graph, plan, self.case.few, trained=follows)
+        lasts = training(self.case, epochs, 0, None).settles
+        restore(module, self.case.module, self.yard.graph, plan, self.case.few, trained=lasts)
         return module
 
     def _cut(self, counts: Mapping[str, int]) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from prune2deploy.recover.batchnorm import Reestimated, reestimate_batchnorm
 from prune2deploy.recover.evaluate import Accuracy, evaluate
-from prune2deploy.recover.finetune import Finetuned, FinetuneOptions, finetune
+from prune2deploy.recover.finetune import Finetuned, FinetuneOptions, Training, finetune
 from prune2deploy.recover.reconstruct import Reconstructed, reconstruct
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Finetuned",
     "Reconstructed",
     "Reestimated",
+    "Training",
     "evaluate",
     "finetune",
     "reconstruct",

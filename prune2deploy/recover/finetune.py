@@ -47,9 +47,9 @@ class FinetuneOptions:
 
     Attributes:
         epochs: Passes over the batches; 0 trains nothing.
-        lr: Highest learning rate of SGD with Nesterov momentum; ``None`` is ``RATE``, and in
-            proportion less where there are fewer than ``SETTLES`` steps: what has no time to
-            settle must not be moved far.
+        lr: Highest learning rate of SGD with Nesterov momentum; ``None`` is ``RATE``, and less
+            by the square where there are fewer than ``SETTLES`` steps: what cannot settle is
+            better hardly moved.
         momentum: Of SGD.
         weight_decay: On weights of two or more dimensions only.
         temperature: Softens both outputs before they are compared.
@@ -170,6 +170,30 @@ def finetune(
     return Finetuned(trained, tuple(losses), run.step, time.monotonic() - started)
 
 
+@dataclass(frozen=True, eq=False)
+class Training:
+    """Fine-tuning that waits for the module to train, as :func:`finetune` does.
+
+    Attributes:
+        teacher: The original model, or ``None`` to learn from labels alone.
+        batches: What to train on; may be gone through more than once.
+        options: How to train.
+    """
+
+    teacher: nn.Module | None
+    batches: Iterable[Batch]
+    options: FinetuneOptions
+
+    def __call__(self, module: nn.Module) -> Finetuned:
+        """Train a copy of ``module``."""
+        return finetune(module, self.teacher, self.batches, self.options)
+
+    @property
+    def settles(self) -> bool:
+        """Whether there are steps enough (half of ``SETTLES``) to leave where it starts."""
+        return 2 * self.options.epochs * _length(self.batches) >= SETTLES
+
+
 class _Run:
     """The moving parts of one training run."""
 
@@ -248,9 +272,9 @@ def highest_rate(total: int) -> float:
     """Return the highest rate for so many steps in all.
 
     >>> highest_rate(1000), highest_rate(50)
-    (0.02, 0.01)
+    (0.02, 0.005)
     """
-    return RATE * min(1.0, total / SETTLES)
+    return RATE * min(1.0, total / SETTLES) ** 2
 
 
 def learning_rate(step: int, total: int, warmup: float) -> float:

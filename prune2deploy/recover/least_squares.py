@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # tried, relative to the mean square of the inputs
-LONGEST = 1.25  # of the length that weights had, where they are to stay short
+LONGEST = 1.1  # of the length that weights had, where they are to stay short
 _STRONGER = 10**0.5  # factor from one ridge to the next that is tried to keep them so
 _ROWS = 4096  # multiplied at once in single precision; the sums of those are double
 

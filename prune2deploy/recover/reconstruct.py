@@ -104,8 +104,9 @@ def reconstruct(
         graph: Its graph.
         plan: What was pruned.
         batches: (inputs, labels or ``None``); labels are not used.
-        trained: Whether training follows. Weights that no BatchNorm follows are then fitted less
-            closely, so that they stay short: it is a worse model now and a better one afterwards.
+        trained: Whether training follows, and not of a few steps only. Weights that no BatchNorm
+            follows are then fitted less closely, so that they stay short: it is a worse model now
+            and a better one afterwards.
 
     Returns:
         How many layers were changed; ``note`` says why nothing was done, e.g. where there are too

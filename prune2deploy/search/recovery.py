@@ -15,7 +15,7 @@ from prune2deploy.calibration import serves
 from prune2deploy.errors import ConfigError
 from prune2deploy.graph.axes import Graph
 from prune2deploy.plan.plan import Plan
-from prune2deploy.recover import Finetuned
+from prune2deploy.recover import Finetuned, Training
 from prune2deploy.recover.reconstruct import restore
 from prune2deploy.search.job import Finetune, Job
 
@@ -48,11 +48,17 @@ def recovered(
     told: list[str] = []
     trains = trains and job.finetune is not None
     if serves(job.batches, "bn"):
-        told.append(restore(module, job.module, graph, plan, job.batches, trained=trains))
+        trained = trains and not _short(job.finetune)
+        told.append(restore(module, job.module, graph, plan, job.batches, trained=trained))
     if job.finetune is not None and trains:
         module, note = finetuned(module, job.finetune)
         told += [note] if note else []
     return module, tuple(told)
+
+
+def _short(train: Finetune | None) -> bool:
+    """Whether training is known to end near where it starts."""
+    return isinstance(train, Training) and not train.settles
 
 
 def finetuned(module: nn.Module, train: Finetune) -> tuple[nn.Module, str]:

@@ -185,7 +185,7 @@ def test_few_steps_move_a_network_less_unless_a_rate_is_given():
         pairs = zip(after, module.parameters(), strict=True)
         return sum(float((a - b).detach().square().sum()) for a, b in pairs)
 
-    assert highest_rate(8) == pytest.approx(0.02 * 0.08)
+    assert highest_rate(8) == pytest.approx(0.02 * 0.08**2)
     assert highest_rate(100) == highest_rate(10_000) == 0.02
     assert moved(1, None) == moved(1, highest_rate(8)) < 0.01 * moved(1, 0.02)
     assert moved(13, None) == moved(13, 0.02)  # 104 steps
