@@ -22,7 +22,11 @@ _ROWS = 4096  # multiplied at once in single precision; the sums of those are do
 
 
 def correction(
-    inputs: Tensor, missing: Tensor, fitted: Tensor, short: Tensor | None = None
+    inputs: Tensor,
+    missing: Tensor,
+    fitted: Tensor,
+    constants: int = 0,
+    short: Tensor | None = None,
 ) -> Tensor | None:
     """What to add to weights so that least is missing.
 
@@ -33,9 +37,9 @@ def correction(
         inputs: float32 (rows, groups, d).
         missing: float32 (rows, groups, o), to be added to the outputs.
         fitted: bool (rows,), the part to fit to; the others judge.
-        short: (groups, up to d, o), the weights that the correction is added to, where they may
-            become at most ``LONGEST`` times as long; inputs that are left out (the last ones) and
-            weights that are all zero are not held to it.
+        constants: How many of the inputs, the last ones, stand for a bias: no ridge holds it back.
+        short: (groups, d - constants, o), the weights that the correction is added to, where they
+            may become at most ``LONGEST`` times as long; what is all zero is not held to it.
 
     Returns:
         float64 (groups, d, o) to add to weights that inputs are multiplied by from the left;
@@ -45,7 +49,7 @@ def correction(
     other_gram, other_cross = _moments(inputs[~fitted], missing[~fitted])
 
     def gain(ridge: float) -> float:
-        found = _solve(gram, cross, ridge)
+        found = _solve(gram, cross, ridge, constants)
         return float((found * (2 * other_cross - other_gram @ found)).sum())
 
     gains = {ridge: gain(ridge) for ridge in RIDGES}
@@ -53,10 +57,10 @@ def correction(
     if gains[ridge] <= 0:
         return None
     gram, cross = gram + other_gram, cross + other_cross
-    found = _solve(gram, cross, ridge)
+    found = _solve(gram, cross, ridge, constants)
     while short is not None and _too_long(short, found):
         ridge *= _STRONGER
-        found = _solve(gram, cross, ridge)
+        found = _solve(gram, cross, ridge, constants)
     return found
 
 
@@ -78,9 +82,11 @@ def _moments(inputs: Tensor, missing: Tensor) -> tuple[Tensor, Tensor]:
     return gram, cross
 
 
-def _solve(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
+def _solve(gram: Tensor, cross: Tensor, ridge: float, constants: int) -> Tensor:
     """Solve with ``ridge`` times the mean of each group's diagonal added to that diagonal."""
     diagonal = gram.diagonal(dim1=1, dim2=2)
-    extra = (ridge * diagonal.mean(1, keepdim=True)).clamp_min(1e-12).expand_as(diagonal)
+    held = diagonal[:, : diagonal.shape[1] - constants]
+    extra = torch.full_like(diagonal, 1e-12)
+    extra[:, : held.shape[1]] = (ridge * held.mean(1, keepdim=True)).clamp_min(1e-12)
     factor = torch.linalg.cholesky(gram + torch.diag_embed(extra))
     return torch.cholesky_solve(cross, factor)

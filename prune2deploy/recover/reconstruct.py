@@ -332,6 +332,7 @@ class _Correcting(_Watch):
             inputs.flatten(0, 1),
             missing.flatten(0, 1).unflatten(1, (inputs.shape[2], -1)),
             fitted.expand(-1, len(noted.positions)).flatten(),
+            int(call.bias is not None),
             None if self._long is None or name in self._long else call.matrices(),
         )
         if change is None:

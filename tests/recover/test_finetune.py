@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from prune2deploy.calibration import from_dataset
 from prune2deploy.errors import ConfigError
-from prune2deploy.recover import FinetuneOptions, evaluate, finetune
+from prune2deploy.recover import FinetuneOptions, Training, evaluate, finetune
 from prune2deploy.recover.evaluate import wilson
 from prune2deploy.recover.finetune import distillation_loss, highest_rate, learning_rate
 
@@ -189,6 +189,16 @@ def test_few_steps_move_a_network_less_unless_a_rate_is_given():
     assert highest_rate(100) == highest_rate(10_000) == 0.02
     assert moved(1, None) == moved(1, highest_rate(8)) < 0.01 * moved(1, 0.02)
     assert moved(13, None) == moved(13, 0.02)  # 104 steps
+
+
+def test_training_that_waits_is_the_same_and_knows_whether_it_settles(teacher):
+    options = FinetuneOptions(epochs=2, device="cpu")
+    waits, module = Training(teacher, blobs(), options), student()
+    direct = finetune(module, teacher, blobs(), options).module.state_dict()
+    for name, value in waits(module).module.state_dict().items():
+        assert torch.equal(value, direct[name]), name
+    epochs = [many for many in range(12) if Training(None, blobs(), FinetuneOptions(many)).settles]
+    assert epochs == [7, 8, 9, 10, 11]  # of 8 steps each: 50 at least
 
 
 def test_accuracy_counts_and_interval():

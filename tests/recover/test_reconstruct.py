@@ -12,7 +12,7 @@ from prune2deploy.graph import trace
 from prune2deploy.plan.plan import Plan
 from prune2deploy.recover import reconstruct, reestimate_batchnorm
 from prune2deploy.recover.contractions import contraction
-from prune2deploy.recover.least_squares import correction
+from prune2deploy.recover.least_squares import LONGEST, correction
 from prune2deploy.surgery.slicing import apply
 
 EXAMPLE = (torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(9)),)
@@ -251,6 +251,50 @@ def test_too_few_samples():
         done = reconstruct(small, net, graph, plan, few)
         assert "too few" in done.note
     assert all(torch.equal(v, before[n]) for n, v in small.state_dict().items())
+
+
+def test_weights_stay_short_for_training_where_no_batchnorm_follows():
+    torch.manual_seed(2)
+    net = Net(24)
+    with torch.no_grad():  # channels 6 to 11 are copies, which the classifier counts twice
+        net.two.weight[6:] = net.two.weight[:6]
+        net.head.weight[:, 6:] = net.head.weight[:, :6]
+    reestimate_batchnorm(net, data(256, seed=3))
+    net.eval()
+    sliced, graph, plan = pruned(net, {"one": tuple(range(0, 24, 2)), "two": tuple(range(6))})
+    plain, close, short = (copy.deepcopy(sliced) for _ in range(3))
+    reestimate_batchnorm(plain, data(128))
+    reconstruct(close, net, graph, plan, data(128))
+    assert reconstruct(short, net, graph, plan, data(128), trained=True).layers >= 2
+    before = sliced.head.weight.norm()
+    assert close.head.weight.norm() > LONGEST * before  # else there is nothing to see
+    assert before < short.head.weight.norm() <= LONGEST * before * 1.0001
+    for name in ("one.weight", "two.weight", "norm2.running_var"):
+        assert torch.equal(close.state_dict()[name], short.state_dict()[name]), name
+    fresh = data(256, seed=5)
+    errors = [apart(one, net, fresh) for one in (close, short, plain)]
+    assert errors == sorted(errors)
+
+
+def test_short_weights_gain_what_they_can():
+    """Two inputs that are nearly the same: the best weights are long and cancel each other."""
+    dice = torch.Generator().manual_seed(0)
+    one = torch.randn(600, 1, 1, generator=dice)
+    inputs = torch.cat([one, one + 0.05 * torch.randn(600, 1, 1, generator=dice), 0 * one + 1], 2)
+    weights = torch.tensor([[[1.0], [1.0]]], dtype=torch.float64)  # the bias is not held to it
+    missing = (inputs.double() @ torch.tensor([[[9.0], [-8.0], [50.0]]], dtype=torch.float64))[
+        ..., 0
+    ]
+    fitted = torch.arange(600) % 2 == 0
+    args = inputs, missing[..., None].float(), fitted
+    free, short = correction(*args, 1), correction(*args, 1, weights)
+    assert (weights + free[:, :2]).norm() > 3 * weights.norm()
+    assert (weights + short[:, :2]).norm() <= LONGEST * weights.norm()
+    assert free[0, 2].item() == pytest.approx(50, abs=0.1)
+    assert short[0, 2].item() == pytest.approx(50, abs=0.1)
+    left = (missing[..., None] - inputs.double() @ short).square().mean()
+    assert left < 0.8 * missing.var()
+    assert torch.equal(correction(*args, 1, torch.zeros(1, 2, 1)), free)  # of no length: free
 
 
 def test_correction_is_the_ridge_regression_of_its_closed_form():
