@@ -30,8 +30,8 @@ def table_equal(rows: list[Row]) -> list[str]:
             cells = []
             for point in dict.fromkeys(row["point"] for row in rows):
                 pairs = paired(rows, method, point, epochs)
-                means = [statistics.fmean(side) for side in zip(*pairs, strict=True)]
-                cells.append(f"{point:g}: {means[0]:5.2f} /{means[1]:5.2f}")
+                means = [f"{statistics.fmean(side):5.2f}" for side in zip(*pairs, strict=True)]
+                cells.append(f"{point:g}: {' /'.join(means) or 'none delivered'}")
             every = paired(rows, method, None, epochs)
             won = sum(theirs > mine for theirs, mine in every)
             gain = statistics.fmean(theirs - mine for theirs, mine in every)
