@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from prune2deploy.graph.recording import Recording, refs_in
+
 _ATEN = torch.ops.aten
 _LINEAR = {  # operator → where its input, weight and bias are among the arguments
     _ATEN.convolution.default: (0, 1, 2),
@@ -113,6 +115,28 @@ def contraction(func: Any, args: Sequence[Any]) -> Contraction | None:
     if transposed:
         return None
     return Contraction(args[into], args[weight], added, (stride, padding, dilation, groups), True)
+
+
+def last_weights(recording: Recording) -> frozenset[str]:
+    """Names of stored tensors that linear operators multiply by which no linear operator follows.
+
+    Those of a classifier, or of the heads of a detector.
+    """
+    source: dict[int, int] = {}  # what a view is of
+    for one in recording.operations:
+        read = [ref.number for ref in refs_in((one.args, one.kwargs))]
+        if getattr(one.func, "is_view", False) and read:
+            source.update(dict.fromkeys(one.outputs, source.get(read[0], read[0])))
+    followed: set[int] = set()
+    names: set[str | None] = set()
+    for one in reversed(recording.operations):
+        read = [ref.number for ref in refs_in((one.args, one.kwargs))]
+        leads = not followed.isdisjoint(one.outputs)
+        if one.func in _LINEAR and not leads:
+            names |= {recording.values[source.get(number, number)].weight for number in read}
+        if one.func in _LINEAR or leads:
+            followed.update(read)
+    return frozenset(name for name in names if name)
 
 
 def positions_of(call: Contraction, made: Tensor, samples: int) -> int:

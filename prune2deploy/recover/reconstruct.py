@@ -34,7 +34,7 @@ from prune2deploy.graph.calling import device_of, quiet, run, stored_tensors, te
 from prune2deploy.graph.recording import Recording
 from prune2deploy.plan.plan import Plan
 from prune2deploy.recover.batchnorm import reestimate_batchnorm
-from prune2deploy.recover.contractions import Contraction, contraction, positions_of
+from prune2deploy.recover.contractions import Contraction, contraction, last_weights, positions_of
 from prune2deploy.recover.distance import apart, outputs
 from prune2deploy.recover.least_squares import correction
 from prune2deploy.recover.rescaling import adjustable, restore_lengths
@@ -104,9 +104,9 @@ def reconstruct(
         graph: Its graph.
         plan: What was pruned.
         batches: (inputs, labels or ``None``); labels are not used.
-        trained: Whether training follows, and not of a few steps only. Weights that no BatchNorm
-            follows are then fitted less closely, so that they stay short: it is a worse model now
-            and a better one afterwards.
+        trained: Whether training follows, and not of a few steps only. The last layers, such as a
+            classifier, are then fitted less closely, so that their weights stay short, unless a
+            BatchNorm follows: it is a worse model now and a better one afterwards.
 
     Returns:
         How many layers were changed; ``note`` says why nothing was done, e.g. where there are too
@@ -123,8 +123,8 @@ def reconstruct(
     unseen = tuple(tensor[:judging] for tensor in inputs)
     before = _state(module)
     try:
-        long = adjustable(recording) if trained else None
-        done = _fit(module, original, (graph, plan), fitting, long)
+        short = last_weights(recording) - adjustable(recording) if trained else frozenset()
+        done = _fit(module, original, (graph, plan), fitting, short)
         errors = _errors(module, original, before, fitting, unseen)
     except Exception as error:  # noqa: BLE001  the user's code may refuse such a batch in any way
         module.load_state_dict(before)
@@ -145,9 +145,9 @@ def _fit(
     original: nn.Module,
     cut: tuple[Graph, Plan],
     inputs: tuple[Tensor, ...],
-    long: frozenset[str] | None,
+    short: frozenset[str],
 ) -> Reconstructed:
-    """The two passes; weights that are not named in ``long`` have to stay short."""
+    """The two passes; weights that are named in ``short`` have to stay so."""
     graph, plan = cut
     samples, forward = len(inputs[0]), graph.recording.forward_fn
     sizes = graph.sizes(plan.counts)
@@ -156,7 +156,7 @@ def _fit(
     listening = _Listening(original, kept_positions(graph, plan), samples, rows)
     with quiet(original), listening:
         run(original, inputs, forward)
-    correcting = _Correcting(module, listening.once(), samples, long)
+    correcting = _Correcting(module, listening.once(), samples, short)
     with quiet(module), correcting:
         run(module, inputs, forward)
     return Reconstructed(correcting.changed, correcting.met, samples)
@@ -305,10 +305,10 @@ class _Correcting(_Watch):
         module: nn.Module,
         noted: Mapping[str, _Noted],
         samples: int,
-        long: frozenset[str] | None,
+        short: frozenset[str],
     ) -> None:
         super().__init__(module, samples)
-        self._noted, self._long = noted, long
+        self._noted, self._short = noted, short
         self.met = self.changed = 0
 
     def see(self, name: str, call: Contraction, made: Tensor) -> bool:
@@ -333,7 +333,7 @@ class _Correcting(_Watch):
             missing.flatten(0, 1).unflatten(1, (inputs.shape[2], -1)),
             fitted.expand(-1, len(noted.positions)).flatten(),
             int(call.bias is not None),
-            None if self._long is None or name in self._long else call.matrices(),
+            call.matrices() if name in self._short else None,
         )
         if change is None:
             return False

@@ -11,7 +11,7 @@ from torch.nn import functional
 from prune2deploy.graph import trace
 from prune2deploy.plan.plan import Plan
 from prune2deploy.recover import reconstruct, reestimate_batchnorm
-from prune2deploy.recover.contractions import contraction
+from prune2deploy.recover.contractions import contraction, last_weights
 from prune2deploy.recover.least_squares import LONGEST, correction
 from prune2deploy.surgery.slicing import apply
 
@@ -274,6 +274,43 @@ def test_weights_stay_short_for_training_where_no_batchnorm_follows():
     fresh = data(256, seed=5)
     errors = [apart(one, net, fresh) for one in (close, short, plain)]
     assert errors == sorted(errors)
+
+
+def test_only_the_last_layers_stay_short():
+    """In a network without BatchNorm all other layers are fitted as closely as without training."""
+    torch.manual_seed(3)
+    layers = nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3)
+    net = nn.Sequential(*layers).eval()
+    sliced, graph, plan = pruned(net, {"0": range(12), "2": range(8)}, example=EXAMPLE_ROW)
+    close, short = copy.deepcopy(sliced), copy.deepcopy(sliced)
+    reconstruct(close, net, graph, plan, data(256, shape=(4,)))
+    reconstruct(short, net, graph, plan, data(256, shape=(4,)), trained=True)
+    assert torch.equal(close[2].weight, short[2].weight)
+    assert close[2].weight.norm() > LONGEST * sliced[2].weight.norm()
+    assert short[4].weight.norm() <= LONGEST * sliced[4].weight.norm() < close[4].weight.norm()
+
+
+class Heads(nn.Module):
+    """A residual sum, from which two heads follow, one of them of two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.branch = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.norm = nn.LayerNorm(8)
+        self.one, self.deep, self.deeper = nn.Linear(8, 2), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = self.norm((x + self.branch(x).relu()).flatten(2).mean(2))
+        return self.one(x).softmax(1), {"deep": self.deeper(self.deep(x).relu())}
+
+
+def test_last_layers_are_those_that_no_layer_follows():
+    assert last_weights(trace(Heads().eval(), EXAMPLE).recording) == {
+        "one.weight", "one.bias", "deeper.weight", "deeper.bias",
+    }  # fmt: skip
+    headless = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()).eval()
+    assert last_weights(trace(headless, EXAMPLE).recording) == {"0.weight", "0.bias"}
 
 
 def test_short_weights_gain_what_they_can():
