@@ -233,7 +233,7 @@ class Pruner:
             return module
         plan = channels(self.yard.graph, self.scores, trial.setting)
         module = self._cut(trial.setting)
-        lasts = training(self.case, epochs, 0, None).settles
+        lasts = epochs > 0 and training(self.case, epochs, 0, None).settles
         restore(module, self.case.module, self.yard.graph, plan, self.case.few, trained=lasts)
         return module
 

@@ -1,7 +1,8 @@
 """Linear operators met in a forward pass: what goes in, what comes out, one row per position.
 
 In: an ATen operator and its arguments. Out: a :class:`Contraction`, where the operator is a
-convolution or a matrix product by a weight; of it, chosen rows of inputs and outputs.
+convolution or a matrix product by a weight; of it, chosen rows of inputs and outputs. Of a whole
+recording: the weights of the last ones.
 """
 
 from __future__ import annotations
@@ -122,19 +123,14 @@ def last_weights(recording: Recording) -> frozenset[str]:
 
     Those of a classifier, or of the heads of a detector.
     """
-    source: dict[int, int] = {}  # what a view is of
-    for one in recording.operations:
-        read = [ref.number for ref in refs_in((one.args, one.kwargs))]
-        if getattr(one.func, "is_view", False) and read:
-            source.update(dict.fromkeys(one.outputs, source.get(read[0], read[0])))
-    followed: set[int] = set()
+    followed: set[int] = set()  # values that a linear operator reads, directly or not
     names: set[str | None] = set()
     for one in reversed(recording.operations):
         read = [ref.number for ref in refs_in((one.args, one.kwargs))]
-        leads = not followed.isdisjoint(one.outputs)
-        if one.func in _LINEAR and not leads:
-            names |= {recording.values[source.get(number, number)].weight for number in read}
-        if one.func in _LINEAR or leads:
+        linear, leads = one.func in _LINEAR, not followed.isdisjoint(one.outputs)
+        if linear and not leads:
+            names |= {recording.values[number].weight for number in read}
+        if linear or leads:
             followed.update(read)
     return frozenset(name for name in names if name)
 

@@ -124,7 +124,7 @@ def reconstruct(
     before = _state(module)
     try:
         short = last_weights(recording) - adjustable(recording) if trained else frozenset()
-        done = _fit(module, original, (graph, plan), fitting, short)
+        done = _fit(module, original, graph, plan, fitting, short)
         errors = _errors(module, original, before, fitting, unseen)
     except Exception as error:  # noqa: BLE001  the user's code may refuse such a batch in any way
         module.load_state_dict(before)
@@ -143,12 +143,12 @@ def reconstruct(
 def _fit(
     module: nn.Module,
     original: nn.Module,
-    cut: tuple[Graph, Plan],
+    graph: Graph,
+    plan: Plan,
     inputs: tuple[Tensor, ...],
     short: frozenset[str],
 ) -> Reconstructed:
     """The two passes; weights that are named in ``short`` have to stay so."""
-    graph, plan = cut
     samples, forward = len(inputs[0]), graph.recording.forward_fn
     sizes = graph.sizes(plan.counts)
     width = sum(layer.out_width(sizes) for layer in graph.without(plan.removed).layers)
@@ -332,8 +332,8 @@ class _Correcting(_Watch):
             inputs.flatten(0, 1),
             missing.flatten(0, 1).unflatten(1, (inputs.shape[2], -1)),
             fitted.expand(-1, len(noted.positions)).flatten(),
-            int(call.bias is not None),
-            call.matrices() if name in self._short else None,
+            constants=int(call.bias is not None),
+            short=call.matrices() if name in self._short else None,
         )
         if change is None:
             return False

@@ -11,7 +11,6 @@ about twice as long, and training from there ends where it began.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from prune2deploy.graph.calling import stored_tensors
-from prune2deploy.graph.recording import Recording, Ref, refs_in
+from prune2deploy.graph.recording import Recording, Ref
 
 _CONVOLUTION = torch.ops.aten.convolution.default
 _NORM = torch.ops.aten.native_batch_norm.default
@@ -80,8 +79,7 @@ def _lengths(weight: Tensor) -> Tensor:
 
 def _pairs(recording: Recording) -> Iterator[_Pair]:
     """Convolutions whose output a BatchNorm alone reads, with statistics of its own."""
-    read = [r.number for one in recording.operations for r in refs_in((one.args, one.kwargs))]
-    reads = Counter(read) + Counter(ref.number for ref in refs_in(recording.outputs))
+    reads = recording.reads()
 
     def own(value: Any) -> str | None:
         """Name of a stored tensor that nobody else reads."""

@@ -46,17 +46,17 @@ def recovered(
         ConfigError: The training gives back something else.
     """
     told: list[str] = []
-    trains = trains and job.finetune is not None
+    train = job.finetune if trains else None
     if serves(job.batches, "bn"):
-        trained = trains and not _short(job.finetune)
+        trained = train is not None and not _short(train)
         told.append(restore(module, job.module, graph, plan, job.batches, trained=trained))
-    if job.finetune is not None and trains:
-        module, note = finetuned(module, job.finetune)
+    if train is not None:
+        module, note = finetuned(module, train)
         told += [note] if note else []
     return module, tuple(told)
 
 
-def _short(train: Finetune | None) -> bool:
+def _short(train: Finetune) -> bool:
     """Whether training is known to end near where it starts."""
     return isinstance(train, Training) and not train.settles
 
