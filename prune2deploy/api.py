@@ -5,7 +5,7 @@ In: a module and example inputs. Out: new values; the module that was given is n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -18,6 +18,7 @@ from prune2deploy import target as targets
 from prune2deploy.config import Budget, ModelOptions, RunOptions
 from prune2deploy.errors import ConfigError
 from prune2deploy.graph import Graph
+from prune2deploy.graph import keep as keep_layers
 from prune2deploy.graph import trace as trace_graph
 from prune2deploy.identity import content
 from prune2deploy.importance import DATA_FREE, NAMES, score
@@ -72,6 +73,8 @@ class Extras(TypedDict, total=False):
             ``batches`` with labels.
         max_size_mb: Cap on the size of the weights, in megabytes.
         max_macs: Cap on the multiply-accumulates of one inference.
+        max_pruning_ratio: Largest fraction of its channels that any layer loses.
+        keep: Names or patterns of layers whose outputs keep all their channels.
         cache: Use timings of earlier runs on the device, and keep those of this one (True).
         seed: Of random plans (0).
         run_dir: Where to write; ``runs/...`` in the working folder unless given.
@@ -88,6 +91,8 @@ class Extras(TypedDict, total=False):
     max_drop: float | None
     max_size_mb: float | None
     max_macs: int | None
+    max_pruning_ratio: float | None
+    keep: Sequence[str]
     cache: bool
     seed: int
     run_dir: Path | str
@@ -118,6 +123,7 @@ def prune(
     ratio: float = 0.5,
     importance: str = "l2",
     channel_multiple: int = 1,
+    keep: Sequence[str] = (),
 ) -> nn.Module:
     """Remove the same fraction of every axis that can be pruned.
 
@@ -127,12 +133,15 @@ def prune(
         ratio: Fraction of the channels to remove, from 0 up to but not including 1.
         importance: Criterion that chooses the channels; one that needs no data.
         channel_multiple: Kept widths are multiples of this (rounded to the nearest, at least one).
+        keep: Names or patterns of layers (``"layer1"``, ``"*.qkv"``) whose outputs keep all their
+            channels.
 
     Returns:
         A new, smaller module.
 
     Raises:
-        ConfigError: A ratio outside [0, 1), or a criterion that is unknown or needs data.
+        ConfigError: A ratio outside [0, 1), a criterion that is unknown or needs data, or a name
+            in ``keep`` that fits nothing.
         TraceError: The forward pass fails, returns no tensor, or has nothing to prune.
     """
     if not 0 <= ratio < 1:
@@ -144,7 +153,7 @@ def prune(
             f"importance {importance!r} looks at data, which prune() takes none of; choose one of "
             f"{', '.join(DATA_FREE)}, or use prune_to_budget(..., batches=...)"
         )
-    graph = trace_graph(model, example_inputs)
+    graph = keep_layers(trace_graph(model, example_inputs), _names(keep))
     scores = score(importance, model, graph)
     curves = importance_curves(graph, scores)
     counts = uniform_counts(graph, curves, ratio, channel_multiple)
@@ -254,6 +263,11 @@ def _check_types(inputs: tuple[object, ...], finetune: object) -> None:
         )
 
 
+def _names(keep: Sequence[str]) -> tuple[str, ...]:
+    """The names to keep; a lone string is one name, not its letters."""
+    return (keep,) if isinstance(keep, str) else tuple(keep)
+
+
 def _options(
     name: str, target: str, budget: tuple[float | None, float | None], extras: Extras
 ) -> RunOptions:
@@ -262,13 +276,19 @@ def _options(
     return RunOptions(
         Budget(*budget, extras.get("percentile", 50)),
         target,
-        ModelOptions(name, precision=extras.get("precision"), seed=extras.get("seed", 0)),
+        ModelOptions(
+            name,
+            precision=extras.get("precision"),
+            seed=extras.get("seed", 0),
+            keep=_names(extras.get("keep", ())),
+        ),
         importance=config.one_of("importance", extras.get("importance", "l2"), NAMES),
         max_builds=extras.get("max_builds", RunOptions.max_builds),
         max_drop=extras.get("max_drop"),
         cache=extras.get("cache", True),
         max_size_mb=extras.get("max_size_mb"),
         max_macs=extras.get("max_macs"),
+        max_pruning_ratio=extras.get("max_pruning_ratio"),
     )
 
 

@@ -92,6 +92,13 @@ def _model_arguments(to: argparse.ArgumentParser) -> None:
     to.add_argument("--batch", type=int, default=1)
     to.add_argument("--input-size", metavar="HxW", help="pixels; one number for a square")
     to.add_argument("--seed", type=int, default=0)
+    to.add_argument(
+        "--keep",
+        action="append",
+        default=[],
+        metavar="LAYER",
+        help="a layer or pattern whose outputs keep all channels; may be repeated",
+    )
 
 
 def _precision_argument(to: argparse.ArgumentParser) -> None:
@@ -129,6 +136,9 @@ def _run_arguments(to: argparse.ArgumentParser) -> None:
     )
     to.add_argument("--max-size-mb", type=float, metavar="MB", help="cap on the weights' size")
     to.add_argument("--max-macs", type=float, metavar="N", help="cap on multiply-accumulates")
+    to.add_argument(
+        "--max-pruning-ratio", type=float, metavar="R", help="that any layer loses, 0 to 1"
+    )
     to.add_argument("--no-cache", action="store_true", help="forget timings of earlier runs")
     _output_arguments(to)
 

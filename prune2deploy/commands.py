@@ -69,10 +69,10 @@ def inspect(arguments: argparse.Namespace, progress: Progress) -> Reply:
     """Show the axes of a model."""
     options = _model_options(arguments)
     from prune2deploy import inspection
-    from prune2deploy.graph import trace
+    from prune2deploy.graph import keep, trace
 
     loaded = _load(options)
-    graph = trace(loaded.module, loaded.example_inputs)
+    graph = keep(trace(loaded.module, loaded.example_inputs), options.keep)
     return Reply(inspection.text(options.model, graph), inspection.document(options.model, graph))
 
 
@@ -128,6 +128,7 @@ def _model_options(arguments: argparse.Namespace, precision: str | None = None) 
         arguments.batch,
         precision,
         arguments.seed,
+        tuple(arguments.keep),
     )
 
 
@@ -144,6 +145,7 @@ def _run_options(arguments: argparse.Namespace) -> RunOptions:
         cache=not arguments.no_cache,
         max_size_mb=arguments.max_size_mb,
         max_macs=None if arguments.max_macs is None else config.whole(arguments.max_macs),
+        max_pruning_ratio=arguments.max_pruning_ratio,
     )
 
 

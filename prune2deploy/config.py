@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from prune2deploy.errors import ConfigError
 
@@ -82,6 +83,7 @@ class ModelOptions:
         batch: Samples per inference.
         precision: ``fp32``, ``fp16``, ``int8``, or ``None`` for the target's.
         seed: Of random weights, random plans and random inputs.
+        keep: Names or patterns of layers whose outputs keep all their channels; see ``graph.keep``.
     """
 
     model: str = "resnet50"
@@ -90,6 +92,7 @@ class ModelOptions:
     batch: int = 1
     precision: str | None = None
     seed: int = 0
+    keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.model.strip():
@@ -117,6 +120,7 @@ class RunOptions:
             the difference of the outputs decide.
         max_size_mb: Greatest size of the weights in megabytes (10**6 bytes), or ``None``.
         max_macs: Greatest number of multiply-accumulates of one inference, or ``None``.
+        max_pruning_ratio: Largest fraction of its channels that any layer loses, or ``None``.
         cache: Whether timings of earlier runs on the device are used, and those of this one kept.
     """
 
@@ -132,6 +136,7 @@ class RunOptions:
     cache: bool = True
     max_size_mb: float | None = None
     max_macs: int | None = None
+    max_pruning_ratio: float | None = None
 
     def __post_init__(self) -> None:
         _at_least("--max-builds", self.max_builds, 1)
@@ -143,6 +148,11 @@ class RunOptions:
             raise ConfigError(
                 f"--max-drop: found {self.max_drop:g}, expected a fraction from 0 up to but not "
                 "including 1, such as 0.01 for one per cent"
+            )
+        if self.max_pruning_ratio is not None and not 0 < self.max_pruning_ratio < 1:
+            raise ConfigError(
+                f"--max-pruning-ratio: found {self.max_pruning_ratio:g}, expected a fraction above "
+                "0 and below 1, such as 0.75 for layers that keep at least a quarter"
             )
         if self.finetune_epochs and self.data is None:
             raise ConfigError(
@@ -160,15 +170,20 @@ class RunOptions:
             return None
         return int(self.max_size_mb * 1e6 * _WEIGHTS / _BYTES[precision])
 
+    @property
+    def least(self) -> float:
+        """Smallest fraction of its channels that a layer keeps."""
+        return 0.0 if self.max_pruning_ratio is None else 1 - self.max_pruning_ratio
+
     def identity(self) -> dict[str, object]:
         """Plain values that must agree for one run to go on from another."""
-        found = json.loads(json.dumps(asdict(self), default=str))
+        found = _plain(self)
         del found["max_builds"]  # more builds than before is a reason to go on, not an obstacle
         del found["cache"]  # what was recalled is in the journal
-        for cap in ("max_size_mb", "max_macs"):
-            if found[cap] is None:
-                del found[cap]
-        return dict(found)
+        for limit in ("max_size_mb", "max_macs", "max_pruning_ratio"):
+            if found[limit] is None:
+                del found[limit]
+        return found
 
 
 @dataclass(frozen=True)
@@ -191,7 +206,15 @@ class SweepOptions:
 
     def identity(self) -> dict[str, object]:
         """Plain values that must agree for one sweep to go on from another."""
-        return dict(json.loads(json.dumps(asdict(self), default=str)))
+        return _plain(self)
+
+
+def _plain(options: RunOptions | SweepOptions) -> dict[str, Any]:
+    """All values as JSON has them; what no layer is asked to keep goes unsaid."""
+    found: dict[str, Any] = json.loads(json.dumps(asdict(options), default=str))
+    if not found["model"]["keep"]:
+        del found["model"]["keep"]
+    return found
 
 
 def digest(identity: dict[str, object]) -> str:

@@ -213,7 +213,8 @@ class Search:
         return self.shop.run.journal.once("blocks to take out", tuple[str, ...], work)
 
     def _offer(self, graph: Graph) -> tuple[Choice, ...]:
-        return choices(graph, self.worth.curves, multiple=self.lessons.multiple)
+        multiple, least = self.lessons.multiple, self.options.least
+        return choices(graph, self.worth.curves, multiple=multiple, least=least)
 
     def _problem(self) -> Problem:
         assert self.model is not None

@@ -138,6 +138,9 @@ def test_sweep_inspect_build_and_measure(place):
         "first": 32,
         "second": 48,
     }
+    held = command("inspect", *SMALL[:2], "--keep", "second", "--json", cwd=place)
+    axes = json.loads(held.stdout)["axes"]
+    assert [a["name"] for a in axes if a["frozen"] == "kept as asked"] == ["second"]
     onnx = "s/baseline.onnx"
     built = command("build", onnx, *SMALL[2:], "--out", "engine", "--json", cwd=place)
     assert Path(json.loads(built.stdout)["engine"]).exists()

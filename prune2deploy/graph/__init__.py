@@ -6,7 +6,8 @@ for axis in graph.axes: ...
 """
 
 from prune2deploy.graph.axes import Axis, Block, Graph, Layer, Member, Polynomial
+from prune2deploy.graph.keep import keep
 from prune2deploy.graph.rules import rule
 from prune2deploy.graph.trace import trace
 
-__all__ = ["Axis", "Block", "Graph", "Layer", "Member", "Polynomial", "rule", "trace"]
+__all__ = ["Axis", "Block", "Graph", "Layer", "Member", "Polynomial", "keep", "rule", "trace"]

@@ -14,7 +14,7 @@ from prune2deploy.calibration import check_form, check_labels, filled, require, 
 from prune2deploy.config import ModelOptions, check_max_drop
 from prune2deploy.errors import ConfigError, MissingBackend, TraceError
 from prune2deploy.exporting import export
-from prune2deploy.graph import trace
+from prune2deploy.graph import keep, trace
 from prune2deploy.graph.calling import quiet
 from prune2deploy.measure import Measurement
 from prune2deploy.search import candidate
@@ -39,7 +39,7 @@ def open_workshop(
     there = backend.availability(target)
     if not there.usable:
         raise MissingBackend(f"target {target.name}: {there.reason}; {there.fix}")
-    graph = trace(job.module, job.example_inputs)
+    graph = keep(trace(job.module, job.example_inputs), options.keep)
     if not graph.prunable:
         reasons = sorted({str(axis.frozen) for axis in graph.axes if axis.frozen})
         raise TraceError(

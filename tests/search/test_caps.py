@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import prune2deploy
-from prune2deploy.config import Budget, RunOptions
+from prune2deploy.config import Budget, ModelOptions, RunOptions
 from prune2deploy.errors import ConfigError, PlanError
 from prune2deploy.report.text import gains, run_text
 
@@ -62,9 +62,37 @@ def test_a_cap_out_of_reach_is_an_error(run):
             RunOptions(Budget(speedup=2), "ort", **cap)
 
 
+def test_no_layer_loses_more_than_it_may(run):
+    free = run("free", speedup=3.0).plan.counts
+    sizes = {"0": 64, "2": 96, "4": 64}
+    assert min(free[name] / sizes[name] for name in free) < 0.5
+    held = run("held", speedup=1.8, max_pruning_ratio=0.5)
+    assert held.met
+    assert all(count >= sizes[name] / 2 for name, count in held.plan.counts.items())
+    out = run("out", speedup=30.0, max_pruning_ratio=0.5)
+    assert out.verdict == "unreachable"
+    assert out.plan.counts == {name: size // 2 for name, size in sizes.items()}
+
+
+def test_layers_that_are_kept_lose_nothing_and_the_budget_is_met(run):
+    result = run("r", speedup=1.3, keep=["2"])
+    assert result.met and result.module[2].out_channels == 96
+    assert result.module[0].out_channels < 64
+    assert next(a for a in result.report.axes if a.name == "2").frozen == "kept as asked"
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0, -0.5, float("nan")])
+def test_a_pruning_ratio_that_cannot_be_a_limit_is_an_error(ratio):
+    with pytest.raises(ConfigError, match="--max-pruning-ratio"):
+        RunOptions(Budget(speedup=2), "ort", max_pruning_ratio=ratio)
+
+
 def test_runs_without_caps_go_on_from_older_ones():
     options = RunOptions(Budget(speedup=2), "ort")
-    assert "max_macs" not in options.identity() and "cache" not in options.identity()
+    assert not {"max_macs", "max_pruning_ratio", "cache"} & options.identity().keys()
+    assert "keep" not in options.identity()["model"]
+    kept = RunOptions(Budget(speedup=2), "ort", ModelOptions(keep=("fc",)))
+    assert kept.identity()["model"]["keep"] == ["fc"]
     assert RunOptions(Budget(speedup=2), "ort", max_macs=5).identity()["max_macs"] == 5
 
 

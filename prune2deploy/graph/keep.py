@@ -1,0 +1,73 @@
+"""Freeze what a user wants to stay as it is, by the names of layers.
+
+In: a graph, and names or shell patterns of modules, stored tensors or axes. Out: the graph in which
+every channel that those make is frozen, and no block that holds any of them can go.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+from prune2deploy.errors import ConfigError
+from prune2deploy.graph.axes import Axis, Graph
+
+KEPT = "kept as asked"
+_SHOWN = 3  # names offered for one that is unknown
+
+
+def keep(graph: Graph, patterns: Sequence[str]) -> Graph:
+    """The graph with the outputs of the named layers frozen.
+
+    Args:
+        graph: The traced model.
+        patterns: Paths of modules (with all that they hold), names of stored tensors or of axes;
+            ``*``, ``?`` and ``[...]`` as in a shell (``layer1``, ``*.qkv``).
+
+    Raises:
+        ConfigError: A pattern fits nothing.
+    """
+    if not patterns:
+        return graph
+    _check(graph, patterns)
+    tensors = {name for name in graph.tensors if _fits(_paths(name), patterns)}
+    made = {
+        axis.name for axis in graph.axes if _makes(axis, tensors) or _fits([axis.name], patterns)
+    }
+    tied = {axis.tie for axis in graph.axes if axis.name in made} - {None}
+    axes = tuple(
+        replace(axis, frozen=axis.frozen or KEPT) if axis.name in made or axis.tie in tied else axis
+        for axis in graph.axes
+    )
+    blocks = tuple(block for block in graph.blocks if tensors.isdisjoint(block.weights))
+    return replace(graph, axes=axes, blocks=blocks, _by_name={})
+
+
+def _makes(axis: Axis, tensors: set[str]) -> bool:
+    """Whether the channels are made, or worked on one by one, by any of the tensors."""
+    return any(member.role != "in" and member.tensor in tensors for member in axis.members)
+
+
+def _paths(tensor: str) -> Iterator[str]:
+    """The name of a stored tensor and of every module that holds it, outermost first."""
+    return itertools.accumulate(tensor.split("."), "{}.{}".format)
+
+
+def _fits(names: Iterable[str], patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+
+def _check(graph: Graph, patterns: Sequence[str]) -> None:
+    paths = [path for tensor in graph.tensors for path in _paths(tensor)]
+    known = list(dict.fromkeys([*paths, *(axis.name for axis in graph.axes)]))
+    for pattern in patterns:
+        if not _fits(known, [pattern]):
+            near = difflib.get_close_matches(pattern, known, n=_SHOWN)
+            hint = f"did you mean {' or '.join(near)}? " if near else ""
+            raise ConfigError(
+                f"--keep: found {pattern!r}, which names no layer, tensor or axis of the model; "
+                f"{hint}`prune2deploy inspect` lists them"
+            )
