@@ -181,6 +181,8 @@ def _working(
     tell(progress, calibration.notices(batches))
     label = f"{_short(options.model.model)}-{target.name}-{ending}"
     with _opened(arguments, label, _identity(options, target, loaded, batches)) as held:
+        if arguments.resume and not held.begun:
+            tell(progress, [f"{shown(held.path)} holds no run to go on with; a new one begins"])
         yield Job(
             loaded.module,
             loaded.example_inputs,

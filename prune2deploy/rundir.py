@@ -62,6 +62,11 @@ class RunDir:
         identity: Plain values that must agree for one run to go on from another.
         resume: Go on from what the folder holds.
 
+    Attributes:
+        path: The folder.
+        journal: Every finished step.
+        begun: Whether it held finished steps of this run when it was opened.
+
     Raises:
         ConfigError: The folder cannot be written, holds something else, holds another run, or
             is in use by another process.
@@ -81,13 +86,14 @@ class RunDir:
             )
         try:
             self.journal = Journal(self.path / JOURNAL)
-            self._start(identity, resume=resume, vacant=ours and not self.journal.started)
+            self.begun = not ours or self.journal.started
+            self._start(identity, resume=resume)
         except BaseException:
             self._lock.close()
             raise
 
-    def _start(self, identity: Mapping[str, object], *, resume: bool, vacant: bool) -> None:
-        if not vacant:
+    def _start(self, identity: Mapping[str, object], *, resume: bool) -> None:
+        if self.begun:
             _check_identity(self.path, identity, resume=resume)
         else:
             _remove(self.path / WORK)

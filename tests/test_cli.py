@@ -297,6 +297,14 @@ def test_resume_finds_the_run_by_its_content_and_names_it(place, monkeypatch, ca
     assert "holds another run (content.code" in capsys.readouterr().err
 
 
+def test_resume_says_where_there_is_nothing_to_go_on_with(place, capsys):
+    given = [*map(str, SMALL), "--speedup", "1.3", "--out", "new", "--resume"]
+    assert cli.run(given) == 0
+    assert "note: new holds no run to go on with; a new one begins" in capsys.readouterr().err
+    assert cli.run(given) == 0
+    assert "begins" not in capsys.readouterr().err
+
+
 def test_a_command_that_is_refused_takes_no_folder(place, capsys):
     wrong = [*map(str, SMALL), "--speedup", "1.3", "--out", "r", "--data", "nowhere.toml"]
     assert cli.run(wrong) == 2
