@@ -24,6 +24,7 @@ from prune2deploy.exporting import fixed
 from prune2deploy.modes import evaluating
 
 DEFAULT_OPSET = 20
+_LOG_SWITCH = "_jit_set_onnx_log_enabled"  # of ``torch._C``
 SINGLE_FILE_BYTES = 1_900_000_000  # protobuf refuses messages of 2 GiB; weights then go beside it
 
 _EXPORTER_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
@@ -225,7 +226,7 @@ def _run_exporter(
         arguments["dynamic_shapes"] = (tuple({0: batch} for _ in inputs),)
     elif options.get("dynamic_batch", False):
         arguments["dynamic_axes"] = {name: {0: "batch"} for name in (*names[0], *names[1])}
-    with _quiet(), torch.no_grad():
+    with _quiet(), _unlogged(), torch.no_grad():
         _call_exporter(lambda: torch.onnx.export(module, inputs, str(file), **arguments))
 
 
@@ -240,9 +241,9 @@ def _call_exporter(export: Callable[[], object]) -> None:
     except OSError:
         raise  # a full disk or a folder that cannot be written says so itself
     except Exception as error:
-        told = first_line(error).partition("Please feel free")[0].strip()
+        told = first_line(error).partition("Please feel free")[0].strip().rstrip(".")
         raise ExportError(
-            f"torch.onnx.export cannot write this model: {told} Replace what is named in the "
+            f"torch.onnx.export cannot write this model: {told}. Replace what is named in the "
             "model's code, or leave that part out of the model and run it beside the engine"
         ) from error
 
@@ -257,6 +258,22 @@ def _quiet() -> Iterator[None]:
             for category in (DeprecationWarning, FutureWarning, UserWarning):
                 warnings.filterwarnings("ignore", category=category, module=module)
         yield
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """Keep the graph of a model that cannot be exported off standard output.
+
+    TorchScript's exporter switches its log on whether or not it is asked to (``verbose``).
+    """
+    switch = vars(torch._C).get(_LOG_SWITCH)
+    if switch is not None:
+        setattr(torch._C, _LOG_SWITCH, lambda enabled: None)
+    try:
+        yield
+    finally:
+        if switch is not None:
+            setattr(torch._C, _LOG_SWITCH, switch)
 
 
 @contextmanager
