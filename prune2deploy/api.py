@@ -75,6 +75,9 @@ class Extras(TypedDict, total=False):
         max_macs: Cap on the multiply-accumulates of one inference.
         max_pruning_ratio: Largest fraction of its channels that any layer loses.
         keep: Names or patterns of layers whose outputs keep all their channels.
+        input_names: Names of the inputs in the ONNX file; ``input`` unless given, or where there
+            are several the names of the forward pass.
+        output_names: Names of its outputs; made from the structure of the output unless given.
         cache: Use timings of earlier runs on the device, and keep those of this one (True).
         seed: Of random plans (0).
         run_dir: Where to write; ``runs/...`` in the working folder unless given.
@@ -93,6 +96,8 @@ class Extras(TypedDict, total=False):
     max_macs: int | None
     max_pruning_ratio: float | None
     keep: Sequence[str]
+    input_names: Sequence[str]
+    output_names: Sequence[str]
     cache: bool
     seed: int
     run_dir: Path | str
@@ -224,10 +229,12 @@ def prune_to_budget(
     options = _options(name, str(target), (budget_ms, speedup), extras)
     profile = targets.load(target)
     batches, resume = extras.get("batches"), extras.get("resume", False)
+    names = _names(extras.get("input_names", ())), _names(extras.get("output_names", ()))
     identity = {
         **options.identity(),
         "profile": profile.sha256,
         "finetune": finetune is not None,
+        "names": names,
         "content": content(model, inputs, batches),
     }
     label = f"{name}-{profile.name}-{options.budget.label}"
@@ -240,7 +247,9 @@ def prune_to_budget(
             run,
             batches,
             finetune,
-            progress=extras.get("progress", silent),
+            names[0],
+            names[1],
+            extras.get("progress", silent),
         )
         return carry_out(job, options, name)
 
@@ -263,9 +272,9 @@ def _check_types(inputs: tuple[object, ...], finetune: object) -> None:
         )
 
 
-def _names(keep: Sequence[str]) -> tuple[str, ...]:
-    """The names to keep; a lone string is one name, not its letters."""
-    return (keep,) if isinstance(keep, str) else tuple(keep)
+def _names(given: Sequence[str]) -> tuple[str, ...]:
+    """Names that the caller gave; a lone string is one name, not its letters."""
+    return (given,) if isinstance(given, str) else tuple(given)
 
 
 def _options(

@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from prune2deploy import measure
 from prune2deploy.backends.null import NullBackend
 from prune2deploy.calibration import from_dataset
 from prune2deploy.config import Budget
-from prune2deploy.errors import ConfigError, ParityError
+from prune2deploy.errors import ConfigError, ExportError, ParityError
 from prune2deploy.journal import Journal
 from prune2deploy.measure import Comparison, LatencyStats
 from prune2deploy.recover.distance import apart, outputs
@@ -88,6 +89,35 @@ def test_the_report_says_what_the_file_holds_of_the_example(target, tmp_path):
     )
     notes = [note for note in found.report.notes if "values that depend on the input" in note]
     assert len(notes) == 1 and "test_loop.py:" in notes[0]
+
+
+class Masked(Net):
+    """Takes two inputs."""
+
+    def forward(self, picture, mask):
+        return super().forward(picture * mask)
+
+
+@pytest.mark.parametrize(
+    ("given", "names", "result"),
+    [
+        ({}, ["picture", "mask"], ["output"]),
+        ({"input_names": ("a", "b"), "output_names": "scores"}, ["a", "b"], ["scores"]),
+    ],
+)
+def test_inputs_and_outputs_are_named_in_the_file(target, tmp_path, given, names, result):
+    net = Masked().eval(), (torch.randn(1, 3, 8, 8), torch.ones(1, 1, 8, 8))
+    done = run(net, target, speedup=1.2, run_dir=tmp_path / "r", **given)
+    graph = onnx.load(str(done.run_dir / "model.onnx")).graph
+    assert [one.name for one in graph.input] == names
+    assert [one.name for one in graph.output] == result
+    with pytest.raises(ConfigError, match="names"):
+        run(net, target, speedup=1.2, run_dir=tmp_path / "r", resume=True, input_names=("c", "d"))
+
+
+def test_too_few_names_are_an_error(net, target, tmp_path):
+    with pytest.raises(ExportError, match="2 input names for 1 input"):
+        run(net, target, speedup=1.2, run_dir=tmp_path / "r", input_names=("a", "b"))
 
 
 def run(net, target, **more):

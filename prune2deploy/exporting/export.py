@@ -7,6 +7,7 @@ based one, and after simplification both give the same operators and the same la
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from prune2deploy.exporting import fixed
 from prune2deploy.modes import evaluating
 
 DEFAULT_OPSET = 20
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _LOG_SWITCH = "_jit_set_onnx_log_enabled"  # of ``torch._C``
 SINGLE_FILE_BYTES = 1_900_000_000  # protobuf refuses messages of 2 GiB; weights then go beside it
 
@@ -117,13 +119,23 @@ def _input_names(inputs: tuple[Tensor, ...], given: Sequence[str] | None) -> lis
     return names
 
 
-def input_names(count: int) -> tuple[str, ...]:
+def input_names(count: int, module: nn.Module | None = None) -> tuple[str, ...]:
     """Names of ``count`` inputs when the caller gives none.
+
+    Several have the names of the parameters of ``module.forward``, unless stored tensors have
+    them too.
 
     >>> input_names(1), input_names(2)
     (('input',), ('input_0', 'input_1'))
     """
-    return ("input",) if count == 1 else tuple(f"input_{i}" for i in range(count))
+    if count == 1:
+        return ("input",)
+    if module is not None:
+        given = list(inspect.signature(module.forward).parameters.values())[:count]
+        names = tuple(one.name for one in given if one.kind in _POSITIONAL)
+        if len(names) == count and not set(names) & module.state_dict().keys():
+            return names
+    return tuple(f"input_{i}" for i in range(count))
 
 
 def flatten(value: object, prefix: str = "output") -> dict[str, Tensor]:

@@ -43,12 +43,8 @@ def load(request: Request) -> LoadedModel:
         example_inputs=_inputs(inputs, request),
         spec=request.name,
         library="factory",
-        input_names=("input",) if not inputs else _names(len(inputs)),
+        input_names=(),
     )
-
-
-def _names(count: int) -> tuple[str, ...]:
-    return ("input",) if count == 1 else tuple(f"input{i}" for i in range(count))
 
 
 @contextlib.contextmanager

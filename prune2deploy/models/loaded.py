@@ -56,7 +56,7 @@ class LoadedModel:
         example_inputs: What ``module(*example_inputs)`` takes.
         spec: The name that it was loaded by.
         library: Which loader made it.
-        input_names: One per example input.
+        input_names: One per example input where the library knows them, else empty.
         output_names: One per output where the library knows them, else empty.
         preprocessing: How pictures become inputs, where the library knows it.
     """

@@ -94,7 +94,7 @@ class Workshop:
         run: The run directory.
         progress: Hears of every step.
         total: Most builds there can be, for progress.
-        input_names: Names of the inputs in the ONNX file; empty leaves them to the exporter.
+        input_names: Names of the inputs in the ONNX file.
         output_names: Names of the outputs in the ONNX file; empty likewise.
         batches: Calibration data, or ``None``.
         max_drop: Largest accuracy to lose to the precision; see ``lowering``.
@@ -108,7 +108,7 @@ class Workshop:
     run: RunDir
     progress: Progress
     total: int
-    input_names: tuple[str, ...] = ()
+    input_names: tuple[str, ...]
     output_names: tuple[str, ...] = ()
     batches: Any = None
     max_drop: float | None = None

@@ -44,7 +44,8 @@ class Job:
         run: The opened run directory.
         batches: Calibration data, or ``None``.
         finetune: Called with the pruned module; trains it in place or returns another.
-        input_names: Names of the inputs in the ONNX file; empty leaves them to the exporter.
+        input_names: Names of the inputs in the ONNX file; empty for ``input``, or where there are
+            several for those of the parameters of the forward pass.
         output_names: Names of the outputs in the ONNX file; empty likewise.
         progress: Hears of every step.
     """

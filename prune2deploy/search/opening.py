@@ -58,7 +58,7 @@ def open_workshop(
         job.run,
         job.progress,
         builds,
-        job.input_names,
+        job.input_names or export.input_names(len(job.example_inputs), job.module),
         job.output_names,
         job.batches,
         max_drop,

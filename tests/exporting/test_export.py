@@ -11,7 +11,7 @@ from torch import nn
 from prune2deploy import atomic, models
 from prune2deploy.errors import ExportError
 from prune2deploy.exporting import parity
-from prune2deploy.exporting.export import flatten, to_onnx
+from prune2deploy.exporting.export import flatten, input_names, to_onnx
 
 
 class Net(nn.Module):
@@ -90,6 +90,26 @@ def test_names_and_opset_are_as_asked(tmp_path, image):
     assert [i.name for i in model.graph.input] == ["pixels"]
     assert [o.name for o in model.graph.output] == ["y"]
     assert model.opset_import[0].version == 17
+
+
+def test_several_inputs_are_named_as_in_the_forward_pass_where_that_is_unique():
+    class Two(nn.Module):
+        def forward(self, picture, /, mask, scale=1.0):
+            return picture * mask
+
+    class Stored(Two):
+        def __init__(self):
+            super().__init__()
+            self.mask = nn.Parameter(torch.ones(1))
+
+    class Any(nn.Module):
+        def forward(self, *tensors):
+            return tensors[0]
+
+    assert input_names(2, Two()) == ("picture", "mask")
+    assert input_names(1, Two()) == ("input",)
+    for module in (Stored(), Any(), None):
+        assert input_names(2, module) == ("input_0", "input_1")
 
 
 @pytest.mark.parametrize("dynamo", [False, True])
