@@ -73,7 +73,8 @@ class Extras(TypedDict, total=False):
             ``batches`` with labels.
         max_size_mb: Cap on the size of the weights, in megabytes.
         max_macs: Cap on the multiply-accumulates of one inference.
-        max_pruning_ratio: Largest fraction of its channels that any layer loses.
+        max_pruning_ratio: Largest fraction of its channels that any layer loses; no block
+            goes then.
         keep: Names or patterns of layers whose outputs keep all their channels.
         input_names: Names of the inputs in the ONNX file; ``input`` unless given, or where there
             are several the names of the forward pass.

@@ -120,7 +120,8 @@ class RunOptions:
             the difference of the outputs decide.
         max_size_mb: Greatest size of the weights in megabytes (10**6 bytes), or ``None``.
         max_macs: Greatest number of multiply-accumulates of one inference, or ``None``.
-        max_pruning_ratio: Largest fraction of its channels that any layer loses, or ``None``.
+        max_pruning_ratio: Largest fraction of its channels that any layer loses, or ``None``; with
+            one, no block goes either.
         cache: Whether timings of earlier runs on the device are used, and those of this one kept.
     """
 

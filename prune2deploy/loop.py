@@ -28,7 +28,7 @@ from prune2deploy import measure
 from prune2deploy.calibration import notices, serves
 from prune2deploy.config import RunOptions
 from prune2deploy.errors import ConfigError
-from prune2deploy.graph.axes import Graph
+from prune2deploy.graph.axes import Block, Graph
 from prune2deploy.importance import score
 from prune2deploy.measure import Comparison, Goal
 from prune2deploy.plan.allocate import Curve, Gap, channels, optimality_gap
@@ -48,6 +48,7 @@ from prune2deploy.search.job import (
     expected_half_width,
     judge,
     percentile_ms,
+    unfilled,
 )
 from prune2deploy.search.learning import COVERED, Lessons
 from prune2deploy.search.opening import measure_baseline, open_workshop
@@ -188,7 +189,7 @@ class Search:
 
         The first time those that the worthiest plan lacks, the second time all.
         """
-        left = depth.removable(self.graph)
+        left = self._removable
         if not left or not self.builds_left or not self.baseline.profile:
             return False
         self.model = self.lessons.fit()
@@ -199,6 +200,12 @@ class Search:
         self.choices = self._offer(self.graph)
         self.floor_missed = False
         return True
+
+    @property
+    def _removable(self) -> tuple[Block, ...]:
+        """Blocks that may still go: none where layers may lose only a part of their channels."""
+        bounded = self.options.max_pruning_ratio is not None
+        return () if bounded else depth.removable(self.graph)
 
     def _expendable(self) -> tuple[str, ...]:
         """Blocks to take out of the whole model."""
@@ -241,11 +248,8 @@ class Search:
             self.lessons.keep()
         self.model = self.lessons.fit()
         self.notes += self.lessons.timings.notes
-        if not self.done and self.builds_left <= 0:
-            self.notes.append(
-                f"all {self.options.max_builds} builds are used; more of them (--max-builds) may "
-                "come nearer to the budget"
-            )
+        if not self.done:
+            self.notes += unfilled(self.attempts, self.builds_left, self.options.max_builds)
         if self.ranked:
             self.notes.append(
                 f"{self.ranked} plans of nearly equal worth were compared by their loss on "
@@ -363,7 +367,7 @@ class Search:
     @property
     def _out_of_reach(self) -> bool:
         """Whether the smallest plan there is has missed, with no block left to take out."""
-        return self.floor_missed and not depth.removable(self.graph)
+        return self.floor_missed and not self._removable
 
     def _verdict(self, found: Attempt) -> str:
         if found.verdict == "missed" and self._out_of_reach:

@@ -209,6 +209,28 @@ def best(attempts: Sequence[Attempt]) -> Attempt:
     return min(attempts, key=lambda a: a.share)
 
 
+def unfilled(attempts: Sequence[Attempt], left: int, most: int) -> tuple[str, ...]:
+    """Why a search ended although the budget is not filled, where it can be said.
+
+    Args:
+        attempts: What was measured.
+        left: Builds that were left.
+        most: Builds that were allowed.
+    """
+    if left <= 0:
+        return (
+            f"all {most} builds are used; more of them (--max-builds) may come nearer to the "
+            "budget",
+        )
+    met = [attempt for attempt in attempts if attempt.verdict == "met"]
+    if not met:
+        return ()
+    return (
+        f"{100 * best(met).share:.1f} % of the budget is used: no other widths that the target "
+        "runs well at are predicted to fit into the rest and to be worth as much",
+    )
+
+
 def aim(limit_ms: float, half_width: float) -> float:
     """Where to aim so that the upper end of an interval of ``half_width`` meets the limit."""
     return limit_ms * (1 - min(half_width, WIDEST) - MARGIN)

@@ -21,14 +21,14 @@ from prune2deploy.config import FILL
 from prune2deploy.graph.axes import Graph
 from prune2deploy.plan.allocate import Allocation, Curve, SmallestMisses, allocate
 from prune2deploy.plan.choices import Choice, Problem
+from prune2deploy.plan.filling import NEAR, fuller
 
 Flags = npt.NDArray[np.bool_]
 
 NUDGES = 12  # times that the aim is moved to find a plan that was not tried before
 NUDGE = 0.005
 POINTS = 40  # of a curve, about
-HELD = 6  # axes held wider in turn to fill a budget, or moved to find plans nearly as good
-NEAR = 0.03  # of what widths are worth in all: how much worse a plan nearly as good may be
+HELD = 6  # axes moved in turn to find plans nearly as good
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,7 @@ def _among(question: Question, problem: Problem, found: Allocation) -> list[Allo
     """The plans to choose from, the worthiest first: never empty, tried ones only if all are."""
     whole, plans = question.problem, [found]
     if question.up and found.predicted_ms < FILL * whole.budget_ms:
-        enough = [p for p in fuller(problem, found) if p.predicted_ms >= FILL * whole.budget_ms]
-        plans = sorted(enough, key=lambda plan: -plan.objective) or plans
+        plans = fuller(problem, found, FILL * whole.budget_ms) or plans
     if question.rank is not None:
         filled = min(FILL * problem.budget_ms, plans[0].predicted_ms)
         plans += [p for p in near(problem, plans[0]) if p.predicted_ms >= filled]
@@ -139,18 +138,6 @@ def pruned(graph: Graph, counts: Mapping[str, int]) -> dict[str, int]:
 
 def _untried(question: Question, wanted: Wanted) -> Wanted | None:
     return None if pruned(question.problem.graph, wanted.counts) in question.tried else wanted
-
-
-def fuller(problem: Problem, found: Allocation) -> list[Allocation]:
-    """Plans near the worthiest one that use more of the budget than it does.
-
-    Wide steps of one costly axis can leave a gap below the budget that no worthier plan fills.
-    Each of the costliest axes is therefore held one step wider in turn, and the others give way.
-    """
-    plans = []
-    for number, choice in _costliest(problem, found):
-        plans += _with_options(problem, number, choice.options > found.counts[choice.axes[0]])
-    return [plan for plan in plans if plan.predicted_ms > found.predicted_ms]
 
 
 def near(problem: Problem, found: Allocation) -> list[Allocation]:

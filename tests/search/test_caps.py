@@ -87,6 +87,24 @@ def test_a_pruning_ratio_that_cannot_be_a_limit_is_an_error(ratio):
         RunOptions(Budget(speedup=2), "ort", max_pruning_ratio=ratio)
 
 
+def test_a_budget_that_no_other_widths_fill_is_explained(tmp_path):
+    path = tmp_path / "formula.toml"
+    path.write_text(FORMULA.replace("8", "16"))
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 48, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(48, 8),
+    ).eval()  # fmt: skip
+    x = torch.randn(1, 3, 12, 12)
+    result = prune2deploy.prune_to_budget(
+        net, x, target=path, speedup=1.7, run_dir=tmp_path / "r", cache=False
+    )
+    share = result.measurement.ratio * 1.7
+    assert result.met and share < 0.97
+    (told,) = [note for note in result.report.notes if "of the budget is used" in note]
+    assert told.startswith(f"{100 * share:.1f} %")
+
+
 def test_runs_without_caps_go_on_from_older_ones():
     options = RunOptions(Budget(speedup=2), "ort")
     assert not {"max_macs", "max_pruning_ratio", "cache"} & options.identity().keys()
