@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from prune2deploy.calibration import Batch, restarting
 from prune2deploy.errors import ConfigError
@@ -25,6 +27,7 @@ from prune2deploy.recover.evaluate import logits_of
 from prune2deploy.surgery.copying import copied
 
 RATE = 0.02  # highest, where there are steps enough
+_IGNORED = -100  # label that ``cross_entropy`` leaves out
 SETTLES = 100  # steps that it takes to settle from there
 
 Progress = Callable[[int, int, float], None]
@@ -209,6 +212,8 @@ class _Run:
         self.step = 0
         self.average = copied(student, {}) if options.ema else None
         self.device = next(student.parameters()).device
+        if not any(p.requires_grad for p in student.parameters()):
+            student.requires_grad_(True)  # as read for inference; who freezes a part means it
         weights = [p for p in student.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in weights if p.ndim > 1], "weight_decay": options.weight_decay},
@@ -239,15 +244,17 @@ def _epoch(run: _Run, batches: Iterable[Batch], progress: Progress | None) -> fl
 def _step(run: _Run, batch: Batch) -> float:
     inputs = tuple(one.to(run.device, non_blocking=True) for one in batch[0])
     labels = None if batch[1] is None else batch[1].to(run.device, non_blocking=True)
-    if len(inputs[0]) < 2:
-        run.step += 1
-        return 0.0  # BatchNorm has no variance of one sample
     for group in run.optimizer.param_groups:
         group["lr"] = run.highest * learning_rate(run.step, run.total, run.options.warmup)
-    with torch.autocast(run.device.type, dtype=run.dtype, enabled=run.amp):
+    alone = len(inputs[0]) < 2
+    with (
+        _batch_norms_at_rest(run.student) if alone else nullcontext(),
+        torch.autocast(run.device.type, dtype=run.dtype, enabled=run.amp),
+    ):
         student = logits_of(run.student(*inputs))
         with torch.no_grad():
             teacher = None if run.teacher is None else logits_of(run.teacher(*inputs)).float()
+    _check_labels(labels, student.shape[1])
     loss = distillation_loss(student.float(), teacher, labels, run.options)
     if run.penalty is not None:
         loss = loss + run.penalty(run.student)
@@ -266,6 +273,31 @@ def _step(run: _Run, batch: Batch) -> float:
     run.step += 1
     _update_average(run)
     return value
+
+
+@contextmanager
+def _batch_norms_at_rest(module: nn.Module) -> Iterator[None]:
+    """Have BatchNorm use the statistics it has: one sample alone has no variance."""
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
+    for norm in norms:
+        norm.eval()
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.train()
+
+
+def _check_labels(labels: Tensor | None, classes: int) -> None:
+    if labels is None:
+        return
+    wrong = labels[((labels < 0) | (labels >= classes)) & (labels != _IGNORED)]
+    if len(wrong):
+        raise ConfigError(
+            f"fine-tuning: found label {int(wrong[0])}, expected 0 to {classes - 1}, since the "
+            f"model gives scores for {classes} classes; correct the data, or train the model that "
+            "it is for"
+        )
 
 
 def highest_rate(total: int) -> float:
@@ -325,12 +357,16 @@ def _update_average(run: _Run) -> None:
         return
     decay = min(run.options.ema, (1 + run.step) / (10 + run.step))  # follow quickly at first
     with torch.no_grad():
-        average = run.average.state_dict()
-        for name, value in run.student.state_dict().items():
+        for mean, value in zip(_tensors(run.average), _tensors(run.student), strict=True):
             if value.is_floating_point():
-                average[name].lerp_(value, 1 - decay)
+                mean.lerp_(value, 1 - decay)
             else:
-                average[name].copy_(value)
+                mean.copy_(value)
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    """Parameters and buffers, one that is used in several places once."""
+    return [*module.parameters(), *module.buffers()]
 
 
 def _frozen(teacher: nn.Module | None, device: torch.device) -> nn.Module | None:

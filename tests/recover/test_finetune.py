@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -123,8 +124,53 @@ def test_progress_sees_every_step():
     assert [(step, of) for step, of, _ in seen] == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
-def test_a_single_left_over_sample_does_not_break_batchnorm():
-    assert finetune(student(), None, blobs(31), FinetuneOptions(device="cpu", epochs=1)).steps == 2
+def test_a_single_sample_is_trained_on_with_the_statistics_that_there_are():
+    seen = []
+    options = FinetuneOptions(device="cpu", epochs=1)
+    data = blobs(31)
+    done = finetune(student(), None, data, options, progress=lambda *facts: seen.append(facts))
+    assert done.steps == 2 and all(loss > 0 for _, _, loss in seen)
+    alone = finetune(student(), None, data.rebatched(1), CPU)
+    assert alone.steps == 6 * 31 and alone.losses[-1] < alone.losses[0] / 2
+    assert torch.equal(alone.module[1].running_mean, student()[1].running_mean)
+    assert not torch.equal(alone.module[1].weight, student()[1].weight)
+
+
+def test_a_module_read_for_inference_is_trained_and_a_frozen_part_stays():
+    done = finetune(student().requires_grad_(False), None, blobs(), CPU)
+    assert evaluate(done.module, blobs(seed=7)).top1 > 0.9
+    partly = student()
+    partly[0].requires_grad_(False)
+    done = finetune(partly, None, blobs(), CPU).module
+    assert torch.equal(done[0].weight, partly[0].weight)
+    assert not torch.equal(done[3].weight, partly[3].weight)
+
+
+def test_tied_weights_are_averaged_once():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.two.weight = self.one.weight
+            self.last = nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.last(self.two(self.one(x).relu()))
+
+    torch.manual_seed(0)
+    start = Tied().eval()
+    options = FinetuneOptions(device="cpu", epochs=1, lr=0.05, ema=0.9)
+    plain = finetune(start, None, blobs(30), replace(options, ema=0.0)).module
+    mean = finetune(start, None, blobs(30), options).module
+    moved = [float((m.one.weight - start.one.weight).detach().norm()) for m in (plain, mean)]
+    decay = (1 + 1) / (10 + 1)  # after the one step that there is
+    assert moved[1] == pytest.approx((1 - decay) * moved[0], rel=1e-4)
+    assert mean.two.weight is mean.one.weight
+
+
+def test_a_label_that_the_model_has_no_score_for_is_named(teacher):
+    with pytest.raises(ConfigError, match="found label 4, expected 0 to 2"):
+        finetune(student(), teacher, blobs(classes=5), CPU)
 
 
 def test_neither_labels_nor_teacher():
