@@ -307,7 +307,7 @@ def carry_out(job: Job, options: RunOptions, name: str) -> Result:
     job.run.journal.open_session()
     outcome = loop.prune_to_budget(job, options)
     report = summary.finish(job, outcome, job.run.journal.seconds(), name)
-    if report.met:  # else a later --resume with more builds goes on from them
+    if report.met and not outcome.starved:  # else --resume with more builds goes on from them
         job.run.clear_work()
     return Result(
         outcome.module,

@@ -98,6 +98,10 @@ class SmallestMisses(BudgetUnreachable):
         )
 
 
+class CapTooTightError(PlanError):
+    """Even the least widths have more parameters or multiply-accumulates than a cap allows."""
+
+
 def allocate(problem: Problem, method: str = "lagrangian", *, seconds: float = 20.0) -> Allocation:
     """Choose kept channels.
 
@@ -222,7 +226,7 @@ def _require_floor(problem: Problem, evaluator: Evaluator) -> None:
              (problem.max_macs, "multiply-accumulates")) if v is not None]  # fmt: skip
     for name, is_over, total in zip(names, over[1:], evaluator.totals[1:], strict=True):
         if is_over:
-            raise PlanError(
+            raise CapTooTightError(
                 f"a cap of {name} was asked for, but the narrowest allowed plan has {total:.0f}; "
                 "raise the cap or allow narrower layers"
             )

@@ -312,7 +312,7 @@ def choices(
     for axes in units:
         size = min(graph[name].size for name in axes)
         step = math.lcm(*(steps[name] for name in axes))
-        options = allowed(size, step, max(1, math.ceil(least * size)), limit)
+        options = allowed(size, step, max(1, math.ceil(least * size - 1e-9)), limit)
         if len({graph[name].size for name in axes}) > 1:
             raise PlanError(f"tied axes must have equal sizes, found {axes}")
         by_axis = np.array([curves[name][options] for name in axes])

@@ -139,6 +139,7 @@ class Outcome:
         gap: What other widths of the same predicted latency could keep at most beyond the plan.
         whole: The latency model of all blocks, where some were taken out.
         accuracy: Top-1 before and after; ``None`` where the data has no class labels.
+        starved: Whether the search ended for want of builds, so that more could come nearer.
         paid: The precision against fp32 on the unpruned model; ``None`` for fp32.
     """
 
@@ -160,6 +161,7 @@ class Outcome:
     multiple_source: str = "detected on this machine"
     gap: Gap | None = None
     accuracy: Accuracy | None = None
+    starved: bool = False
 
 
 def judge(comparison: Comparison, budget: Budget) -> tuple[float, float, float, str]:
@@ -226,8 +228,8 @@ def unfilled(attempts: Sequence[Attempt], left: int, most: int) -> tuple[str, ..
     if not met:
         return ()
     return (
-        f"{100 * best(met).share:.1f} % of the budget is used: no other widths that the target "
-        "runs well at are predicted to fit into the rest and to be worth as much",
+        f"{100 * best(met).share:.1f} % of the budget is used: no other widths that this run may "
+        "choose are predicted to fit into the rest and to be worth as much",
     )
 
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from prune2deploy.config import FILL
 from prune2deploy.graph.axes import Graph
-from prune2deploy.plan.allocate import Allocation, Curve, SmallestMisses, allocate
+from prune2deploy.plan.allocate import Allocation, CapTooTightError, Curve, SmallestMisses, allocate
 from prune2deploy.plan.choices import Choice, Problem
 from prune2deploy.plan.filling import NEAR, fuller
 
@@ -91,6 +91,7 @@ def propose(question: Question) -> Wanted | None:
         wanted = Wanted(
             best.counts,
             best.predicted_ms,
+            floor=best.counts == smallest(whole).counts,
             curve=retained(problem, found.curve),
             ranked=1 if question.rank is None else len(among),
         )
@@ -176,6 +177,6 @@ def _with_options(problem: Problem, number: int, allowed: Flags) -> list[Allocat
     held = list(problem.choices)
     choice = held[number]
     held[number] = choice.among(allowed)
-    with contextlib.suppress(SmallestMisses):
+    with contextlib.suppress(SmallestMisses, CapTooTightError):
         return [allocate(replace(problem, choices=tuple(held)))]
     return []
