@@ -105,6 +105,12 @@ class Journal:
             self.write(key, work())
         return self.read(key, kind)
 
+    def maybe(self, key: str, kind: type[T], work: Callable[[], T | None]) -> T | None:
+        """The same for work that may have nothing to give, which is not asked again either."""
+        if key not in self._values:
+            self.write(key, work())
+        return None if self._values[key] is None else self.read(key, kind)
+
 
 def _cut_tail(path: Path) -> None:
     data = path.read_bytes()

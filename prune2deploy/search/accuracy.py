@@ -29,14 +29,14 @@ class Accuracy:
 
 def take(shop: Workshop, before: Built, after: Built) -> Accuracy | None:
     """Score both files; ``None`` without labels, or class scores of shape (batch, classes)."""
-    data, journal, key = shop.batches, shop.run.journal, f"{after.key}/accuracy"
+    data = shop.batches
     if data is None:
         return None
-    if key not in journal:
+
+    def work() -> Accuracy | None:
         shop.say("taking accuracy", after.number)
         first = top1(shop.run / before.onnx, data)
         second = first and top1(shop.run / after.onnx, data)
-        if not first or not second:
-            return None
-        journal.write(key, Accuracy(first[1], first[0], second[0]))
-    return journal.read(key, Accuracy)
+        return Accuracy(first[1], first[0], second[0]) if first and second else None
+
+    return shop.run.journal.maybe(f"{after.key}/accuracy", Accuracy, work)

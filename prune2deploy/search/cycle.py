@@ -61,7 +61,7 @@ class Search:
         deadline = self.budget.latency_ms
         self.goal = None if deadline is None else Goal(deadline, self.budget.percentile)
         self.lessons = Lessons(shop, baseline, cache=options.cache)
-        self.floor_missed = False
+        self.floor_missed = self._shortest = False
         self.notes = list(notices(job.batches))
         self.model: LatencyModel | None = None
         self.curve: Curve = ()
@@ -166,11 +166,12 @@ class Search:
         The first time those that the worthiest plan lacks, the second time all.
         """
         left = self._removable
-        if not left or not self.builds_left or not self.baseline.profile:
+        if not left or not self.builds_left:
             return False
         self.model = self.lessons.fit()
         names = [block.name for block in left] if self.lessons.removed else self._expendable()
-        if not names:
+        if not names:  # none of them saves time
+            self._shortest = True
             return False
         self.lessons.take_out(names, self.model)
         self.choices = self._offer(self.graph)
@@ -180,7 +181,7 @@ class Search:
     @property
     def out_of_reach(self) -> bool:
         """Whether the smallest plan there is has missed, with no block left to take out."""
-        return self.floor_missed and not self._removable
+        return self.floor_missed and (self._shortest or not self._removable)
 
     @property
     def starved(self) -> bool:
@@ -189,9 +190,13 @@ class Search:
 
     @property
     def _removable(self) -> tuple[Block, ...]:
-        """Blocks that may still go: none where layers may lose only a part of their channels."""
-        bounded = self.options.max_pruning_ratio is not None
-        return () if bounded else depth.removable(self.graph)
+        """Blocks that may still go.
+
+        None where layers may lose only a part of their channels, or where the runtime does not
+        tell operators apart, so that nothing is known of what a block costs.
+        """
+        stay = self.options.max_pruning_ratio is not None or not self.baseline.profile
+        return () if stay else depth.removable(self.graph)
 
     def _expendable(self) -> tuple[str, ...]:
         """Blocks to take out of the whole model."""
@@ -259,13 +264,12 @@ class Search:
 
     def _wanted(self, number: int) -> Wanted | None:
         """The counts of build ``number``: from the journal, else allocated; None if all tried."""
-        journal, build = self.shop.run.journal, f"{number:02d}-correction"
-        key, none = f"{build}/wanted", f"{build}/nothing wanted"
-        if key not in journal and none not in journal:
+
+        def work() -> Wanted | None:
             self.shop.say("planning", number)
-            found = self._allocate()
-            journal.write(none if found is None else key, found)
-        return journal.read(key, Wanted) if key in journal else None
+            return self._allocate()
+
+        return self.shop.run.journal.maybe(f"{number:02d}-correction/wanted", Wanted, work)
 
     def _allocate(self) -> Wanted | None:
         """The best plan that was not tried; ``None`` when there is no other worth a build."""

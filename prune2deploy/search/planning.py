@@ -78,6 +78,8 @@ def propose(question: Question) -> Wanted | None:
         PlanError: A cap on parameters or multiply-accumulates cannot be kept.
     """
     whole, aim_ms = question.problem, question.aim_ms
+    if not whole.choices:  # blocks have gone, and the rest stays as it is
+        return _untried(question, smallest(whole))
     for _ in range(NUDGES):
         if whole.model.operator_budget_ms(aim_ms) <= 0:  # what no operator takes is too long
             return _untried(question, smallest(whole))
