@@ -7,6 +7,7 @@ for a GPU that is not there. Engines are cached by everything that decides their
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.util
 import time
@@ -99,16 +100,14 @@ class TensorRtBackend(Backend):
         cache = _cache(target)
         request = _request(onnx, target, cache)
         seconds = float(target.option("build_seconds", 1800.0))
+        engine = out / f"{onnx.stem}.engine"
         try:
-            cached = engine_store.obtain(cache, _wanted(onnx, target, request), request, seconds)
-            engine = engine_store.place(cached, out, onnx.stem)
+            wanted = _wanted(onnx, target, request)
+            cached = engine_store.obtain(cache, wanted, request, engine, seconds)
             engine_store.trim(cache, int(target.option("cache_mb", 8192)) << 20, cached)
         except OSError as error:
-            raise BuildError(
-                f"{onnx}: the engine cannot be written: {error}; free space in {cache} and {out}, "
-                "or set cache in the profile's [options] to another folder"
-            ) from error
-        log = out / f"{onnx.stem}.build.log"
+            raise BuildError(_unwritten(onnx, error, (cache, out))) from error
+        log = engine_store.build_log(engine)
         return Engine(engine, onnx, self.name, time.perf_counter() - started, log)
 
     def open(self, engine: Engine, target: Target) -> Session:
@@ -196,6 +195,17 @@ def _profile_problem(target: Target) -> str:
     except ConfigError as error:
         return str(error)
     return ""
+
+
+def _unwritten(onnx: Path, error: OSError, folders: tuple[Path, Path]) -> str:
+    """Say that an engine cannot be written to the cache or the folder it is wanted in, and why."""
+    cache, out = folders
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    what = "free space in" if full else "expected to write in"
+    return (
+        f"{onnx}: the engine cannot be written: {error}; {what} {cache} and {out}, "
+        "or set cache in the profile's [options] to another folder"
+    )
 
 
 def _uses_tf32(target: Target) -> bool:

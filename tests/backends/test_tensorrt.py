@@ -306,7 +306,7 @@ def test_failed_build_leaves_the_cache_as_it_was(tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     wanted = engine_store.Manifest("tensorrt_rtx", "1", "x", "a", "", {}, 0.0)
     with pytest.raises(BuildError):
-        engine_store.obtain(cache, wanted, request(tmp_path), 30)
+        engine_store.obtain(cache, wanted, request(tmp_path), tmp_path / "o.engine", 30)
     assert [p.suffix for p in cache.iterdir()] == [".lock"]
 
 
