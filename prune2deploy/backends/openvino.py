@@ -42,6 +42,7 @@ class OpenVinoBackend(Backend):
         "streams": 1,
         "pin": False,  # bind its threads to cores
     }
+    least: ClassVar[Mapping[str, float]] = {"streams": 1}
 
     def availability(self, target: Target) -> Availability:
         """Look whether OpenVINO is installed and sees the device."""

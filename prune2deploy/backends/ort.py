@@ -57,6 +57,18 @@ class OrtBackend(Backend):
         "allow_fallback": False,  # let the CPU run what the provider leaves
     }
 
+    def check(self, target: Target) -> None:
+        """See the base class; the device is the one that the provider computes on."""
+        super().check(target)
+        provider = str(target.option("provider", CPU))
+        if provider == CPU:
+            devices.require(target, (devices.CPU,), provider)
+        elif provider in ON_GPU:
+            devices.require(target, (devices.GPU,), provider)
+        elif provider == OPENVINO:
+            kind = str(target.option("device_type", "CPU"))
+            devices.require(target, (kind.lower(),), f"{provider} with device_type = {kind!r}")
+
     def availability(self, target: Target) -> Availability:
         """Look whether onnxruntime is installed and has the provider."""
         provider = str(target.option("provider", CPU))
@@ -69,6 +81,13 @@ class OrtBackend(Backend):
         except (ImportError, OSError) as error:
             return Availability(False, f"onnxruntime does not import: {error}", fix)
         found = onnxruntime.get_available_providers()
+        if provider not in (*found, CPU, *PACKAGES):
+            names = ", ".join(dict.fromkeys((CPU, *PACKAGES, *found)))
+            return Availability(
+                False,
+                f"{target.path}:options.provider: found {provider!r}, expected one of {names}",
+                "set provider in the profile's [options] to one of these names",
+            )
         if provider not in found:
             return Availability(
                 False,
@@ -220,9 +239,10 @@ def _providers(target: Target, provider: str, path: Path) -> list[Any]:
     if provider == CUDA:
         return [(CUDA, {"device_id": devices.device_index(target), "use_tf32": 0}), CPU]
     if provider == OPENVINO:
-        kind = str(target.option("device_type", "CPU"))
-        threads = str(max(1, target.threads))
-        return [(provider, {"device_type": kind, "num_of_threads": threads}), CPU]
+        settings = {"device_type": str(target.option("device_type", "CPU"))}
+        if target.threads:
+            settings["num_of_threads"] = str(target.threads)
+        return [(provider, settings), CPU]
     return [provider] if provider == CPU else [provider, CPU]
 
 

@@ -45,10 +45,15 @@ class TorchBackend(Backend):
         "channels_last": False,
     }
 
+    def check(self, target: Target) -> None:
+        """See the base class; the device is the CPU or an NVIDIA GPU."""
+        super().check(target)
+        _on_gpu(target)
+
     def availability(self, target: Target) -> Availability:
         """Look whether the device is there and the mode exists."""
         mode = str(target.option("mode", "eager"))
-        on_gpu = target.device.startswith("cuda")
+        on_gpu = _on_gpu(target)
         choices = f"set mode to one of {', '.join(MODES)} in {target.path}"
         checks = (
             (mode in MODES, f"there is no mode {mode!r}", choices),
@@ -63,7 +68,7 @@ class TorchBackend(Backend):
 
     def arithmetic(self, target: Target) -> str:
         """TF32 in place of fp32 on a GPU, where PyTorch lets convolutions use it."""
-        on_gpu = target.device.startswith("cuda")
+        on_gpu = _on_gpu(target)
         return "tf32" if target.precision == "fp32" and on_gpu else target.precision
 
     def build(self, onnx: Path, target: Target, out: Path) -> Engine:
@@ -162,8 +167,13 @@ def _device(target: Target) -> Any:
     """The profile's device as torch names it; a GPU always has its number."""
     import torch
 
-    on_gpu = target.device.startswith("cuda")
-    return torch.device("cuda", devices.device_index(target)) if on_gpu else torch.device("cpu")
+    if _on_gpu(target):
+        return torch.device("cuda", devices.device_index(target))
+    return torch.device("cpu")
+
+
+def _on_gpu(target: Target) -> bool:
+    return devices.require(target, (devices.CPU, devices.GPU), "backend 'torch'") == devices.GPU
 
 
 class TorchSession(Session):

@@ -3,7 +3,7 @@ import pytest
 
 from prune2deploy.backends import registry
 from prune2deploy.backends.feeds import random_feeds
-from prune2deploy.errors import BuildError
+from prune2deploy.errors import BuildError, ConfigError
 
 pytest.importorskip("openvino")
 
@@ -43,6 +43,11 @@ def test_a_device_that_is_not_there_says_which_are(openvino, make_target):
     found = openvino.availability(make_target("openvino", device="npu"))
     assert not found.usable
     assert "NPU" in found.reason and "CPU" in found.reason
+
+
+def test_fewer_than_one_stream_is_refused(make_target):
+    with pytest.raises(ConfigError, match=r"options\.streams: found 0, expected 1 or more"):
+        registry.for_target(make_target("openvino", options={"streams": 0}))
 
 
 def test_a_bad_file_is_named(openvino, make_target, tmp_path):

@@ -1,14 +1,16 @@
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from prune2deploy.backends import ort as ort_module
 from prune2deploy.backends import ort_profile, ort_tensorrt, registry
 from prune2deploy.backends.base import Engine
 from prune2deploy.backends.feeds import random_feeds
-from prune2deploy.errors import BackendError, BuildError, MissingBackend
+from prune2deploy.errors import BackendError, BuildError, ConfigError, MissingBackend
 
 pytestmark = pytest.mark.ort
 pytest.importorskip("onnxruntime")
@@ -138,6 +140,42 @@ def test_a_provider_that_is_not_there_is_unusable(ort, make_target, make_onnx, t
         ort.build(make_onnx(), target, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("provider", "device", "expected"),
+    [
+        ("CPU", "cuda:0", "cpu for CPUExecutionProvider"),
+        ("CUDA", "cpu", "cuda:0 for CUDAExecutionProvider"),
+        ("Tensorrt", "gpu", "cuda:0 for TensorrtExecutionProvider"),
+        ("OpenVINO", "gpu", "cpu for OpenVINOExecutionProvider with device_type = 'CPU'"),
+    ],
+)
+def test_a_device_that_the_provider_does_not_compute_on_is_refused(
+    make_target, provider, device, expected
+):
+    options = {"provider": f"{provider}ExecutionProvider"}
+    told = rf"test\.toml:device: found '{device}', expected {expected}"
+    with pytest.raises(ConfigError, match=told):
+        registry.for_target(make_target(device=device, options=options))
+
+
+def test_an_unknown_provider_is_told_the_names_there_are(ort, make_target):
+    found = ort.availability(make_target(options={"provider": "OpenVINO"}))
+    assert not found.usable and "pip" not in found.fix
+    assert "options.provider: found 'OpenVINO', expected one of CPUExecution" in found.reason
+    assert "OpenVINOExecutionProvider" in found.reason
+
+
+def test_openvinos_provider_is_told_a_number_of_threads_only_where_there_is_one(make_target):
+    options = {"provider": "OpenVINOExecutionProvider"}
+
+    def settings(threads):
+        target = make_target(threads=threads, options=options)
+        return ort_module._providers(target, options["provider"], target.path)[0][1]
+
+    assert settings(0) == {"device_type": "CPU"}
+    assert settings(3) == {"device_type": "CPU", "num_of_threads": "3"}
+
+
 def test_providers_get_the_gpu_of_the_target_and_their_libraries(
     ort, make_target, make_onnx, tmp_path, monkeypatch
 ):
@@ -168,6 +206,7 @@ def test_providers_get_the_gpu_of_the_target_and_their_libraries(
     settings = seen[1][0][1]  # TensorRT builds once, and what it built lies with the engine
     assert settings["trt_engine_cache_enable"]
     assert settings["trt_engine_cache_path"].startswith(str(tmp_path / "out"))
+    assert Path(settings["trt_engine_cache_path"]).is_dir(), "the provider makes one level only"
     kept = []
     for width in (16, 8, 16):  # the provider tells engines apart by names, which these share
         ort.build(make_onnx(width), target_of(names[0]), tmp_path / "out")

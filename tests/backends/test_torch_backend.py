@@ -5,7 +5,7 @@ import pytest
 
 from prune2deploy.backends import registry, torch_backend, torch_nodes
 from prune2deploy.backends.feeds import random_feeds
-from prune2deploy.errors import BackendError, BuildError
+from prune2deploy.errors import BackendError, BuildError, ConfigError
 
 torch = pytest.importorskip("torch")
 
@@ -67,6 +67,19 @@ def test_a_gpu_without_a_number_is_the_first(make_target):
     assert torch_backend._device(make_target("torch", device="cuda")) == torch.device("cuda:0")
     assert torch_backend._device(make_target("torch", device="cuda:1")) == torch.device("cuda:1")
     assert torch_backend._device(make_target("torch")) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("device", ["gpu", "mps", "cuda:x", "cudaa"])
+def test_a_device_that_pytorch_would_not_run_on_is_refused(make_target, device):
+    """It would run on the CPU in silence."""
+    target = make_target("torch", device=device)
+    told = rf"test\.toml:device: found '{device}', expected cpu or cuda:0 for backend 'torch'"
+    with pytest.raises(ConfigError, match=told):
+        registry.for_target(target)
+    with pytest.raises(ConfigError, match=told):
+        torch_backend._device(target)
+    for fine in ("cpu", "CPU", "cuda", "cuda:3"):
+        registry.for_target(make_target("torch", device=fine))
 
 
 def test_a_device_is_held_up_equally_for_every_run_and_not_for_long(monkeypatch):
