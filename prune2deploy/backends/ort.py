@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from prune2deploy.atomic import replacing
 from prune2deploy.backends import devices, onnx_file, ort_profile, ort_tensorrt
 from prune2deploy.backends.base import (
     Array,
@@ -115,7 +116,8 @@ class OrtBackend(Backend):
         path = onnx_file.place(onnx, out)
         if target.option("save_optimized", False):
             path = out / f"{onnx.stem}.optimized.onnx"
-            self._open(onnx, target, optimized=path)
+            with replacing(path) as temporary:
+                self._open(onnx, target, optimized=temporary)
         else:
             self._open(path, target)
         if target.option("provider", CPU) != CPU and not target.option("allow_fallback", False):

@@ -94,6 +94,24 @@ def test_saving_the_optimised_graph_keeps_its_values(ort, make_target, make_onnx
         np.testing.assert_allclose(session.run(feeds)["y"], found, atol=1e-6)
 
 
+def test_an_optimised_graph_that_was_not_finished_has_no_name(
+    ort, make_target, make_onnx, tmp_path, monkeypatch
+):
+    library, target = (
+        pytest.importorskip("onnxruntime"),
+        make_target(options={"save_optimized": True}),
+    )
+
+    def killed(path, options, providers):
+        Path(options.optimized_model_filepath).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(library, "InferenceSession", killed)
+    with pytest.raises(KeyboardInterrupt):
+        ort.build(make_onnx(), target, tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["net.onnx"]
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
