@@ -176,8 +176,31 @@ def _on_gpu(target: Target) -> bool:
     return devices.require(target, (devices.CPU, devices.GPU), "backend 'torch'") == devices.GPU
 
 
+@contextlib.contextmanager
+def _settings(threads: int) -> Iterator[None]:
+    """Settings of the process that sway latency: threads (0 leaves them), subnormals as zero."""
+    import torch
+
+    before, flushed = torch.get_num_threads(), _SUBNORMAL * 1.0 == 0.0
+    if threads:
+        torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        torch.set_flush_denormal(flushed)
+
+
+_SUBNORMAL = 1e-310
+"""Times one it is zero where subnormal numbers are flushed; torch cannot be asked."""
+
+
 class TorchSession(Session):
     """An exported program on its device.
+
+    Threads and subnormal numbers are set for the whole process until it is closed. Sessions that
+    are open at a time are closed in reverse order.
 
     Attributes:
         module: The graph module, before compiling.
@@ -189,9 +212,6 @@ class TorchSession(Session):
 
         self._torch = torch
         self._device = _device(target)
-        if target.threads:
-            torch.set_num_threads(target.threads)
-        torch.set_flush_denormal(True)
         mode = str(target.option("mode", "eager"))
         self._last = bool(target.option("channels_last", False))
         self._half = target.precision == "fp16"
@@ -203,6 +223,8 @@ class TorchSession(Session):
         self._graph: Any = None
         self.bound: tuple[Any, ...] = ()
         self.inputs, self.outputs = onnx_file.signature(engine.onnx)
+        self._settings = contextlib.ExitStack()
+        self._settings.enter_context(_settings(target.threads))
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run once; outputs by the names of the ONNX file, in order."""
@@ -287,7 +309,8 @@ class TorchSession(Session):
         return tuple(values)
 
     def close(self) -> None:
-        """Drop the program and what lies on the device."""
+        """Drop the program and what lies on the device; give the process its settings back."""
+        self._settings.close()
         self._graph = None
         self._call = None
         self.module = None

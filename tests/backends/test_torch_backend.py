@@ -69,6 +69,34 @@ def test_a_gpu_without_a_number_is_the_first(make_target):
     assert torch_backend._device(make_target("torch")) == torch.device("cpu")
 
 
+def test_a_session_gives_the_process_its_settings_back(program, make_target, tmp_path):
+    backend, target = registry.get("torch"), make_target("torch", threads=3)
+    engine = backend.build(program, target, tmp_path / "out")
+    tiny = torch.tensor([1e-40])
+
+    def settings():
+        return torch.get_num_threads(), bool(tiny * 1 == 0)
+
+    torch.set_flush_denormal(False)
+    before = settings()
+    try:
+        with backend.open(engine, target):
+            assert settings() == (3, True)
+            one = make_target("torch", threads=1)
+            with backend.open(engine, one) as inner:
+                assert settings() == (1, True)
+            assert settings() == (3, True)
+            inner.close()
+            assert settings() == (3, True), "closing again gives nothing back"
+        assert settings() == before
+        engine.path.write_bytes(b"nothing")
+        with pytest.raises(BuildError):
+            backend.open(engine, target)
+        assert settings() == before
+    finally:
+        torch.set_num_threads(before[0])
+
+
 @pytest.mark.parametrize("device", ["gpu", "mps", "cuda:x", "cudaa"])
 def test_a_device_that_pytorch_would_not_run_on_is_refused(make_target, device):
     """It would run on the CPU in silence."""
