@@ -8,9 +8,10 @@ leaves to another one are an error and are named, unless the profile allows it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,6 +28,7 @@ from prune2deploy.backends.base import (
     Session,
     TensorSpec,
 )
+from prune2deploy.backends.feeds import random_feeds, require
 from prune2deploy.errors import BackendError, BuildError, MissingBackend
 from prune2deploy.target import Option, Target
 from prune2deploy.timing import OperatorTiming
@@ -140,8 +142,9 @@ class OrtBackend(Backend):
             return ()
         with ort_profile.folder() as prefix:
             session = self._open(engine.path, target, profile=prefix)
-            for _ in range(runs + 3):  # the first runs are slower; minima ignore them
-                session.run(None, dict(feeds))
+            with _running():
+                for _ in range(runs + 3):  # the first runs are slower; minima ignore them
+                    session.run(None, dict(feeds))
             events = ort_profile.read(Path(session.end_profiling()))
         return ort_profile.timings(events, onnx_file.logical_shapes(engine.onnx))
 
@@ -152,12 +155,11 @@ class OrtBackend(Backend):
         return {"onnxruntime": onnxruntime.__version__}
 
     def _assert_provider(self, path: Path, target: Target) -> None:
-        from prune2deploy.backends.feeds import random_feeds
-
         provider = str(target.option("provider", CPU))
         with ort_profile.folder() as prefix:
             session = self._open(path, target, profile=prefix)
-            session.run(None, random_feeds(_specs(session.get_inputs()), seed=0))
+            with _running():
+                session.run(None, random_feeds(_specs(session.get_inputs()), seed=0))
             events = ort_profile.read(Path(session.end_profiling()))
         strays = ort_profile.elsewhere(events, provider)
         if strays:
@@ -284,6 +286,15 @@ _DTYPES = {
 }
 
 
+@contextlib.contextmanager
+def _running() -> Iterator[None]:
+    """What ONNX Runtime raises (a wrong shape, out of memory) as BackendError."""
+    try:
+        yield
+    except Exception as error:  # its exceptions share no base but Exception
+        raise BackendError(f"ONNX Runtime failed to run: {error}") from error
+
+
 class OrtSession(Session):
     """An opened model; ``time_once`` runs on bound inputs and outputs."""
 
@@ -297,7 +308,9 @@ class OrtSession(Session):
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run once; outputs by name."""
-        results = self._session.run(None, dict(feeds))
+        require(self.inputs, feeds)
+        with _running():
+            results = self._session.run(None, dict(feeds))
         return {
             spec.name: np.asarray(value) for spec, value in zip(self.outputs, results, strict=True)
         }
@@ -306,22 +319,25 @@ class OrtSession(Session):
         """Bind inputs and outputs where the provider computes; transfers are not timed."""
         import onnxruntime
 
+        require(self.inputs, feeds)
         device = "cuda" if self._on_gpu else "cpu"
         self._binding = self._session.io_binding()
-        for name, value in feeds.items():
-            bound = onnxruntime.OrtValue.ortvalue_from_numpy(value, device, self._device_id)
-            self._binding.bind_ortvalue_input(name, bound)
-        for spec in self.outputs:
-            self._binding.bind_output(spec.name, device, self._device_id)
+        with _running():
+            for name, value in feeds.items():
+                bound = onnxruntime.OrtValue.ortvalue_from_numpy(value, device, self._device_id)
+                self._binding.bind_ortvalue_input(name, bound)
+            for spec in self.outputs:
+                self._binding.bind_output(spec.name, device, self._device_id)
 
     def time_once(self) -> Sample:
         """Run on the bound tensors; on a GPU until the device has finished."""
         session, binding = self._session, self._binding
-        cpu = time.thread_time_ns()
-        wall = time.perf_counter_ns()
-        session.run_with_iobinding(binding)
-        wall = time.perf_counter_ns() - wall
-        cpu = time.thread_time_ns() - cpu
+        with _running():
+            cpu = time.thread_time_ns()
+            wall = time.perf_counter_ns()
+            session.run_with_iobinding(binding)
+            wall = time.perf_counter_ns() - wall
+            cpu = time.thread_time_ns() - cpu
         return Sample(wall, cpu)
 
     def close(self) -> None:

@@ -28,6 +28,7 @@ from prune2deploy.backends.base import (
     Sample,
     Session,
 )
+from prune2deploy.backends.feeds import require
 from prune2deploy.errors import BackendError, BuildError
 from prune2deploy.target import Option, Target
 from prune2deploy.timing import OperatorTiming
@@ -297,6 +298,7 @@ class TorchSession(Session):
         return Sample(wall, cpu, round(first.elapsed_time(last) * 1e6))
 
     def _upload(self, feeds: Mapping[str, Array]) -> tuple[Any, ...]:
+        require(self.inputs, feeds)
         torch = self._torch
         values = []
         for spec in self.inputs:

@@ -43,6 +43,25 @@ def test_timing_reports_wall_and_thread_time(ort, make_target, make_onnx, tmp_pa
     assert all(s.wall_ns > 0 and s.cpu_ns > 0 and s.device_ns == 0 for s in samples)
 
 
+def test_inputs_that_do_not_fit_are_errors_of_the_backend(ort, make_target, make_onnx, tmp_path):
+    target = make_target()
+    engine = ort.build(make_onnx(), target, tmp_path / "out")
+    with ort.open(engine, target) as session:
+        for use in (session.run, session.prepare):
+            with pytest.raises(BackendError, match="input 'x' was not given; found none, expected"):
+                use({})
+        wrong = {"x": np.ones((1, 3, 5, 12), np.float32)}
+        with pytest.raises(BackendError, match=r"ONNX Runtime failed to run: .*\n?.*12"):
+            session.run(wrong)
+        session.prepare(wrong)
+        with pytest.raises(BackendError, match="ONNX Runtime failed to run"):
+            session.time_once()
+        with pytest.raises(BackendError, match="ONNX Runtime failed to run"):
+            session.prepare({**wrong, "none": wrong["x"]})
+    with pytest.raises(BackendError, match="ONNX Runtime failed to run"):
+        ort.profile(engine, target, wrong, 1)
+
+
 def test_the_profile_names_operators_with_logical_shapes(ort, make_target, make_onnx, tmp_path):
     target = make_target()
     engine = ort.build(make_onnx(20), target, tmp_path / "out")

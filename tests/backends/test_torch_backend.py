@@ -54,6 +54,8 @@ def test_what_pytorch_raises_is_an_error_of_the_backend(program, make_target, tm
     def fails(*arguments):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
+    with pytest.raises(BackendError, match="input 'x' was not given; found none, expected x"):
+        session.run({})
     session._call, session._graphed = fails, True
     session._capture = fails
     for use in (lambda: session.run(feeds), lambda: session.prepare(feeds), session.time_once):
