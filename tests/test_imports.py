@@ -146,7 +146,8 @@ def test_help_and_usage_errors_need_no_library(then):
 def test_a_target_that_is_not_here_is_told_before_torch_is_imported(tmp_path):
     path = tmp_path / "absent.toml"
     ort = (PACKAGE.parent / "targets/ort.toml").read_text("utf-8")
-    path.write_text(ort.replace("CPUExecutionProvider", "NonsenseProvider"))
+    gpu = ort.replace("CPUExecutionProvider", "CUDAExecutionProvider").replace('"cpu"', '"cuda:0"')
+    path.write_text(gpu)
     call = ["run", "--target", str(path), "--speedup", "2"]
     done = run_blocked(
         (*OPTIONAL, "torch"), f"from prune2deploy.cli import run; assert run({call!r}) == 3"

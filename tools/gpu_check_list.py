@@ -28,7 +28,7 @@ from gpu_check_trt import (
 )
 
 from prune2deploy import measure
-from prune2deploy.backends import engine_store, gpu_driver, gpu_memory
+from prune2deploy.backends import engine_store, gpu_buffers, gpu_driver, gpu_memory
 from prune2deploy.backends.base import Array, Session
 from prune2deploy.backends.devices import device_index
 from prune2deploy.backends.tensorrt_session import TensorRtSession
@@ -152,7 +152,7 @@ def check_copies(bench: Bench, name: str) -> Facts:
 
 
 def _check_captured_copy(
-    memory: gpu_memory.GpuMemory, address: int, arrays: tuple[Array, Array]
+    memory: gpu_buffers.GpuMemory, address: int, arrays: tuple[Array, Array]
 ) -> None:
     values, found = arrays
     gpu_driver.CudaGraph.begin(memory.stream)

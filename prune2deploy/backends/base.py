@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import Self
 
+from prune2deploy.errors import ConfigError
 from prune2deploy.target import Option, Target
 from prune2deploy.timing import OperatorTiming
 
@@ -112,6 +113,7 @@ class Backend(ABC):
         name: Key into the table of backends.
         options: Every key that a profile's ``[options]`` may have, with its default, whose type
             is the type expected; ``None`` leaves them unchecked.
+        least: The least value of options that are numbers, where there is one.
         simulated: Its sessions compute their times instead of taking them; measuring then runs on
             a simulated clock, in this process.
         takes_program: It runs an exported program (``.pt2``) that lies beside the ONNX file.
@@ -119,8 +121,22 @@ class Backend(ABC):
 
     name: str
     options: ClassVar[Mapping[str, Option] | None] = None
+    least: ClassVar[Mapping[str, float]] = {}
     simulated: ClassVar[bool] = False
     takes_program: ClassVar[bool] = False
+
+    def check(self, target: Target) -> None:
+        """Check the values of a profile whose options are of the right types.
+
+        Raises:
+            ConfigError: This backend takes no such value (file:key).
+        """
+        for name, least in self.least.items():
+            value = dict(target.options).get(name, least)
+            if not float(value) >= least:  # nan is not either
+                raise ConfigError(
+                    f"{target.path}:options.{name}: found {value!r}, expected {least:g} or more"
+                )
 
     @abstractmethod
     def availability(self, target: Target) -> Availability:

@@ -17,6 +17,7 @@ import importlib
 import json
 import sys
 import time
+import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class BuildRequest:
         workspace_mb: Limit of scratch memory in MiB; 0 leaves it to TensorRT.
         tf32: Let fp32 contractions use TF32 tensor cores.
         batch: Least, best and largest batch of inputs whose batch is free.
-        capture: Whether the engine is to be launched as a CUDA graph.
+        capture: Whether the engine must let itself be launched as a CUDA graph; ``tensorrt_rtx``.
         timing_cache: File with kernel timings to reuse and extend, or empty.
         gpu: Number of the GPU to build on.
     """
@@ -101,7 +102,7 @@ def _build(trt: Any, heard: _Heard, request: BuildRequest) -> dict[str, Any]:
     heard.forget()  # a damaged cache is complained about, and only costs time
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise BuildFailed(f"TensorRT built no engine: {heard.text()}")
+        raise BuildFailed(f"TensorRT built no engine: {heard.text()}{_capture_hint(request)}")
     data = bytes(plan)
     Path(request.engine).write_bytes(data)
     if cache is not None:
@@ -121,6 +122,15 @@ def _configure(trt: Any, config: Any, request: BuildRequest) -> None:
         if request.capture:  # large tensors are allocated as it runs otherwise: no graph takes that
             config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         _target_gpu(trt, config, request)
+
+
+def _capture_hint(request: BuildRequest) -> str:
+    if request.module != "tensorrt_rtx" or not request.capture:
+        return ""
+    return (
+        "; it was asked for an engine that runs as a CUDA graph: cuda_graph = false in the "
+        "profile's [options] may help"
+    )
 
 
 def _target_gpu(trt: Any, config: Any, request: BuildRequest) -> None:
@@ -232,6 +242,9 @@ def main(arguments: list[str]) -> int:
         answer = build(request)
     except (BuildFailed, BackendError, OSError, MemoryError, ImportError) as error:
         answer = {"error": str(error) or type(error).__name__}
+    except (TypeError, ValueError) as error:  # the library's answer to a value it cannot take
+        traceback.print_exc()
+        answer = {"error": f"{request.module}: {type(error).__name__}: {error}"}
     Path(request.engine).with_name(ANSWER).write_text(json.dumps(answer))
     return 1 if "error" in answer else 0
 

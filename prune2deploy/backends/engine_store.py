@@ -7,6 +7,7 @@ is in the cache was written whole, under a lock, by one process.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -171,68 +172,107 @@ def _try_lock(descriptor: int) -> bool:
     return True
 
 
-def obtain(cache: Path, wanted: Manifest, request: BuildRequest, seconds: float) -> Path:
-    """Return the engine that ``wanted`` describes, built unless the cache has a sound one.
+def obtain(cache: Path, wanted: Manifest, request: BuildRequest, out: Path, seconds: float) -> Path:
+    """Put the engine that ``wanted`` describes at ``out``, built unless the cache has a sound one.
 
     Args:
         cache: Folder of the cache.
         wanted: What is needed; its ``engine_sha256`` and ``seconds`` are not known yet.
         request: What to tell the builder; its ``engine`` is ignored.
+        out: Where the engine goes, with its manifest and its log beside it.
         seconds: Time limit of the build and of waiting for another process's build.
+
+    Returns:
+        The engine in the cache, which other processes may drop from now on.
 
     Raises:
         BuildError: The build failed, crashed, or took too long; with the end of its log.
     """
     engine = cache / f"{wanted.key}.engine"
-    with lock(cache / f"{wanted.key}.lock", seconds):
+    with lock(_lock_path(engine), seconds):
         if sound(engine):
             os.utime(engine)  # the oldest unused ones are dropped first
-            return engine
-        with scratch(cache) as folder:
-            made = folder / engine.name
-            answer = run_builder(replace(request, engine=str(made)), folder, seconds)
-            manifest = replace(wanted, engine_sha256=sha256(made), seconds=answer["seconds"])
-            timing = made.with_name("timing.bin")
-            if timing.exists() and request.timing_cache:
-                timing.replace(request.timing_cache)
-            (folder / "build.log").replace(engine.with_suffix(".log"))
-            manifest.write(engine)
-            made.replace(engine)
+        else:
+            _build(engine, wanted, request, seconds)
+        place(engine, out)
     return engine
 
 
+def _build(engine: Path, wanted: Manifest, request: BuildRequest, seconds: float) -> None:
+    with scratch(engine.parent) as folder:
+        made = folder / engine.name
+        answer = run_builder(replace(request, engine=str(made)), folder, seconds)
+        manifest = replace(wanted, engine_sha256=sha256(made), seconds=answer["seconds"])
+        timing = made.with_name("timing.bin")
+        if timing.exists() and request.timing_cache:
+            timing.replace(request.timing_cache)
+        (folder / "build.log").replace(_log_path(engine))
+        manifest.write(engine)
+        made.replace(engine)
+
+
 def sound(engine: Path) -> bool:
-    """Whether an engine and its manifest are there and belong together."""
+    """Whether an engine of the cache can be placed: it fits its manifest and has its log."""
     try:
         read_manifest(engine)
     except BackendError:
         return False
-    return True
+    return _log_path(engine).is_file()
 
 
 def trim(cache: Path, limit_bytes: int, keep: Path) -> None:
-    """Remove the longest unused engines until the cache holds at most ``limit_bytes``."""
-    engines = sorted(cache.glob("*.engine"), key=lambda p: p.stat().st_mtime, reverse=True)
+    """Remove the longest unused engines until the cache holds at most ``limit_bytes``.
+
+    Those that another process is building or placing stay, and so does ``keep``.
+    """
     total = 0
-    for engine in engines:
-        total += engine.stat().st_size
+    for engine, size in _by_last_use(cache):
+        total += size
         if total > limit_bytes and engine != keep:
-            for path in (engine, manifest_path(engine), engine.with_suffix(".log")):
+            _drop(engine)
+
+
+def _by_last_use(cache: Path) -> list[tuple[Path, int]]:
+    """Engines of the cache and their sizes, the last used first."""
+    found = []
+    for engine in cache.glob("*.engine"):
+        with contextlib.suppress(FileNotFoundError):  # another process has dropped it
+            facts = engine.stat()
+            found.append((facts.st_mtime, engine, facts.st_size))
+    return [(engine, size) for _, engine, size in sorted(found, reverse=True)]
+
+
+def _drop(engine: Path) -> None:
+    """Remove an engine of the cache, unless another process holds its lock."""
+    with _lock_path(engine).open("w") as file:
+        if _try_lock(file.fileno()):
+            for path in (engine, manifest_path(engine), _log_path(engine)):
                 path.unlink(missing_ok=True)
 
 
-def place(engine: Path, out: Path, stem: str) -> Path:
-    """Put an engine of the cache with manifest and log into ``out`` as ``stem.engine``."""
-    target = out / f"{stem}.engine"
+def _lock_path(engine: Path) -> Path:
+    return engine.with_suffix(".lock")
+
+
+def _log_path(engine: Path) -> Path:
+    return engine.with_suffix(".log")
+
+
+def place(engine: Path, out: Path) -> None:
+    """Copy an engine of the cache, whose lock is held, with manifest and log to ``out``."""
     pairs = (
-        (engine.with_suffix(".log"), out / f"{stem}.build.log"),
-        (manifest_path(engine), manifest_path(target)),
-        (engine, target),
+        (_log_path(engine), build_log(out)),
+        (manifest_path(engine), manifest_path(out)),
+        (engine, out),
     )
     for source, copy in pairs:
         with replacing(copy) as temporary:
             shutil.copyfile(source, temporary)
-    return target
+
+
+def build_log(engine: Path) -> Path:
+    """Where the log of a placed engine lies."""
+    return engine.with_suffix(".build.log")
 
 
 def run_builder(request: BuildRequest, folder: Path, seconds: float) -> dict[str, Any]:

@@ -1,16 +1,27 @@
-"""Random inputs for timing: fixed by a seed, and never zero.
+"""Inputs of a session: whether all are there, and random ones for timing.
 
-Zeros and tiny values would time another computation (denormal numbers cost up to 26 times more,
-and some kernels skip zeros).
+Random ones are fixed by a seed and never zero: zeros and tiny values would time another computation
+(denormal numbers cost up to 26 times more, and some kernels skip zeros).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from prune2deploy.backends.base import Array, TensorSpec
+from prune2deploy.errors import BackendError
+
+
+def require(specs: Sequence[TensorSpec], feeds: Mapping[str, Array]) -> None:
+    """Raise BackendError at the first input that was not given."""
+    for spec in specs:
+        if spec.name not in feeds:
+            raise BackendError(
+                f"the engine's input {spec.name!r} was not given; "
+                f"found {', '.join(feeds) or 'none'}, expected {', '.join(s.name for s in specs)}"
+            )
 
 
 def random_feeds(specs: Sequence[TensorSpec], seed: int) -> dict[str, Array]:

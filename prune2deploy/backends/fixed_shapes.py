@@ -32,7 +32,8 @@ def fixed(path: Path, out: Path, wanted: Wanted) -> Path:
     """Return a file whose inputs have fixed shapes: ``path``, or a copy in the folder ``out``.
 
     Raises:
-        ConfigError: A dimension stays free, or a value is asked for that no dimension has.
+        ConfigError: A dimension stays free, a value is asked for that no dimension has, or the
+            copy would take the place of the file itself.
         BuildError: The folder cannot be written.
     """
     import onnx
@@ -49,6 +50,11 @@ def fixed(path: Path, out: Path, wanted: Wanted) -> Path:
     if before == [_shown(given) for given in inputs]:
         return path
     copy = onnx_file.place(path, out)
+    if copy.samefile(path):
+        raise ConfigError(
+            f"{path}: found {out}, which it lies in, as the folder for a copy with fixed shapes, "
+            "expected another one, as the copy has the same name"
+        )
     onnx.save_model(onnx.shape_inference.infer_shapes(model, data_prop=True), str(copy))
     return copy
 

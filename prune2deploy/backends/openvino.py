@@ -7,9 +7,10 @@ quietly compute in bfloat16. Operator times come from its performance counters.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,6 +26,7 @@ from prune2deploy.backends.base import (
     Session,
     TensorSpec,
 )
+from prune2deploy.backends.feeds import require
 from prune2deploy.backends.onnx_file import Node, Shapes
 from prune2deploy.errors import BackendError, BuildError, MissingBackend
 from prune2deploy.target import Option, Target
@@ -42,6 +44,7 @@ class OpenVinoBackend(Backend):
         "streams": 1,
         "pin": False,  # bind its threads to cores
     }
+    least: ClassVar[Mapping[str, float]] = {"streams": 1}
 
     def availability(self, target: Target) -> Availability:
         """Look whether OpenVINO is installed and sees the device."""
@@ -76,10 +79,13 @@ class OpenVinoBackend(Backend):
         """Read the performance counters of ``runs`` runs."""
         compiled = self._compile(engine.path, target, counters=True)
         request = compiled.create_infer_request()
-        values = {port.any_name: feeds[port.any_name] for port in compiled.inputs}
+        inputs = tuple(_spec(port) for port in compiled.inputs)
+        require(inputs, feeds)
+        values = {spec.name: feeds[spec.name] for spec in inputs}
         least: dict[tuple[str, str], float] = {}
         for _ in range(runs + 3):
-            request.infer(values)
+            with _running():
+                request.infer(values)
             for info in request.get_profiling_info():
                 ns = info.real_time.total_seconds() * 1e9
                 if info.status == info.Status.EXECUTED and ns > 0:
@@ -168,6 +174,15 @@ def _in(nodes: Mapping[str, Node], layer: str) -> str:
     return layer
 
 
+@contextlib.contextmanager
+def _running() -> Iterator[None]:
+    """What OpenVINO raises (a wrong shape, out of memory) as BackendError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise BackendError(f"OpenVINO failed to run: {error}") from error
+
+
 class OpenVinoSession(Session):
     """A compiled model with one inference request."""
 
@@ -179,27 +194,30 @@ class OpenVinoSession(Session):
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run once; outputs by name."""
-        try:
+        require(self.inputs, feeds)
+        with _running():
             results = self._request.infer({s.name: feeds[s.name] for s in self.inputs})
-        except RuntimeError as error:
-            raise BackendError(f"OpenVINO failed to run: {error}") from error
         return {s.name: np.array(results[i]) for i, s in enumerate(self.outputs)}
 
     def prepare(self, feeds: Mapping[str, Array]) -> None:
         """Copy the inputs into the request's own tensors; transfers are not timed."""
-        for spec in self.inputs:
-            tensor = self._request.get_tensor(spec.name)
-            tensor.shape = feeds[spec.name].shape
-            tensor.data[:] = feeds[spec.name]
+        require(self.inputs, feeds)
+        with _running():
+            for spec in self.inputs:
+                tensor = self._request.get_tensor(spec.name)
+                tensor.shape = feeds[spec.name].shape
+                tensor.data[...] = feeds[spec.name]
 
     def time_once(self) -> Sample:
         """Run on what was prepared; with one thread the work happens in the calling one."""
         request = self._request
-        cpu = time.thread_time_ns()
-        wall = time.perf_counter_ns()
-        request.infer()
-        wall = time.perf_counter_ns() - wall
-        return Sample(wall, time.thread_time_ns() - cpu)
+        with _running():
+            cpu = time.thread_time_ns()
+            wall = time.perf_counter_ns()
+            request.infer()
+            wall = time.perf_counter_ns() - wall
+            cpu = time.thread_time_ns() - cpu
+        return Sample(wall, cpu)
 
     def close(self) -> None:
         """Drop request and model."""

@@ -8,14 +8,16 @@ leaves to another one are an error and are named, unless the profile allows it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
+from prune2deploy.atomic import replacing
 from prune2deploy.backends import devices, onnx_file, ort_profile, ort_tensorrt
 from prune2deploy.backends.base import (
     Array,
@@ -26,6 +28,7 @@ from prune2deploy.backends.base import (
     Session,
     TensorSpec,
 )
+from prune2deploy.backends.feeds import random_feeds, require
 from prune2deploy.errors import BackendError, BuildError, MissingBackend
 from prune2deploy.target import Option, Target
 from prune2deploy.timing import OperatorTiming
@@ -57,6 +60,18 @@ class OrtBackend(Backend):
         "allow_fallback": False,  # let the CPU run what the provider leaves
     }
 
+    def check(self, target: Target) -> None:
+        """See the base class; the device is the one that the provider computes on."""
+        super().check(target)
+        provider = str(target.option("provider", CPU))
+        if provider == CPU:
+            devices.require(target, (devices.CPU,), provider)
+        elif provider in ON_GPU:
+            devices.require(target, (devices.GPU,), provider)
+        elif provider == OPENVINO:
+            kind = str(target.option("device_type", "CPU"))
+            devices.require(target, (kind.lower(),), f"{provider} with device_type = {kind!r}")
+
     def availability(self, target: Target) -> Availability:
         """Look whether onnxruntime is installed and has the provider."""
         provider = str(target.option("provider", CPU))
@@ -69,6 +84,13 @@ class OrtBackend(Backend):
         except (ImportError, OSError) as error:
             return Availability(False, f"onnxruntime does not import: {error}", fix)
         found = onnxruntime.get_available_providers()
+        if provider not in (*found, CPU, *PACKAGES):
+            names = ", ".join(dict.fromkeys((CPU, *PACKAGES, *found)))
+            return Availability(
+                False,
+                f"{target.path}:options.provider: found {provider!r}, expected one of {names}",
+                "set provider in the profile's [options] to one of these names",
+            )
         if provider not in found:
             return Availability(
                 False,
@@ -96,7 +118,8 @@ class OrtBackend(Backend):
         path = onnx_file.place(onnx, out)
         if target.option("save_optimized", False):
             path = out / f"{onnx.stem}.optimized.onnx"
-            self._open(onnx, target, optimized=path)
+            with replacing(path) as temporary:
+                self._open(onnx, target, optimized=temporary)
         else:
             self._open(path, target)
         if target.option("provider", CPU) != CPU and not target.option("allow_fallback", False):
@@ -119,8 +142,9 @@ class OrtBackend(Backend):
             return ()
         with ort_profile.folder() as prefix:
             session = self._open(engine.path, target, profile=prefix)
-            for _ in range(runs + 3):  # the first runs are slower; minima ignore them
-                session.run(None, dict(feeds))
+            with _running():
+                for _ in range(runs + 3):  # the first runs are slower; minima ignore them
+                    session.run(None, dict(feeds))
             events = ort_profile.read(Path(session.end_profiling()))
         return ort_profile.timings(events, onnx_file.logical_shapes(engine.onnx))
 
@@ -131,12 +155,11 @@ class OrtBackend(Backend):
         return {"onnxruntime": onnxruntime.__version__}
 
     def _assert_provider(self, path: Path, target: Target) -> None:
-        from prune2deploy.backends.feeds import random_feeds
-
         provider = str(target.option("provider", CPU))
         with ort_profile.folder() as prefix:
             session = self._open(path, target, profile=prefix)
-            session.run(None, random_feeds(_specs(session.get_inputs()), seed=0))
+            with _running():
+                session.run(None, random_feeds(_specs(session.get_inputs()), seed=0))
             events = ort_profile.read(Path(session.end_profiling()))
         strays = ort_profile.elsewhere(events, provider)
         if strays:
@@ -220,9 +243,10 @@ def _providers(target: Target, provider: str, path: Path) -> list[Any]:
     if provider == CUDA:
         return [(CUDA, {"device_id": devices.device_index(target), "use_tf32": 0}), CPU]
     if provider == OPENVINO:
-        kind = str(target.option("device_type", "CPU"))
-        threads = str(max(1, target.threads))
-        return [(provider, {"device_type": kind, "num_of_threads": threads}), CPU]
+        settings = {"device_type": str(target.option("device_type", "CPU"))}
+        if target.threads:
+            settings["num_of_threads"] = str(target.threads)
+        return [(provider, settings), CPU]
     return [provider] if provider == CPU else [provider, CPU]
 
 
@@ -262,6 +286,15 @@ _DTYPES = {
 }
 
 
+@contextlib.contextmanager
+def _running() -> Iterator[None]:
+    """What ONNX Runtime raises (a wrong shape, out of memory) as BackendError."""
+    try:
+        yield
+    except Exception as error:  # its exceptions share no base but Exception
+        raise BackendError(f"ONNX Runtime failed to run: {error}") from error
+
+
 class OrtSession(Session):
     """An opened model; ``time_once`` runs on bound inputs and outputs."""
 
@@ -275,7 +308,9 @@ class OrtSession(Session):
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run once; outputs by name."""
-        results = self._session.run(None, dict(feeds))
+        require(self.inputs, feeds)
+        with _running():
+            results = self._session.run(None, dict(feeds))
         return {
             spec.name: np.asarray(value) for spec, value in zip(self.outputs, results, strict=True)
         }
@@ -284,22 +319,25 @@ class OrtSession(Session):
         """Bind inputs and outputs where the provider computes; transfers are not timed."""
         import onnxruntime
 
+        require(self.inputs, feeds)
         device = "cuda" if self._on_gpu else "cpu"
         self._binding = self._session.io_binding()
-        for name, value in feeds.items():
-            bound = onnxruntime.OrtValue.ortvalue_from_numpy(value, device, self._device_id)
-            self._binding.bind_ortvalue_input(name, bound)
-        for spec in self.outputs:
-            self._binding.bind_output(spec.name, device, self._device_id)
+        with _running():
+            for name, value in feeds.items():
+                bound = onnxruntime.OrtValue.ortvalue_from_numpy(value, device, self._device_id)
+                self._binding.bind_ortvalue_input(name, bound)
+            for spec in self.outputs:
+                self._binding.bind_output(spec.name, device, self._device_id)
 
     def time_once(self) -> Sample:
         """Run on the bound tensors; on a GPU until the device has finished."""
         session, binding = self._session, self._binding
-        cpu = time.thread_time_ns()
-        wall = time.perf_counter_ns()
-        session.run_with_iobinding(binding)
-        wall = time.perf_counter_ns() - wall
-        cpu = time.thread_time_ns() - cpu
+        with _running():
+            cpu = time.thread_time_ns()
+            wall = time.perf_counter_ns()
+            session.run_with_iobinding(binding)
+            wall = time.perf_counter_ns() - wall
+            cpu = time.thread_time_ns() - cpu
         return Sample(wall, cpu)
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from prune2deploy.backends.base import Availability
 from prune2deploy.backends.engine_store import hash_onnx
 from prune2deploy.backends.tensorrt import import_module, version
+from prune2deploy.errors import BuildError
 
 PACKAGE = "tensorrt>=10,<11"
 """What onnxruntime-gpu 1.31 is linked to (``libnvinfer.so.10``)."""
@@ -56,10 +57,21 @@ def settings(path: Path, device: int) -> dict[str, Any]:
 
     The engine that it builds is kept beside the file, so that it is not built (with kernels chosen
     anew) at each opening. The provider tells engines apart by names alone, not by weights, so each
-    content of the file has a folder of its own.
+    content of the file has a folder of its own; it is made here, as the provider makes no parents.
+
+    Raises:
+        BuildError: The folder cannot be made.
     """
+    folder = path.parent / "tensorrt" / hash_onnx(path)[:16]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BuildError(
+            f"{folder}: TensorRT's engine cannot be kept there: {error}; expected a folder that "
+            "can be written, beside the ONNX file"
+        ) from error
     return {
         "device_id": device,
         "trt_engine_cache_enable": True,
-        "trt_engine_cache_path": str(path.parent / "tensorrt" / hash_onnx(path)[:16]),
+        "trt_engine_cache_path": str(folder),
     }

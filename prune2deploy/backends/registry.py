@@ -33,11 +33,11 @@ def get(name: str) -> Backend:
 
 
 def for_target(target: Target) -> Backend:
-    """Return the backend of ``target`` after checking the options that the profile gives it.
+    """Return the backend of ``target`` after checking what the profile tells it.
 
     Raises:
-        ConfigError: No such backend, an option that it does not have, or one of the wrong type
-            (file:key).
+        ConfigError: No such backend, an option that it does not have or of the wrong type, or a
+            value that it does not take (file:key).
     """
     if target.backend not in BACKENDS:
         raise ConfigError(
@@ -49,4 +49,5 @@ def for_target(target: Target) -> Backend:
         shipped.check_keys(target.path, dict(target.options), backend.options, "options.")
         for name, default in backend.options.items():
             target.option(name, default)
+    backend.check(target)
     return backend

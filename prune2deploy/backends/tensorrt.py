@@ -7,8 +7,10 @@ for a GPU that is not there. Engines are cached by everything that decides their
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.util
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,6 +47,38 @@ class TensorRtBackend(Backend):
         "cuda_graph": True,
         "transfers": False,  # count copies to and from the GPU as part of the latency
     }
+    least: ClassVar[Mapping[str, float]] = {"workspace_mb": 0, "cache_mb": 0, "build_seconds": 1}
+
+    def check(self, target: Target) -> None:
+        """See the base class; options must also fit each other, and the device be a GPU."""
+        super().check(target)
+        devices.device_index(target)
+        module, named = (_option_text(target, n) for n in ("module", "compute_capability"))
+        sizes = _batch_sizes(target)
+        checks = (
+            ("module", module in INSTALL, f"one of {', '.join(INSTALL)}"),
+            (
+                "compute_capability",
+                not named or module == "tensorrt_rtx",
+                "none: only tensorrt_rtx builds for a GPU that is not there",
+            ),
+            (
+                "compute_capability",
+                re.fullmatch(r"(\d{2,})?", named),
+                "two or more digits without a point, such as '89' for 8.9",
+            ),
+            (
+                "batch_max",
+                1 <= sizes[0] <= sizes[1] <= sizes[2],
+                f"1 <= batch_min <= batch_opt <= batch_max (they are {sizes})",
+            ),
+        )
+        for key, fits, expected in checks:
+            if not fits:
+                found = target.option(key, self.options[key])
+                raise ConfigError(
+                    f"{target.path}:options.{key}: found {found!r}, expected {expected}"
+                )
 
     def availability(self, target: Target) -> Availability:
         """Look for the module, the GPU and a library for its memory; imports none of them."""
@@ -67,9 +101,6 @@ class TensorRtBackend(Backend):
 
     def can_build(self, target: Target) -> Availability:
         """Say whether engines can be built here: ``tensorrt_rtx`` needs no GPU for that."""
-        problem = _profile_problem(target)
-        if problem:
-            return Availability(False, problem)
         module = _option_text(target, "module")
         fix = f'pip install "prune2deploy[{INSTALL[module]}]"'
         if module == "tensorrt" and devices.JETSON.exists():
@@ -99,16 +130,14 @@ class TensorRtBackend(Backend):
         cache = _cache(target)
         request = _request(onnx, target, cache)
         seconds = float(target.option("build_seconds", 1800.0))
+        engine = out / f"{onnx.stem}.engine"
         try:
-            cached = engine_store.obtain(cache, _wanted(onnx, target, request), request, seconds)
-            engine = engine_store.place(cached, out, onnx.stem)
+            wanted = _wanted(onnx, target, request)
+            cached = engine_store.obtain(cache, wanted, request, engine, seconds)
             engine_store.trim(cache, int(target.option("cache_mb", 8192)) << 20, cached)
         except OSError as error:
-            raise BuildError(
-                f"{onnx}: the engine cannot be written: {error}; free space in {cache} and {out}, "
-                "or set cache in the profile's [options] to another folder"
-            ) from error
-        log = out / f"{onnx.stem}.build.log"
+            raise BuildError(_unwritten(onnx, error, (cache, out))) from error
+        log = engine_store.build_log(engine)
         return Engine(engine, onnx, self.name, time.perf_counter() - started, log)
 
     def open(self, engine: Engine, target: Target) -> Session:
@@ -180,22 +209,15 @@ def import_module(module: str) -> Any:
         ) from error
 
 
-def _profile_problem(target: Target) -> str:
-    """What is wrong in the profile itself, or nothing."""
-    module = _option_text(target, "module")
-    if module not in INSTALL:
-        choices = ", ".join(INSTALL)
-        return f"{target.path}:options.module: found {module!r}, expected one of {choices}"
-    if _option_text(target, "compute_capability") and module != "tensorrt_rtx":
-        return (
-            f"{target.path}:options.compute_capability: only tensorrt_rtx builds for a GPU that "
-            f"is not there; leave it out for {module}"
-        )
-    try:
-        devices.device_index(target)
-    except ConfigError as error:
-        return str(error)
-    return ""
+def _unwritten(onnx: Path, error: OSError, folders: tuple[Path, Path]) -> str:
+    """Say that an engine cannot be written to the cache or the folder it is wanted in, and why."""
+    cache, out = folders
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    what = "free space in" if full else "expected to write in"
+    return (
+        f"{onnx}: the engine cannot be written: {error}; {what} {cache} and {out}, "
+        "or set cache in the profile's [options] to another folder"
+    )
 
 
 def _uses_tf32(target: Target) -> bool:
@@ -224,15 +246,17 @@ def _device_text(target: Target) -> str:
     return f"{facts.name}, compute capability {facts.capability}"
 
 
+def _batch_sizes(target: Target) -> tuple[int, int, int]:
+    """Least, best and largest size of a batch that is free."""
+    least, best, most = (
+        int(target.option(f"batch_{n}", d)) for n, d in (("min", 1), ("opt", 1), ("max", 8))
+    )
+    return least, best, most
+
+
 def _request(onnx: Path, target: Target, cache: Path) -> BuildRequest:
     module = _option_text(target, "module")
     capability = _option_text(target, "compute_capability")
-    sizes = [int(target.option(f"batch_{n}", d)) for n, d in (("min", 1), ("opt", 1), ("max", 8))]
-    if not 1 <= sizes[0] <= sizes[1] <= sizes[2]:
-        raise ConfigError(
-            f"{target.path}:options: expected 1 <= batch_min <= batch_opt <= "
-            f"batch_max, found {sizes}"
-        )
     timing = ""
     if module == "tensorrt":  # tensorrt_rtx accepts one and ignores it
         name = engine_store.text_key(f"{version(module)} {_device_text(target)}")
@@ -244,8 +268,8 @@ def _request(onnx: Path, target: Target, cache: Path) -> BuildRequest:
         capability=capability,
         workspace_mb=int(target.option("workspace_mb", 0)),
         tf32=_uses_tf32(target),
-        batch=(sizes[0], sizes[1], sizes[2]),
-        capture=bool(target.option("cuda_graph", True)),
+        batch=_batch_sizes(target),
+        capture=module == "tensorrt_rtx" and bool(target.option("cuda_graph", True)),
         timing_cache=timing,
         gpu=0 if capability else devices.device_index(target),
     )

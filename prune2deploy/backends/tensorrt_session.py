@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from prune2deploy.backends.base import Array, Sample, Session, TensorSpec
+from prune2deploy.backends.feeds import require
+from prune2deploy.backends.gpu_buffers import GpuMemory
 from prune2deploy.backends.gpu_driver import CudaGraph
-from prune2deploy.backends.gpu_memory import GpuMemory
 from prune2deploy.errors import BackendError
 from prune2deploy.target import Target
 from prune2deploy.timing import OperatorTiming, Shape
@@ -53,6 +54,8 @@ class TensorRtSession(Session):
         self._transfers = bool(target.option("transfers", False))
         self._use_graph = bool(target.option("cuda_graph", True))
         self._logger = trt.Logger(trt.Logger.ERROR)
+        if hasattr(trt, "init_libnvinfer_plugins"):  # tensorrt_rtx has none
+            trt.init_libnvinfer_plugins(self._logger, "")  # ONNX operators may have become plugins
         self._runtime = trt.Runtime(self._logger)  # must outlive the engine
         self._engine = self._runtime.deserialize_cuda_engine(engine.read_bytes())
         if self._engine is None:
@@ -185,9 +188,8 @@ class TensorRtSession(Session):
 
     def _bind(self, feeds: Mapping[str, Array]) -> None:
         """Set input shapes, make buffers of the right sizes, and fill the inputs."""
+        require(self.inputs, feeds)
         for spec in self.inputs:
-            if spec.name not in feeds:
-                raise BackendError(f"the engine's input {spec.name!r} was not given")
             shape = feeds[spec.name].shape
             if not self._context.set_input_shape(spec.name, shape):
                 raise BackendError(
@@ -208,10 +210,17 @@ class TensorRtSession(Session):
         known = self._bound.get(spec.name)
         if known is None or known.host.shape != shape:
             self._drop_graph()
+            self._free(spec.name)
             host = self._memory.pinned(shape, np.dtype(spec.dtype))
             known = _Bound(self._memory.allocate(host.nbytes), host)
             self._bound[spec.name] = known
         self._context.set_tensor_address(spec.name, known.address)
+
+    def _free(self, name: str) -> None:
+        """Give back a tensor's buffer and array; nothing that is queued uses them any more."""
+        if name in self._bound:
+            old = self._bound.pop(name)
+            self._memory.free(old.address, old.host)
 
     def _copy_in(self) -> None:
         for spec in self.inputs:

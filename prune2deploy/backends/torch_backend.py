@@ -28,6 +28,7 @@ from prune2deploy.backends.base import (
     Sample,
     Session,
 )
+from prune2deploy.backends.feeds import require
 from prune2deploy.errors import BackendError, BuildError
 from prune2deploy.target import Option, Target
 from prune2deploy.timing import OperatorTiming
@@ -45,10 +46,15 @@ class TorchBackend(Backend):
         "channels_last": False,
     }
 
+    def check(self, target: Target) -> None:
+        """See the base class; the device is the CPU or an NVIDIA GPU."""
+        super().check(target)
+        _on_gpu(target)
+
     def availability(self, target: Target) -> Availability:
         """Look whether the device is there and the mode exists."""
         mode = str(target.option("mode", "eager"))
-        on_gpu = target.device.startswith("cuda")
+        on_gpu = _on_gpu(target)
         choices = f"set mode to one of {', '.join(MODES)} in {target.path}"
         checks = (
             (mode in MODES, f"there is no mode {mode!r}", choices),
@@ -63,7 +69,7 @@ class TorchBackend(Backend):
 
     def arithmetic(self, target: Target) -> str:
         """TF32 in place of fp32 on a GPU, where PyTorch lets convolutions use it."""
-        on_gpu = target.device.startswith("cuda")
+        on_gpu = _on_gpu(target)
         return "tf32" if target.precision == "fp32" and on_gpu else target.precision
 
     def build(self, onnx: Path, target: Target, out: Path) -> Engine:
@@ -162,12 +168,40 @@ def _device(target: Target) -> Any:
     """The profile's device as torch names it; a GPU always has its number."""
     import torch
 
-    on_gpu = target.device.startswith("cuda")
-    return torch.device("cuda", devices.device_index(target)) if on_gpu else torch.device("cpu")
+    if _on_gpu(target):
+        return torch.device("cuda", devices.device_index(target))
+    return torch.device("cpu")
+
+
+def _on_gpu(target: Target) -> bool:
+    return devices.require(target, (devices.CPU, devices.GPU), "backend 'torch'") == devices.GPU
+
+
+@contextlib.contextmanager
+def _settings(threads: int) -> Iterator[None]:
+    """Settings of the process that sway latency: threads (0 leaves them), subnormals as zero."""
+    import torch
+
+    before, flushed = torch.get_num_threads(), _SUBNORMAL * 1.0 == 0.0
+    if threads:
+        torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        torch.set_flush_denormal(flushed)
+
+
+_SUBNORMAL = 1e-310
+"""Times one it is zero where subnormal numbers are flushed; torch cannot be asked."""
 
 
 class TorchSession(Session):
     """An exported program on its device.
+
+    Threads and subnormal numbers are set for the whole process until it is closed. Sessions that
+    are open at a time are closed in reverse order.
 
     Attributes:
         module: The graph module, before compiling.
@@ -179,9 +213,6 @@ class TorchSession(Session):
 
         self._torch = torch
         self._device = _device(target)
-        if target.threads:
-            torch.set_num_threads(target.threads)
-        torch.set_flush_denormal(True)
         mode = str(target.option("mode", "eager"))
         self._last = bool(target.option("channels_last", False))
         self._half = target.precision == "fp16"
@@ -193,6 +224,8 @@ class TorchSession(Session):
         self._graph: Any = None
         self.bound: tuple[Any, ...] = ()
         self.inputs, self.outputs = onnx_file.signature(engine.onnx)
+        self._settings = contextlib.ExitStack()
+        self._settings.enter_context(_settings(target.threads))
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run once; outputs by the names of the ONNX file, in order."""
@@ -265,6 +298,7 @@ class TorchSession(Session):
         return Sample(wall, cpu, round(first.elapsed_time(last) * 1e6))
 
     def _upload(self, feeds: Mapping[str, Array]) -> tuple[Any, ...]:
+        require(self.inputs, feeds)
         torch = self._torch
         values = []
         for spec in self.inputs:
@@ -277,7 +311,8 @@ class TorchSession(Session):
         return tuple(values)
 
     def close(self) -> None:
-        """Drop the program and what lies on the device."""
+        """Drop the program and what lies on the device; give the process its settings back."""
+        self._settings.close()
         self._graph = None
         self._call = None
         self.module = None

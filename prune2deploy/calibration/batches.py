@@ -140,7 +140,8 @@ class Batches:
             arrays, label = self._reader.read(number)
             self._check(arrays, number)
             for column, array, dtype in zip(inputs, arrays, self._dtypes, strict=True):
-                column.append(torch.from_numpy(np.ascontiguousarray(array)).to(dtype))
+                native = np.asarray(array, array.dtype.newbyteorder("="), order="C")
+                column.append(torch.from_numpy(native).to(dtype))
             if label is not None:
                 labels.append(label)
         if self.labelled and len(labels) != len(numbers):
@@ -152,6 +153,12 @@ class Batches:
         return stacked, torch.tensor(labels) if self.labelled else None
 
     def _check(self, arrays: tuple[Array, ...], number: int) -> None:
+        for array in arrays:
+            if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
+                raise ConfigError(
+                    f"{self._reader.name(number)}: found values of type {array.dtype}; expected "
+                    "whole or floating-point numbers of at most 64 bits; store them as such"
+                )
         found = tuple(tuple(array.shape) for array in arrays)
         if found != self._shapes:
             raise ConfigError(

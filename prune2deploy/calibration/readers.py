@@ -255,13 +255,23 @@ class SequenceReader(Reader):
                 inputs, label = item
         parts = inputs if isinstance(inputs, tuple) else (inputs,)
         try:
-            inputs = tuple(np.asarray(part) for part in parts)
-            return inputs, None if label is None else int(label)
-        except (TypeError, ValueError) as error:
+            return tuple(map(_array, parts)), None if label is None else _whole(label)
+        except (TypeError, ValueError, OverflowError) as error:
             raise ConfigError(
                 f"{self.name(number)}: found {type(item).__name__}; expected inputs or (inputs, "
                 f"label), inputs as tensors or arrays and the label as a whole number: {error}"
             ) from error
+
+
+def _array(value: Any) -> Array:
+    return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+
+
+def _whole(label: Any) -> int:
+    number = int(label)
+    if number != label:
+        raise ValueError(f"the label is {label!r}")
+    return number
 
 
 class DigitsReader(Reader):

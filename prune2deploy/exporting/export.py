@@ -8,6 +8,7 @@ based one, and after simplification both give the same operators and the same la
 from __future__ import annotations
 
 import inspect
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -141,7 +142,8 @@ def input_names(count: int, module: nn.Module | None = None) -> tuple[str, ...]:
 def flatten(value: object, prefix: str = "output") -> dict[str, Tensor]:
     """Name every tensor of a model's output, in order.
 
-    A lone tensor is ``output``; an entry of a dictionary adds ``_key``, of a sequence ``_i``.
+    A lone tensor is ``output``; an entry of a dictionary adds ``_key``, of a sequence ``_i``. Where
+    two would have the same name, the later one ends in ``_2``, ``_3`` ...
 
     Raises:
         ExportError: The value holds something that is neither a tensor nor a container.
@@ -163,7 +165,9 @@ def flatten(value: object, prefix: str = "output") -> dict[str, Tensor]:
         )
     found: dict[str, Tensor] = {}
     for key, child in children:
-        found.update(flatten(child, f"{prefix}_{key}"))
+        for name, tensor in flatten(child, f"{prefix}_{key}").items():
+            choices = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(2)))
+            found[next(choice for choice in choices if choice not in found)] = tensor
     return found
 
 

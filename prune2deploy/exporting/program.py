@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from prune2deploy.atomic import replacing
 from prune2deploy.errors import ExportError
 from prune2deploy.exporting.export import first_line
 from prune2deploy.modes import evaluating
@@ -43,10 +44,11 @@ def save(
         raise ExportError(
             f"torch.export cannot express this model ({first_line(error)})"
         ) from error
-    torch.export.save(program, path)
-    try:
-        torch.export.load(path).module()
-    except Exception as error:
-        raise ExportError(
-            f"torch.export wrote a file that it cannot load ({first_line(error)})"
-        ) from error
+    with replacing(path) as temporary:
+        torch.export.save(program, temporary)
+        try:
+            torch.export.load(temporary).module()
+        except Exception as error:
+            raise ExportError(
+                f"torch.export wrote a file that it cannot load ({first_line(error)})"
+            ) from error

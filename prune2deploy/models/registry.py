@@ -24,6 +24,7 @@ from prune2deploy.models import (
 )
 from prune2deploy.models.loaded import LoadedModel, Request
 from prune2deploy.models.weights import load_weights
+from prune2deploy.modes import let_switch
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,7 @@ def _require_size(loaded: LoadedModel, input_size: tuple[int, int] | None) -> No
 
 def _settled(module: nn.Module) -> nn.Module:
     """Return the module in eval mode, on the CPU, with its floating-point tensors as float32."""
+    let_switch(module)
     if isinstance(module.eval(), torch.fx.GraphModule):
         return module  # its operators may have device and precision written into them
     return module.to(device="cpu", dtype=torch.float32)

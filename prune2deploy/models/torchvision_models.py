@@ -12,7 +12,7 @@ import inspect
 import warnings
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from prune2deploy.calibration.preprocessing import Preprocessing
 from prune2deploy.errors import MissingBackend, ModelError
@@ -48,7 +48,7 @@ def load(request: Request) -> LoadedModel:
         module = builder(**options)
     preset = _preset(models.get_model_weights(request.name))
     family = builder.__module__.removeprefix("torchvision.models.").partition(".")[0]
-    size, inputs, names_in = _inputs(family, preset, request)
+    size, inputs, names_in = _inputs(family, preset, module, request)
     return LoadedModel(
         module=module,
         example_inputs=inputs,
@@ -81,7 +81,7 @@ def _preset(weights: Any) -> dict[str, Any]:
 
 
 def _inputs(
-    family: str, preset: dict[str, Any], request: Request
+    family: str, preset: dict[str, Any], module: nn.Module, request: Request
 ) -> tuple[tuple[int, int], tuple[Tensor, ...], tuple[str, ...]]:
     """Return the input size, example inputs and their names for one of torchvision's families."""
     if family == "video":
@@ -97,7 +97,8 @@ def _inputs(
     if family == "segmentation":
         size = request.size(_pair(preset.get("resize_size", 520)))
         return size, (request.normal(3, *size),), ("input",)
-    size = request.size((224, 224))
+    built_for = vars(module).get("image_size")  # a ViT takes this size alone, whatever the weights
+    size = request.size(_pair(built_for or preset.get("crop_size", 224)))
     return size, (request.normal(3, *size),), ("input",)
 
 
@@ -115,5 +116,9 @@ def _preprocessing(preset: dict[str, Any], size: tuple[int, int]) -> Preprocessi
         ratio = _pair(preset["resize_size"])[0] / _pair(preset["crop_size"])[0]
         resize = round(min(size) * ratio)
     return Preprocessing(
-        size=size, resize=resize, mean=tuple(preset["mean"]), std=tuple(preset["std"])
+        size=size,
+        resize=resize,
+        mean=tuple(preset["mean"]),
+        std=tuple(preset["std"]),
+        interpolation=preset["interpolation"].value,
     )

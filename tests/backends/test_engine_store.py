@@ -1,13 +1,17 @@
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from prune2deploy import target
 from prune2deploy.backends import engine_store, registry
-from prune2deploy.backends.base import Engine
+from prune2deploy.backends.base import Availability, Engine
+from prune2deploy.backends.engine_build import BuildRequest
 from prune2deploy.errors import BackendError, BuildError
 
 
@@ -110,4 +114,95 @@ def test_cache_drops_the_longest_unused_engines_only(tmp_path):
         engine_store.manifest_path(engine).write_text("{}")
         os.utime(engine, (i, i))
     engine_store.trim(tmp_path, 250, keep=tmp_path / "new.engine")
-    assert {p.name.split(".")[0] for p in tmp_path.iterdir()} == {"mid", "new"}
+    left = {p.name for p in tmp_path.iterdir() if p.suffix != ".lock"}
+    assert left == {
+        f"{n}{end}" for n in ("mid", "new") for end in (".engine", ".engine.json", ".log")
+    }
+
+
+WANTED = engine_store.Manifest("tensorrt_rtx", "1", "x", "a", "", {}, 0.0)
+REQUEST = BuildRequest("tensorrt_rtx", "m.onnx", "")
+
+
+@pytest.fixture
+def builder(monkeypatch):
+    """Builds in place of the real one: writes a little; the list has one entry per build."""
+    built = []
+
+    def run(request, folder, seconds):
+        built.append(request)
+        Path(request.engine).write_bytes(b"plan")
+        (folder / "build.log").write_text("built")
+        return {"seconds": 1.0}
+
+    monkeypatch.setattr(engine_store, "run_builder", run)
+    return built
+
+
+def test_an_engine_is_placed_while_no_other_process_may_drop_it(tmp_path, builder, monkeypatch):
+    """Another process trims the cache at the worst moment: between the copies of one engine."""
+    cache, copy = tmp_path / "cache", shutil.copyfile
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from prune2deploy.backends.engine_store import trim\n"
+        "trim(Path(sys.argv[1]), 0, Path('other.engine'))"
+    )
+
+    def trimmed(source, target):
+        trimming = [sys.executable, "-c", code, str(cache)]
+        subprocess.run(trimming, env=engine_store._environment(), check=True)
+        return copy(source, target)
+
+    monkeypatch.setattr(shutil, "copyfile", trimmed)
+    cached = engine_store.obtain(cache, WANTED, REQUEST, tmp_path / "out/net.fp16.engine", 30)
+    monkeypatch.undo()
+    assert engine_store.read_manifest(tmp_path / "out/net.fp16.engine").device == "x"
+    assert (tmp_path / "out/net.fp16.build.log").read_text() == "built"
+    assert cached.is_file()
+    engine_store.trim(cache, 0, keep=cached)
+    assert cached.is_file()
+    engine_store.trim(cache, 0, keep=tmp_path / "other.engine")
+    assert [p.suffix for p in cache.iterdir()] == [".lock"]
+
+
+def test_engines_that_vanish_while_the_cache_is_trimmed_are_no_failure(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.engine").write_bytes(bytes(100))
+    real = Path.glob
+
+    def stale(folder, pattern):
+        found = list(real(folder, pattern))
+        (tmp_path / "a.engine").unlink()
+        return found
+
+    monkeypatch.setattr(Path, "glob", stale)
+    engine_store.trim(tmp_path, 50, keep=tmp_path / "none.engine")
+    assert not (tmp_path / "b.engine").exists()
+
+
+@pytest.mark.parametrize("lost", [".log", ".engine.json", ".engine"])
+def test_an_entry_of_the_cache_that_lacks_a_part_is_built_again(tmp_path, builder, lost):
+    out = tmp_path / "net.engine"
+    cached = engine_store.obtain(tmp_path / "cache", WANTED, REQUEST, out, 30)
+    engine_store.obtain(tmp_path / "cache", WANTED, REQUEST, out, 30)
+    assert len(builder) == 1
+    cached.with_suffix(lost).unlink()
+    engine_store.obtain(tmp_path / "cache", WANTED, REQUEST, out, 30)
+    assert len(builder) == 2
+
+
+@pytest.mark.parametrize(
+    ("number", "told"), [(errno.ENOSPC, "free space in"), (errno.EACCES, "expected to write in")]
+)
+def test_only_a_full_disk_is_told_to_be_full(
+    tmp_path, make_onnx, make_target, monkeypatch, number, told
+):
+    def refused(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(engine_store, "obtain", refused)
+    backend = registry.get("tensorrt")
+    monkeypatch.setattr(type(backend), "can_build", lambda self, target: Availability(True))
+    profile = make_target("tensorrt", device="cuda:0")
+    with pytest.raises(BuildError, match=rf"cannot be written: .*{told} "):
+        backend.build(make_onnx(), profile, tmp_path / "out")

@@ -116,7 +116,7 @@ def test_the_gpu_of_the_profile_is_the_one_that_is_built_on(driver, rtx, make_on
     second = replace(rtx, device="cuda:1", options=options)
     asked = []
     monkeypatch.setattr(
-        engine_store, "obtain", lambda cache, wanted, request, s: asked.append(request) or 1 / 0
+        engine_store, "obtain", lambda cache, wanted, request, *_: asked.append(request) or 1 / 0
     )
     with pytest.raises(ZeroDivisionError):
         registry.for_target(second).build(make_onnx(), second, rtx.path.parent)

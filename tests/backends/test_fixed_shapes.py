@@ -79,6 +79,15 @@ def test_dimensions_that_stay_free_or_cannot_be_set_are_named(
         fixed(with_dims(*dims), tmp_path / "made", wanted)
 
 
+def test_the_file_itself_is_not_overwritten(with_dims, make_onnx, tmp_path):
+    path = with_dims("n", 3, 12, 12)
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match=r"net\.onnx: found .*, which it lies in, .* another one"):
+        fixed(path, path.parent, Wanted(2))
+    assert path.read_bytes() == before
+    assert fixed(make_onnx(), tmp_path, Wanted()) == path, "nothing is written where none is free"
+
+
 def test_weights_beside_the_file_go_with_the_copy(with_dims, tmp_path):
     model = onnx.load(str(with_dims("n", 3, 12, 12)))
     (tmp_path / "apart").mkdir()

@@ -1,14 +1,16 @@
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from prune2deploy.backends import ort as ort_module
 from prune2deploy.backends import ort_profile, ort_tensorrt, registry
 from prune2deploy.backends.base import Engine
 from prune2deploy.backends.feeds import random_feeds
-from prune2deploy.errors import BackendError, BuildError, MissingBackend
+from prune2deploy.errors import BackendError, BuildError, ConfigError, MissingBackend
 
 pytestmark = pytest.mark.ort
 pytest.importorskip("onnxruntime")
@@ -39,6 +41,25 @@ def test_timing_reports_wall_and_thread_time(ort, make_target, make_onnx, tmp_pa
         session.prepare(random_feeds(session.inputs, seed=0))
         samples = [session.time_once() for _ in range(20)]
     assert all(s.wall_ns > 0 and s.cpu_ns > 0 and s.device_ns == 0 for s in samples)
+
+
+def test_inputs_that_do_not_fit_are_errors_of_the_backend(ort, make_target, make_onnx, tmp_path):
+    target = make_target()
+    engine = ort.build(make_onnx(), target, tmp_path / "out")
+    with ort.open(engine, target) as session:
+        for use in (session.run, session.prepare):
+            with pytest.raises(BackendError, match="input 'x' was not given; found none, expected"):
+                use({})
+        wrong = {"x": np.ones((1, 3, 5, 12), np.float32)}
+        with pytest.raises(BackendError, match=r"ONNX Runtime failed to run: .*\n?.*12"):
+            session.run(wrong)
+        session.prepare(wrong)
+        with pytest.raises(BackendError, match="ONNX Runtime failed to run"):
+            session.time_once()
+        with pytest.raises(BackendError, match="ONNX Runtime failed to run"):
+            session.prepare({**wrong, "none": wrong["x"]})
+    with pytest.raises(BackendError, match="ONNX Runtime failed to run"):
+        ort.profile(engine, target, wrong, 1)
 
 
 def test_the_profile_names_operators_with_logical_shapes(ort, make_target, make_onnx, tmp_path):
@@ -92,6 +113,24 @@ def test_saving_the_optimised_graph_keeps_its_values(ort, make_target, make_onnx
         np.testing.assert_allclose(session.run(feeds)["y"], found, atol=1e-6)
 
 
+def test_an_optimised_graph_that_was_not_finished_has_no_name(
+    ort, make_target, make_onnx, tmp_path, monkeypatch
+):
+    library, target = (
+        pytest.importorskip("onnxruntime"),
+        make_target(options={"save_optimized": True}),
+    )
+
+    def killed(path, options, providers):
+        Path(options.optimized_model_filepath).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(library, "InferenceSession", killed)
+    with pytest.raises(KeyboardInterrupt):
+        ort.build(make_onnx(), target, tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["net.onnx"]
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -138,6 +177,42 @@ def test_a_provider_that_is_not_there_is_unusable(ort, make_target, make_onnx, t
         ort.build(make_onnx(), target, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("provider", "device", "expected"),
+    [
+        ("CPU", "cuda:0", "cpu for CPUExecutionProvider"),
+        ("CUDA", "cpu", "cuda:0 for CUDAExecutionProvider"),
+        ("Tensorrt", "gpu", "cuda:0 for TensorrtExecutionProvider"),
+        ("OpenVINO", "gpu", "cpu for OpenVINOExecutionProvider with device_type = 'CPU'"),
+    ],
+)
+def test_a_device_that_the_provider_does_not_compute_on_is_refused(
+    make_target, provider, device, expected
+):
+    options = {"provider": f"{provider}ExecutionProvider"}
+    told = rf"test\.toml:device: found '{device}', expected {expected}"
+    with pytest.raises(ConfigError, match=told):
+        registry.for_target(make_target(device=device, options=options))
+
+
+def test_an_unknown_provider_is_told_the_names_there_are(ort, make_target):
+    found = ort.availability(make_target(options={"provider": "OpenVINO"}))
+    assert not found.usable and "pip" not in found.fix
+    assert "options.provider: found 'OpenVINO', expected one of CPUExecution" in found.reason
+    assert "OpenVINOExecutionProvider" in found.reason
+
+
+def test_openvinos_provider_is_told_a_number_of_threads_only_where_there_is_one(make_target):
+    options = {"provider": "OpenVINOExecutionProvider"}
+
+    def settings(threads):
+        target = make_target(threads=threads, options=options)
+        return ort_module._providers(target, options["provider"], target.path)[0][1]
+
+    assert settings(0) == {"device_type": "CPU"}
+    assert settings(3) == {"device_type": "CPU", "num_of_threads": "3"}
+
+
 def test_providers_get_the_gpu_of_the_target_and_their_libraries(
     ort, make_target, make_onnx, tmp_path, monkeypatch
 ):
@@ -168,6 +243,7 @@ def test_providers_get_the_gpu_of_the_target_and_their_libraries(
     settings = seen[1][0][1]  # TensorRT builds once, and what it built lies with the engine
     assert settings["trt_engine_cache_enable"]
     assert settings["trt_engine_cache_path"].startswith(str(tmp_path / "out"))
+    assert Path(settings["trt_engine_cache_path"]).is_dir(), "the provider makes one level only"
     kept = []
     for width in (16, 8, 16):  # the provider tells engines apart by names, which these share
         ort.build(make_onnx(width), target_of(names[0]), tmp_path / "out")

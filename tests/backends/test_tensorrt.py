@@ -4,6 +4,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -20,10 +21,11 @@ from prune2deploy.backends import (
     gpu_driver,
     gpu_memory,
     registry,
+    tensorrt,
 )
 from prune2deploy.backends.engine_build import BuildRequest
 from prune2deploy.backends.tensorrt_session import layer_timings
-from prune2deploy.errors import BuildError, MissingBackend
+from prune2deploy.errors import BuildError, ConfigError, MissingBackend
 from prune2deploy.exporting import precision, simplify
 from prune2deploy.exporting.export import to_onnx
 
@@ -306,7 +308,7 @@ def test_failed_build_leaves_the_cache_as_it_was(tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     wanted = engine_store.Manifest("tensorrt_rtx", "1", "x", "a", "", {}, 0.0)
     with pytest.raises(BuildError):
-        engine_store.obtain(cache, wanted, request(tmp_path), 30)
+        engine_store.obtain(cache, wanted, request(tmp_path), tmp_path / "o.engine", 30)
     assert [p.suffix for p in cache.iterdir()] == [".lock"]
 
 
@@ -394,16 +396,78 @@ def test_without_the_package_the_line_that_installs_it_is_given(monkeypatch, tmp
     assert "JetPack" in backend.availability(profile).fix
 
 
-def test_profile_mistakes_make_it_unusable_and_name_the_key(rtx):
-    backend = registry.for_target(rtx)
-    for changed, word in (
-        (with_options(rtx, module="tensorflow"), "options.module"),
-        (replace(rtx, device="cpu"), ":device"),
-        (with_options(rtx, module="tensorrt", compute_capability="89"), "compute_capability"),
-    ):
-        known = backend.availability(changed)
-        assert not known.usable
-        assert word in known.reason
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"module": "tensorflow"}, "module: found 'tensorflow', expected one of tensorrt, "),
+        ({"module": "tensorrt", "compute_capability": "89"}, "capability: found '89', .* none"),
+        ({"compute_capability": "8.9"}, "capability: found '8.9', expected two .* digits"),
+        ({"workspace_mb": -5}, "workspace_mb: found -5, expected 0 or more"),
+        ({"cache_mb": -1}, "cache_mb: found -1, expected 0 or more"),
+        ({"build_seconds": 0.0}, "build_seconds: found 0.0, expected 1 or more"),
+        ({"build_seconds": float("nan")}, "build_seconds: found nan, expected 1 or more"),
+        ({"batch_opt": 9}, r"batch_max: found 8, .*\(1, 9, 8\)"),
+        ({"batch_min": 0}, r"batch_max: found 8, .*\(0, 1, 8\)"),
+    ],
+)
+def test_values_that_cannot_be_meant_are_refused_by_name(rtx, changed, told):
+    with pytest.raises(ConfigError, match=rf"trt-rtx\.toml:options\..*{told}"):
+        registry.for_target(with_options(rtx, **changed))
+
+
+def test_another_device_than_a_gpu_is_refused(rtx):
+    with pytest.raises(ConfigError, match=r":device: found 'cpu', expected cuda:0 for .*tensorrt"):
+        registry.for_target(replace(rtx, device="cpu"))
+
+
+def test_a_cuda_graph_makes_other_engines_of_tensorrt_for_rtx_alone(rtx, model):
+    def key(profile):
+        request = tensorrt._request(model, profile, Path())
+        return tensorrt._wanted(model, profile, request).key
+
+    plain = target.load("trt")
+    assert key(plain) == key(with_options(plain, cuda_graph=False))
+    assert key(rtx) != key(with_options(rtx, cuda_graph=False))
+
+
+def test_a_build_that_fails_for_the_sake_of_a_graph_says_how_to_do_without():
+    """The library is a stand-in: nothing small enough for a test is known to fail so."""
+    network = SimpleNamespace(num_inputs=0)
+    config = SimpleNamespace(set_flag=lambda flag: None, set_compute_capability=lambda *a: True)
+    builder = SimpleNamespace(
+        create_network=lambda flags: network,
+        create_builder_config=lambda: config,
+        build_serialized_network=lambda network, config: None,
+    )
+    trt = SimpleNamespace(
+        Builder=lambda logger: builder,
+        OnnxParser=lambda *a: SimpleNamespace(parse_from_file=lambda path: True),
+        NetworkDefinitionCreationFlag=SimpleNamespace(STRONGLY_TYPED=1),
+        ProfilingVerbosity=SimpleNamespace(DETAILED=1),
+        BuilderFlag=SimpleNamespace(TF32=1, REQUIRE_USER_ALLOCATION=2),
+        ComputeCapability=SimpleNamespace(__members__={"SM89": 89}),
+    )
+    heard = SimpleNamespace(
+        logger=None, check=lambda step: None, forget=lambda: None, text=lambda: "no room"
+    )
+    for capture in (True, False):
+        order = BuildRequest("tensorrt_rtx", "m.onnx", "m.engine", "89", capture=capture)
+        with pytest.raises(engine_build.BuildFailed, match="no room") as raised:
+            engine_build._build(trt, heard, order)
+        assert ("cuda_graph = false" in str(raised.value)) is capture
+
+
+def test_what_the_library_says_to_a_value_is_an_answer(tmp_path, monkeypatch, capsys):
+    def refuse(request):
+        raise TypeError("incompatible function arguments")
+
+    monkeypatch.setattr(engine_build, "build", refuse)
+    order = BuildRequest("tensorrt_rtx", "m.onnx", str(tmp_path / "m.engine"))
+    (tmp_path / "order.json").write_text(order.to_json())
+    assert engine_build.main([str(tmp_path / "order.json")]) == 1
+    told = json.loads((tmp_path / engine_build.ANSWER).read_text())["error"]
+    assert told == "tensorrt_rtx: TypeError: incompatible function arguments"
+    assert "Traceback" in capsys.readouterr().err, "the log has it whole"
 
 
 def test_memory_libraries_are_asked_for_by_name(monkeypatch):

@@ -15,8 +15,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from prune2deploy.backends import gpu_memory, tensorrt_session
-from prune2deploy.backends.gpu_memory import GpuMemory
+from prune2deploy.backends import gpu_buffers, gpu_memory, tensorrt_session
+from prune2deploy.backends.gpu_buffers import GpuMemory
 from prune2deploy.backends.tensorrt_session import TensorRtSession
 from prune2deploy.errors import BackendError
 
@@ -35,6 +35,10 @@ class HostMemory(GpuMemory):
         buffer = (ctypes.c_uint8 * max(nbytes, 1))()
         self.live[ctypes.addressof(buffer)] = buffer
         return ctypes.addressof(buffer)
+
+    def free(self, address, host):
+        assert not self.queue, "what is queued still uses it"
+        del self.live[address]
 
     def pinned(self, shape, dtype):
         return np.zeros(shape, dtype)
@@ -217,6 +221,8 @@ def test_outputs_are_those_of_the_inputs_for_every_batch_in_the_range(opened):
     session, _ = opened()
     for batch in (2, 4, 1):
         np.testing.assert_array_equal(session.run(feeds(batch))["y"], 2 * feeds(batch)["x"])
+        sizes = [len(buffer) for buffer in session._memory.live.values()]
+        assert sizes == [12 * batch] * 2, "those of the shape before are given back"
     with pytest.raises(BackendError, match=r"'x' of shape \(5, 3\) does not fit.*\(-1, 3\)"):
         session.run(feeds(5))
     with pytest.raises(BackendError, match="input 'x' was not given"):
@@ -291,6 +297,20 @@ def test_a_library_without_that_choice_gets_a_plain_context_and_no_marks(
     assert session._context.nvtx_verbosity == "none"
 
 
+def test_plugins_are_known_before_an_engine_is_read_where_the_library_has_any(
+    memory, make_target, tmp_path
+):
+    engine, order = Engine(memory), []
+    trt = library(engine)
+    trt.init_libnvinfer_plugins = lambda logger, namespace: order.append(namespace)
+    trt.Runtime = lambda logger: SimpleNamespace(
+        deserialize_cuda_engine=lambda data: order.append("read") or engine
+    )
+    (tmp_path / "m.engine").write_bytes(b"engine")
+    TensorRtSession(trt, tmp_path / "m.engine", memory, make_target("tensorrt", device="cuda:0"))
+    assert order == ["", "read"]
+
+
 def test_what_the_engine_refuses_is_an_error(opened, memory, make_target, tmp_path):
     session, _ = opened()
     session._context.starts = False
@@ -337,7 +357,7 @@ def test_every_call_of_cuda_python_exists():
     if importlib.util.find_spec("cuda") is None:
         pytest.skip("cuda-python is not installed")
     runtime = pytest.importorskip("cuda.bindings.runtime", exc_type=ImportError)
-    source = Path(gpu_memory.__file__).read_text()
+    source = Path(gpu_buffers.__file__).read_text()
     used = set(re.findall(r'_do\("(cuda\w+)"', source)) | set(re.findall(r"rt\.(cuda\w+)", source))
     assert len(used) >= 10 and "cudaFreeHost" in used
     assert used <= set(dir(runtime))

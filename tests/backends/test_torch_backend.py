@@ -5,7 +5,7 @@ import pytest
 
 from prune2deploy.backends import registry, torch_backend, torch_nodes
 from prune2deploy.backends.feeds import random_feeds
-from prune2deploy.errors import BackendError, BuildError
+from prune2deploy.errors import BackendError, BuildError, ConfigError
 
 torch = pytest.importorskip("torch")
 
@@ -54,6 +54,8 @@ def test_what_pytorch_raises_is_an_error_of_the_backend(program, make_target, tm
     def fails(*arguments):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
+    with pytest.raises(BackendError, match="input 'x' was not given; found none, expected x"):
+        session.run({})
     session._call, session._graphed = fails, True
     session._capture = fails
     for use in (lambda: session.run(feeds), lambda: session.prepare(feeds), session.time_once):
@@ -67,6 +69,47 @@ def test_a_gpu_without_a_number_is_the_first(make_target):
     assert torch_backend._device(make_target("torch", device="cuda")) == torch.device("cuda:0")
     assert torch_backend._device(make_target("torch", device="cuda:1")) == torch.device("cuda:1")
     assert torch_backend._device(make_target("torch")) == torch.device("cpu")
+
+
+def test_a_session_gives_the_process_its_settings_back(program, make_target, tmp_path):
+    backend, target = registry.get("torch"), make_target("torch", threads=3)
+    engine = backend.build(program, target, tmp_path / "out")
+    tiny = torch.tensor([1e-40])
+
+    def settings():
+        return torch.get_num_threads(), bool(tiny * 1 == 0)
+
+    torch.set_flush_denormal(False)
+    before = settings()
+    try:
+        with backend.open(engine, target):
+            assert settings() == (3, True)
+            one = make_target("torch", threads=1)
+            with backend.open(engine, one) as inner:
+                assert settings() == (1, True)
+            assert settings() == (3, True)
+            inner.close()
+            assert settings() == (3, True), "closing again gives nothing back"
+        assert settings() == before
+        engine.path.write_bytes(b"nothing")
+        with pytest.raises(BuildError):
+            backend.open(engine, target)
+        assert settings() == before
+    finally:
+        torch.set_num_threads(before[0])
+
+
+@pytest.mark.parametrize("device", ["gpu", "mps", "cuda:x", "cudaa"])
+def test_a_device_that_pytorch_would_not_run_on_is_refused(make_target, device):
+    """It would run on the CPU in silence."""
+    target = make_target("torch", device=device)
+    told = rf"test\.toml:device: found '{device}', expected cpu or cuda:0 for backend 'torch'"
+    with pytest.raises(ConfigError, match=told):
+        registry.for_target(target)
+    with pytest.raises(ConfigError, match=told):
+        torch_backend._device(target)
+    for fine in ("cpu", "CPU", "cuda", "cuda:3"):
+        registry.for_target(make_target("torch", device=fine))
 
 
 def test_a_device_is_held_up_equally_for_every_run_and_not_for_long(monkeypatch):

@@ -260,6 +260,45 @@ def test_arrays_that_do_not_fit_are_named(tmp_path):
         open_recipe(path, model())
 
 
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        (np.array([["a", "b"]]), "<U1"),
+        (np.ones((1, 2), np.complex64), "complex64"),
+        (np.ones((1, 2), np.longdouble), "float128"),
+        (np.zeros((1, 2), "datetime64[s]"), "datetime64"),
+    ],
+)
+def test_arrays_that_hold_no_numbers_are_named(tmp_path, values, told):
+    np.savez(tmp_path / "x.npz", x=values)
+    path = recipe(tmp_path, 'reader = "arrays"\npath = "x.npz"')
+    with pytest.raises(ConfigError, match=rf"x\.npz: sample 0: found values of type .*{told}"):
+        open_recipe(path, model((1, 2)))
+
+
+@pytest.mark.parametrize("kind", [">f4", ">f8", ">i2", "<f2"])
+def test_numbers_of_either_byte_order_come_back_exactly(tmp_path, kind):
+    values = np.arange(8).reshape(4, 2)
+    np.savez(tmp_path / "x.npz", x=values.astype(kind))
+    path = recipe(tmp_path, 'reader = "arrays"\npath = "x.npz"\ncount = 4')
+    opened = open_recipe(path, model((1, 2)))
+    ((inputs, _),) = opened
+    assert np.array_equal(inputs[0].numpy(), values[list(opened.chosen)])
+
+
+@pytest.mark.parametrize("label", [0.7, torch.tensor(0.5), float("inf"), float("nan"), "3"])
+def test_a_label_that_is_no_whole_number_is_refused(label):
+    with pytest.raises(ConfigError, match="the label as a whole number"):
+        from_dataset([(torch.zeros(2), label)], (torch.zeros(1, 2),))
+
+
+@pytest.mark.parametrize("label", [3, 3.0, np.int64(3), np.float32(3), torch.tensor(3)])
+def test_whole_numbers_of_any_type_are_labels_and_inputs_may_want_gradients(label):
+    data = from_dataset([(torch.ones(2, requires_grad=True), label)], (torch.zeros(1, 2),))
+    (((inputs,), labels),) = data
+    assert labels.tolist() == [3] and not inputs.requires_grad
+
+
 def test_labels_that_are_no_class_of_the_model_are_named(tmp_path):
     text = 'reader = "arrays"\npath = "d.npz"\nbatch = 2'
     for wrong in (-1, 10):

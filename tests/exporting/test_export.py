@@ -82,6 +82,23 @@ def test_nested_outputs_are_flattened_in_order_and_named(tmp_path, image):
     np.testing.assert_allclose(outputs[names[2]], outputs[names[1]] * 2, rtol=1e-6)
 
 
+class Alike(nn.Module):
+    """Two paths to outputs spell the same name."""
+
+    def forward(self, x):
+        return {"a_b": x + 1, "a": {"b": x + 2, "b_2": x + 3}, "a_b_2": x + 4}
+
+
+def test_outputs_whose_names_would_be_the_same_are_all_kept(tmp_path, image):
+    path = to_onnx(Alike(), (image,), tmp_path / "net.onnx")
+    found = parity.onnx_runner(path)({"input": image.numpy()})
+    names = ["output_a_b", "output_a_b_2", "output_a_b_2_2", "output_a_b_2_3"]
+    assert list(found) == names
+    for i, name in enumerate(names):
+        np.testing.assert_allclose(found[name], image.numpy() + i + 1, rtol=1e-6)
+    assert parity.torch_runner(Alike().eval())({"input": image.numpy()}).keys() == found.keys()
+
+
 def test_names_and_opset_are_as_asked(tmp_path, image):
     path = to_onnx(
         Net(), (image,), tmp_path / "n.onnx", input_names=["pixels"], output_names=["y"], opset=17

@@ -29,5 +29,8 @@ def test_a_program_that_was_written_gives_the_same(tmp_path):
 def test_a_file_that_torch_cannot_load_again_is_refused(tmp_path):
     # torch.export gives such a part a name that it takes for one of its own
     module, x = Named("meta").eval(), torch.randn(2, 4)
+    (tmp_path / "m.pt2").write_bytes(b"an earlier one")
     with pytest.raises(ExportError, match="wrote a file that it cannot load"):
         program.save(module, (x,), tmp_path / "m.pt2")
+    assert [p.name for p in tmp_path.iterdir()] == ["m.pt2"]
+    assert (tmp_path / "m.pt2").read_bytes() == b"an earlier one"

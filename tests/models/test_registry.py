@@ -12,6 +12,8 @@ import prune2deploy
 from prune2deploy import models
 from prune2deploy.errors import MissingBackend, ModelError
 from prune2deploy.exporting import export, parity, program
+from prune2deploy.models import torchvision_models
+from prune2deploy.models.loaded import Request
 
 
 def forward(loaded):
@@ -35,6 +37,29 @@ def test_torchvision_classifier():
     assert loaded.example_inputs[0].shape == (2, 3, 64, 96)
     assert is_settled(loaded.module) and forward(loaded).shape == (2, 1000)
     assert loaded.preprocessing.size == (64, 96) and loaded.preprocessing.resize == 73
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "resize", "interpolation"),
+    [
+        ("resnet18", 224, 256, "bilinear"),
+        ("efficientnet_b4", 380, 384, "bicubic"),
+        ("inception_v3", 299, 342, "bilinear"),
+        ("vit_b_32", 224, 256, "bilinear"),
+        ("vit_h_14", 224, 224, "bicubic"),  # its weights are for 518, but it is built for 224
+    ],
+)
+def test_torchvision_classifiers_take_pictures_as_their_first_weights_do(
+    name, side, resize, interpolation
+):
+    pytest.importorskip("torchvision")
+    with torch.device("meta"):
+        loaded = torchvision_models.load(Request(name))
+    (x,), how = loaded.example_inputs, loaded.preprocessing
+    assert x.shape == (1, 3, side, side) and how.size == (side, side)
+    assert (how.resize, how.interpolation) == (resize, interpolation)
+    with torch.no_grad():
+        assert loaded.module.to("meta").eval()(x).shape == (1, 1000)
 
 
 def test_the_seed_decides_weights_and_inputs_and_the_callers_random_state_stays():
@@ -242,6 +267,23 @@ def test_wrong_factories(own_models, name, message):
     with pytest.raises(ModelError) as caught:
         models.load(name)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["program", "around"])
+def test_a_factory_may_return_what_torch_export_made(own_models, name):
+    """Its ``train`` and ``eval`` do nothing but raise."""
+    (own_models / "exported_for_tests.py").write_text(
+        "import torch\nfrom torch import nn\n\n"
+        "def program():\n"
+        "    net, x = nn.Sequential(nn.Linear(5, 3), nn.Dropout()).eval(), torch.ones(2, 5)\n"
+        "    return torch.export.export(net, (x,)).module(), (x,)\n\n"
+        "def around():\n"
+        "    inner, inputs = program()\n"
+        "    return nn.Sequential(inner, nn.Linear(3, 2)), inputs\n"
+    )
+    loaded = models.load(f"exported_for_tests.py:{name}")
+    assert is_settled(loaded.module)
+    assert forward(loaded).shape == (2, 3 if name == "program" else 2)
 
 
 def test_factory_inputs_that_cannot_be_resized(own_models):
