@@ -77,7 +77,7 @@ class Options:
     root_module_types: Sequence[type[Any]] | None = None
     forward_fn: Callable[..., Any] | None = None
     output_transform: Callable[..., Any] | None = None
-    channel_groups: Mapping[Any, int] = field(default_factory=dict)
+    channel_groups: Mapping[Any, int] | None = None
     ch_sparsity: float | None = None
     ch_sparsity_dict: Ratios | None = None
 
@@ -93,7 +93,7 @@ class Options:
             ("ch_sparsity_dict", "pruning_ratio_dict"),
             ("channel_groups", "out_channel_groups"),
         ):
-            if getattr(self, old):
+            if getattr(self, old) is not None:
                 warnings.warn(f"{old} is now called {new}", DeprecationWarning, stacklevel=4)
                 options = replace(options, **{new: getattr(self, old)})
         ratios = {

@@ -312,6 +312,12 @@ def test_former_names_still_work(model):
     assert widths(model) == (12, 12, 24)
 
 
+def test_a_former_name_may_be_given_zero(model):
+    with pytest.warns(DeprecationWarning, match="now called"):
+        pruned(model, ch_sparsity=0.0, ch_sparsity_dict={model.layer2: 0.5})
+    assert widths(model) == (16, 16, 16)
+
+
 def record(scores, ratio, **options):
     return Record(np.asarray(scores, dtype=float), len(scores), ratio, **options)
 
