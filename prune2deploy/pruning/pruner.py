@@ -78,7 +78,6 @@ class BasePruner:
             customized_pruners=self.options.customized_pruners,
         )
         self.current_step = 0
-        self.num_heads = dict(self.options.num_heads)
         self.ignored_layers = list(self.options.ignored_layers or ())
         self.per_step_pruning_ratio = self._schedule(self.options.pruning_ratio)
         self.per_step_head_pruning_ratio = self._schedule(self.options.head_pruning_ratio)
@@ -103,6 +102,20 @@ class BasePruner:
     def root_module_types(self) -> tuple[type[Any], ...]:
         """Layers that a group may begin with."""
         return tuple(self.options.root_module_types or (*ROOTS, nn.LSTM))
+
+    @property
+    def num_heads(self) -> dict[Any, int]:
+        """Heads that each layer of the option has now."""
+        return {layer: self._heads(layer, given) for layer, given in self.options.num_heads.items()}
+
+    def _heads(self, layer: Any, given: int) -> int:
+        """Heads left of those given: axes of the layer that count heads may have shrunk."""
+        owner = self.DG._builder().owner
+        for axis in self.DG.live.graph.axes:
+            makers = [m for m in axis.members if m.role == "out" and owner(m.tensor) is layer]
+            if any(run_length(member.channel) > 1 for member in makers):
+                given = given * axis.size // self._initial.get(axis.name, axis.size)
+        return given
 
     @property
     def current_ratio(self) -> float:
@@ -211,7 +224,7 @@ class BasePruner:
             if not self.options.prune_num_heads:
                 return None, ""
             return self._head_ratio(outs), "heads" if self.options.global_pruning else unit[0].name
-        if not self.options.prune_head_dims and any(m in self.num_heads for m in outs):
+        if not self.options.prune_head_dims and any(m in self.options.num_heads for m in outs):
             return None, ""
         for dep in deps:
             for identity in self.DG.identities(dep) & self._scopes.keys():
@@ -241,7 +254,8 @@ class BasePruner:
             shared = ((channel >= 0) & (maker.channel >= 0)).any()
             if name != axis.name and shared and graph[name].frozen is None:
                 return True
-        return any(self.DG._builder().owner(member.tensor) in self.num_heads for member in makers)
+        given = self.options.num_heads
+        return any(self.DG._builder().owner(member.tensor) in given for member in makers)
 
     def _fold(self, unit: tuple[Axis, ...], group: Group) -> int:
         """Groups that the user says must lose equally many, where the graph has none itself."""
