@@ -18,7 +18,7 @@ from prune2deploy.pruning.dependency import ROOTS, DependencyGraph, History
 from prune2deploy.pruning.given import members_of
 from prune2deploy.pruning.group import Group
 from prune2deploy.pruning.items import Root
-from prune2deploy.pruning.options import Options
+from prune2deploy.pruning.options import Configured, Options
 from prune2deploy.pruning.ranking import Record, alone, lowest, together
 from prune2deploy.pruning.table import PruningFn
 
@@ -54,22 +54,28 @@ class Candidate:
         return gone
 
 
-class BasePruner:
+class BasePruner(Configured):
     """Prunes a model in place, to a ratio, in one or more steps.
 
     Args:
         model: The model; each ``step`` changes it.
         example_inputs: One tensor, a tuple of arguments, or a dict of keywords.
         importance: A function of a group; one score per position of ``group[0].idxs``.
-        options: Those of ``Options``, by name.
+        given: Those of ``Options`` in order.
+        options: Those of ``Options`` by name.
     """
 
     def __init__(
-        self, model: nn.Module, example_inputs: Any, importance: ImportanceFn, **options: Any
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        importance: ImportanceFn,
+        *given: Any,
+        **options: Any,
     ) -> None:
         self.model = model
         self.importance = importance
-        self.options = Options(**options).checked()
+        self.options = Options(*given, **options).checked()
         self.DG = DependencyGraph().build_dependency(
             model,
             example_inputs,
@@ -78,12 +84,15 @@ class BasePruner:
             customized_pruners=self.options.customized_pruners,
         )
         self.current_step = 0
-        self.ignored_layers = list(self.options.ignored_layers or ())
         self.per_step_pruning_ratio = self._schedule(self.options.pruning_ratio)
         self.per_step_head_pruning_ratio = self._schedule(self.options.head_pruning_ratio)
         self._ignored = members_of(self.ignored_layers, model)
         self._initial = {axis.name: axis.size for axis in self.DG.live.graph.axes}
         self._scopes = self._user_scopes()
+        self.init_num_heads = dict(self.options.num_heads)
+        layers = [one for one in model.modules() if self.DG.get_pruner_of_module(one) is not None]
+        self.layer_init_out_ch = {layer: self.DG.get_out_channels(layer) for layer in layers}
+        self.layer_init_in_ch = {layer: self.DG.get_in_channels(layer) for layer in layers}
 
     def _schedule(self, ratio: float) -> list[float]:
         steps = self.options.iterative_steps
@@ -97,6 +106,16 @@ class BasePruner:
             for identity in members_of(layers):
                 found[identity] = (f"given {number}", self._schedule(ratio))
         return found
+
+    @property
+    def ignored_layers(self) -> list[Any]:
+        """Modules, layer types and parameters that keep what they have."""
+        return list(self.options.ignored_layers or ())
+
+    @property
+    def ignored_params(self) -> list[nn.Parameter]:
+        """The parameters among them."""
+        return [one for one in self.ignored_layers if isinstance(one, nn.Parameter)]
 
     @property
     def root_module_types(self) -> tuple[type[Any], ...]:
