@@ -17,7 +17,7 @@ from prune2deploy import config, loop, summary
 from prune2deploy import target as targets
 from prune2deploy.config import Budget, ModelOptions, RunOptions
 from prune2deploy.errors import ConfigError
-from prune2deploy.graph import Graph
+from prune2deploy.graph import Graph, require_prunable
 from prune2deploy.graph import keep as keep_layers
 from prune2deploy.graph import trace as trace_graph
 from prune2deploy.identity import content
@@ -96,9 +96,9 @@ class Extras(TypedDict, total=False):
     max_size_mb: float | None
     max_macs: int | None
     max_pruning_ratio: float | None
-    keep: Sequence[str]
-    input_names: Sequence[str]
-    output_names: Sequence[str]
+    keep: Sequence[str] | None
+    input_names: Sequence[str] | None
+    output_names: Sequence[str] | None
     cache: bool
     seed: int
     run_dir: Path | str
@@ -129,7 +129,7 @@ def prune(
     ratio: float = 0.5,
     importance: str = "l2",
     channel_multiple: int = 1,
-    keep: Sequence[str] = (),
+    keep: Sequence[str] | None = None,
 ) -> nn.Module:
     """Remove the same fraction of every axis that can be pruned.
 
@@ -148,18 +148,19 @@ def prune(
     Raises:
         ConfigError: A ratio outside [0, 1), a criterion that is unknown or needs data, or a name
             in ``keep`` that fits nothing.
-        TraceError: The forward pass fails, returns no tensor, or has nothing to prune.
+        TraceError: The forward pass fails, returns no tensor, or has nothing to prune, be it that
+            ``keep`` names everything.
     """
-    if not 0 <= ratio < 1:
-        raise ConfigError(f"ratio: found {ratio}, expected at least 0 and below 1")
-    if channel_multiple < 1:
-        raise ConfigError(f"channel_multiple: found {channel_multiple}, expected at least 1")
+    if not (config.is_number(ratio) and 0 <= ratio < 1):
+        raise ConfigError(f"ratio: found {ratio!r}, expected a number from 0 to below 1")
+    config.at_least("channel_multiple", channel_multiple, 1)
     if config.one_of("importance", importance, NAMES) not in DATA_FREE:
         raise ConfigError(
             f"importance {importance!r} looks at data, which prune() takes none of; choose one of "
             f"{', '.join(DATA_FREE)}, or use prune_to_budget(..., batches=...)"
         )
-    graph = keep_layers(trace_graph(model, example_inputs), _names(keep))
+    graph = keep_layers(trace_graph(model, example_inputs), _names("keep", keep))
+    require_prunable(graph)
     scores = score(importance, model, graph)
     curves = importance_curves(graph, scores)
     counts = uniform_counts(graph, curves, ratio, channel_multiple)
@@ -224,13 +225,15 @@ def prune_to_budget(
         MissingBackend: The target cannot be used here.
         ParityError: An engine gives other outputs than the pruned module.
     """
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    _check_types(inputs, finetune)
+    inputs = _inputs(example_inputs, finetune)
     name = type(model).__name__
     options = _options(name, str(target), (budget_ms, speedup), extras)
     profile = targets.load(target)
     batches, resume = extras.get("batches"), extras.get("resume", False)
-    names = _names(extras.get("input_names", ())), _names(extras.get("output_names", ()))
+    names = (
+        _names("input_names", extras.get("input_names")),
+        _names("output_names", extras.get("output_names")),
+    )
     identity = {
         **options.identity(),
         "profile": profile.sha256,
@@ -248,34 +251,37 @@ def prune_to_budget(
             run,
             batches,
             finetune,
-            names[0],
-            names[1],
+            *names,
             extras.get("progress", silent),
         )
         return carry_out(job, options, name)
 
 
-def _check_types(inputs: tuple[object, ...], finetune: object) -> None:
+def _inputs(example: object, finetune: object) -> tuple[Tensor, ...]:
+    """The positional arguments of the forward pass; checks the training function too."""
+    given = example if isinstance(example, tuple | list) else (example,)
     others = [
-        f"{type(one).__name__} at {i}"
-        for i, one in enumerate(inputs)
-        if not isinstance(one, Tensor)
+        f"{type(one).__name__} at {i}" for i, one in enumerate(given) if not isinstance(one, Tensor)
     ]
-    if others:
+    if others or not given:
         raise ConfigError(
-            f"example_inputs: found {', '.join(others)}, expected tensors; wrap the model in a "
-            "module that takes tensors alone"
+            f"example_inputs: found {', '.join(others) or 'none'}, expected tensors; wrap the "
+            "model in a module that takes tensors alone"
         )
     if finetune is not None and not callable(finetune):
         raise ConfigError(
             f"finetune: found a {type(finetune).__name__}, expected a function that trains the "
             "module that it is given"
         )
+    return tuple(given)
 
 
-def _names(given: Sequence[str]) -> tuple[str, ...]:
+def _names(what: str, given: Sequence[str] | None) -> tuple[str, ...]:
     """Names that the caller gave; a lone string is one name, not its letters."""
-    return (given,) if isinstance(given, str) else tuple(given)
+    names = (given,) if isinstance(given, str) else tuple(given or ())
+    if not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{what}: found {names!r}, expected names as text")
+    return names
 
 
 def _options(
@@ -290,7 +296,7 @@ def _options(
             name,
             precision=extras.get("precision"),
             seed=extras.get("seed", 0),
-            keep=_names(extras.get("keep", ())),
+            keep=_names("keep", extras.get("keep")),
         ),
         importance=config.one_of("importance", extras.get("importance", "l2"), NAMES),
         max_builds=extras.get("max_builds", RunOptions.max_builds),

@@ -32,7 +32,10 @@ EPILOG = """exit codes: 0 budget met, 2 wrong usage or input, 3 target or depend
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are errors of this package."""
+    """A parser whose complaints are errors of this package, and that takes options in full."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError with the usage line."""

@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 import math
+import numbers
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -22,6 +23,8 @@ PRECISIONS = ("fp32", "fp16", "int8")
 PERCENTILES = (50, 95, 99)
 _BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
 _WEIGHTS = 0.98  # of a file, at least; names and structure are the rest
+MOST_RATIOS = 1000  # of one sweep
+MOST_SEED = 2**63 - 1  # that every generator of random numbers takes
 FILL = 0.97  # of the budget: a model measured at or above it wastes too little to go on
 
 
@@ -97,8 +100,10 @@ class ModelOptions:
     def __post_init__(self) -> None:
         if not self.model.strip():
             raise ConfigError("--model: found an empty name, expected one such as resnet50")
-        _at_least("--batch", self.batch, 1)
-        _at_least("--seed", self.seed, 0)
+        at_least("--batch", self.batch, 1)
+        at_least("--seed", self.seed, 0)
+        if self.seed > MOST_SEED:
+            raise ConfigError(f"--seed: found {self.seed}, expected at most {MOST_SEED}")
         if self.precision is not None:
             one_of("--precision", self.precision, PRECISIONS)
 
@@ -140,19 +145,20 @@ class RunOptions:
     max_pruning_ratio: float | None = None
 
     def __post_init__(self) -> None:
-        _at_least("--max-builds", self.max_builds, 1)
-        _at_least("--finetune", self.finetune_epochs, 0)
-        _at_least("probes", self.probes, 0)
+        at_least("--max-builds", self.max_builds, 1)
+        at_least("--finetune", self.finetune_epochs, 0)
+        at_least("probes", self.probes, 0)
         _positive("--max-size-mb", self.max_size_mb)
         _positive("--max-macs", self.max_macs)
-        if self.max_drop is not None and not 0 <= self.max_drop < 1:
+        drop, ratio = self.max_drop, self.max_pruning_ratio
+        if drop is not None and not (is_number(drop) and 0 <= drop < 1):
             raise ConfigError(
-                f"--max-drop: found {self.max_drop:g}, expected a fraction from 0 up to but not "
+                f"--max-drop: found {drop!r}, expected a fraction from 0 up to but not "
                 "including 1, such as 0.01 for one per cent"
             )
-        if self.max_pruning_ratio is not None and not 0 < self.max_pruning_ratio < 1:
+        if ratio is not None and not (is_number(ratio) and 0 < ratio < 1):
             raise ConfigError(
-                f"--max-pruning-ratio: found {self.max_pruning_ratio:g}, expected a fraction above "
+                f"--max-pruning-ratio: found {ratio!r}, expected a fraction above "
                 "0 and below 1, such as 0.75 for layers that keep at least a quarter"
             )
         if self.finetune_epochs and self.data is None:
@@ -253,10 +259,10 @@ def parse_ratios(text: str) -> tuple[float, ...]:
         ConfigError: Not numbers, a step that leads nowhere, or a ratio outside [0, 1).
     """
     try:
-        numbers = [float(part) for part in re.split("[:,]", text)]
+        given = [float(part) for part in text.split(":" if ":" in text else ",")]
     except ValueError:
-        numbers = []
-    ratios = _spread(numbers, text) if ":" in text else sorted(set(numbers))
+        given = []
+    ratios = _spread(given, text) if ":" in text else sorted(set(given))
     if not ratios or not all(0 <= r < 1 for r in ratios):
         raise ConfigError(
             f"--ratios: found {text!r}, expected START:STOP:STEP or a list with commas, "
@@ -265,16 +271,16 @@ def parse_ratios(text: str) -> tuple[float, ...]:
     return tuple(ratios)
 
 
-def _spread(numbers: list[float], text: str) -> list[float]:
-    if len(numbers) != 3 or not all(map(math.isfinite, numbers)):
+def _spread(given: list[float], text: str) -> list[float]:
+    if len(given) != 3 or not all(map(math.isfinite, given)):
         return []
-    start, stop, step = numbers
+    start, stop, step = given
     if step <= 0 or stop < start:
         return []
-    count = int((stop - start) / step + 1e-6) + 1
-    if count > 1000:
-        raise ConfigError(f"--ratios: {text!r} asks for {count} ratios, expected at most 1000")
-    return [round(start + i * step, 9) for i in range(count)]
+    steps = (stop - start) / step + 1e-6
+    if steps >= MOST_RATIOS:
+        raise ConfigError(f"--ratios: found {text!r}, expected at most {MOST_RATIOS} ratios")
+    return [round(start + i * step, 9) for i in range(int(steps) + 1)]
 
 
 def whole(value: float) -> int:
@@ -296,7 +302,7 @@ def one_of(what: str, found: str, choices: Iterable[str]) -> str:
     known = sorted(choices)
     if found in known:
         return found
-    near = difflib.get_close_matches(found, known, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(str(found), known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise ConfigError(f"{what}: found {found!r}; {hint}expected one of {', '.join(known)}")
 
@@ -321,6 +327,12 @@ def _positive(what: str, value: float | None) -> None:
         raise ConfigError(f"{what}: found {value!r}, expected a finite number above 0")
 
 
-def _at_least(what: str, value: int, least: int) -> None:
-    if value < least:
-        raise ConfigError(f"{what}: found {value}, expected at least {least}")
+def is_number(value: object) -> bool:
+    """Whether a value is a real number, of whatever library."""
+    return isinstance(value, numbers.Real)
+
+
+def at_least(what: str, value: Any, least: int) -> None:
+    """Raise ConfigError where ``value`` is no whole number of at least ``least``."""
+    if not isinstance(value, numbers.Integral) or value < least:
+        raise ConfigError(f"{what}: found {value!r}, expected a whole number, at least {least}")

@@ -59,8 +59,8 @@ def measure(arguments: argparse.Namespace, progress: Progress) -> Reply:
 
 def _wanted(arguments: argparse.Namespace) -> Wanted:
     size = None if arguments.input_size is None else config.parse_size(arguments.input_size)
-    if arguments.batch is not None and arguments.batch < 1:
-        raise ConfigError(f"--batch: found {arguments.batch}, expected at least 1")
+    if arguments.batch is not None:
+        config.at_least("--batch", arguments.batch, 1)
     from prune2deploy.backends.fixed_shapes import Wanted
 
     return Wanted(arguments.batch, size)

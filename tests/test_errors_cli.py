@@ -116,6 +116,11 @@ USAGE = {
     "finetune": ([*run(), "--finetune", "2"], "--data"),
     "int8": ([*run(), "--precision", "int8"], "--data"),
     "ratios": (["sweep", "--target", "ort", "--ratios", "0:2:1"], "--ratios"),
+    "tiny step": (["sweep", "--target", "ort", "--ratios", "0:0.9:1e-320"], "at most 1000"),
+    "small step": (["sweep", "--target", "ort", "--ratios", "0:0.9:0.0005"], "at most 1000"),
+    "mixed ratios": (["sweep", "--target", "ort", "--ratios", "0:0.9,0.1"], "START:STOP:STEP"),
+    "huge seed": ([*run(), "--seed", "99999999999999999999999"], "at most 9223372036854775807"),
+    "short option": (["inspect", "--jso"], "--jso"),
 }
 
 

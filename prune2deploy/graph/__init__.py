@@ -6,8 +6,19 @@ for axis in graph.axes: ...
 """
 
 from prune2deploy.graph.axes import Axis, Block, Graph, Layer, Member, Polynomial
-from prune2deploy.graph.keep import keep
+from prune2deploy.graph.keep import keep, require_prunable
 from prune2deploy.graph.rules import rule
 from prune2deploy.graph.trace import trace
 
-__all__ = ["Axis", "Block", "Graph", "Layer", "Member", "Polynomial", "keep", "rule", "trace"]
+__all__ = [
+    "Axis",
+    "Block",
+    "Graph",
+    "Layer",
+    "Member",
+    "Polynomial",
+    "keep",
+    "require_prunable",
+    "rule",
+    "trace",
+]

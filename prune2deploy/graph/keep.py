@@ -1,7 +1,8 @@
 """Freeze what a user wants to stay as it is, by the names of layers.
 
 In: a graph, and names or shell patterns of modules, stored tensors or axes. Out: the graph in which
-every channel that those make is frozen, and no block that holds any of them can go.
+every channel that those make is frozen, and no block can go that holds any of the tensors or makes
+all of a named axis.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
-from prune2deploy.errors import ConfigError
+from prune2deploy.errors import ConfigError, TraceError
 from prune2deploy.graph.axes import Axis, Graph
 
 KEPT = "kept as asked"
@@ -34,16 +35,31 @@ def keep(graph: Graph, patterns: Sequence[str]) -> Graph:
         return graph
     _check(graph, patterns)
     tensors = {name for name in graph.tensors if _fits(_paths(name), patterns)}
-    made = {
-        axis.name for axis in graph.axes if _makes(axis, tensors) or _fits([axis.name], patterns)
-    }
+    named = [axis for axis in graph.axes if _fits([axis.name], patterns)]
+    made = {axis.name for axis in graph.axes if _makes(axis, tensors)} | {a.name for a in named}
     tied = {axis.tie for axis in graph.axes if axis.name in made} - {None}
     axes = tuple(
         replace(axis, frozen=axis.frozen or KEPT) if axis.name in made or axis.tie in tied else axis
         for axis in graph.axes
     )
-    blocks = tuple(block for block in graph.blocks if tensors.isdisjoint(block.weights))
+    makers = [{m.tensor for m in axis.members if m.role != "in"} for axis in named]
+    blocks = tuple(
+        block
+        for block in graph.blocks
+        if tensors.isdisjoint(block.weights)
+        and not any(those and those <= set(block.weights) for those in makers)
+    )
     return replace(graph, axes=axes, blocks=blocks, _by_name={})
+
+
+def require_prunable(graph: Graph) -> None:
+    """Raise TraceError, with the reasons, where no axis may lose channels."""
+    if not graph.prunable:
+        reasons = sorted({str(axis.frozen) for axis in graph.axes if axis.frozen})
+        raise TraceError(
+            "the model has nothing to prune: every axis is frozen "
+            f"({', '.join(reasons)}); `prune2deploy inspect` lists them"
+        )
 
 
 def _makes(axis: Axis, tensors: set[str]) -> bool:
@@ -65,6 +81,12 @@ def _check(graph: Graph, patterns: Sequence[str]) -> None:
     known = list(dict.fromkeys([*paths, *(axis.name for axis in graph.axes)]))
     for pattern in patterns:
         if not _fits(known, [pattern]):
+            if _fits((call.name for call in graph.recording.calls), [pattern]):
+                raise ConfigError(
+                    f"--keep: found {pattern!r}, which names layers without weights: they make no "
+                    "channels, so there is nothing to keep; name the layers with weights before "
+                    "them"
+                )
             near = difflib.get_close_matches(pattern, known, n=_SHOWN)
             hint = f"did you mean {' or '.join(near)}? " if near else ""
             raise ConfigError(

@@ -6,37 +6,11 @@ work on copies and meet a latency budget; ``docs/pruning.md`` tells how to move 
 
 from __future__ import annotations
 
-from prune2deploy.pruning import counting as utils
-from prune2deploy.pruning import function, importance
+from prune2deploy.pruning import function, importance, ops, utils
 from prune2deploy.pruning import pruners as pruner
 from prune2deploy.pruning.dependency import DependencyGraph
-from prune2deploy.pruning.function import (
-    prune_batchnorm_in_channels,
-    prune_batchnorm_out_channels,
-    prune_conv_in_channels,
-    prune_conv_out_channels,
-    prune_depthwise_conv_in_channels,
-    prune_depthwise_conv_out_channels,
-    prune_embedding_in_channels,
-    prune_embedding_out_channels,
-    prune_groupnorm_in_channels,
-    prune_groupnorm_out_channels,
-    prune_instancenorm_in_channels,
-    prune_instancenorm_out_channels,
-    prune_layernorm_in_channels,
-    prune_layernorm_out_channels,
-    prune_linear_in_channels,
-    prune_linear_out_channels,
-    prune_lstm_in_channels,
-    prune_lstm_out_channels,
-    prune_multihead_attention_in_channels,
-    prune_multihead_attention_out_channels,
-    prune_parameter_in_channels,
-    prune_parameter_out_channels,
-    prune_prelu_in_channels,
-    prune_prelu_out_channels,
-)
-from prune2deploy.pruning.group import Dependency, Group
+from prune2deploy.pruning.function import *  # noqa: F403
+from prune2deploy.pruning.group import Dependency, Group, Node
 from prune2deploy.pruning.layers import BasePruningFunc
 from prune2deploy.pruning.pruners import (
     BasePruner,
@@ -59,36 +33,15 @@ __all__ = [
     "GrowingRegPruner",
     "MagnitudePruner",
     "MetaPruner",
+    "Node",
     "function",
     "importance",
     "load",
     "load_state_dict",
-    "prune_batchnorm_in_channels",
-    "prune_batchnorm_out_channels",
-    "prune_conv_in_channels",
-    "prune_conv_out_channels",
-    "prune_depthwise_conv_in_channels",
-    "prune_depthwise_conv_out_channels",
-    "prune_embedding_in_channels",
-    "prune_embedding_out_channels",
-    "prune_groupnorm_in_channels",
-    "prune_groupnorm_out_channels",
-    "prune_instancenorm_in_channels",
-    "prune_instancenorm_out_channels",
-    "prune_layernorm_in_channels",
-    "prune_layernorm_out_channels",
-    "prune_linear_in_channels",
-    "prune_linear_out_channels",
-    "prune_lstm_in_channels",
-    "prune_lstm_out_channels",
-    "prune_multihead_attention_in_channels",
-    "prune_multihead_attention_out_channels",
-    "prune_parameter_in_channels",
-    "prune_parameter_out_channels",
-    "prune_prelu_in_channels",
-    "prune_prelu_out_channels",
+    "ops",
     "pruner",
     "save",
     "state_dict",
     "utils",
 ]
+__all__ += function.__all__

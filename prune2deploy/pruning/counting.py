@@ -11,9 +11,6 @@ from torch import nn
 from prune2deploy.graph.calling import tensors_in
 from prune2deploy.graph.record import record
 from prune2deploy.graph.trace import unwrap
-from prune2deploy.pruning import print_tool
-
-__all__ = ["count_ops_and_params", "count_params", "flatten_as_list", "print_tool"]
 
 
 def count_ops_and_params(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from torch import nn
@@ -77,7 +77,7 @@ class Options:
     root_module_types: Sequence[type[Any]] | None = None
     forward_fn: Callable[..., Any] | None = None
     output_transform: Callable[..., Any] | None = None
-    channel_groups: Mapping[Any, int] = field(default_factory=dict)
+    channel_groups: Mapping[Any, int] | None = None
     ch_sparsity: float | None = None
     ch_sparsity_dict: Ratios | None = None
 
@@ -93,9 +93,9 @@ class Options:
             ("ch_sparsity_dict", "pruning_ratio_dict"),
             ("channel_groups", "out_channel_groups"),
         ):
-            if getattr(self, old):
+            if getattr(self, old) is not None:
                 warnings.warn(f"{old} is now called {new}", DeprecationWarning, stacklevel=4)
-                options = replace(options, **{new: getattr(self, old)})
+                options = replace(options, **{new: getattr(self, old), old: None})
         ratios = {
             "pruning_ratio": options.pruning_ratio,
             "max_pruning_ratio": options.max_pruning_ratio,
@@ -110,6 +110,38 @@ class Options:
         if options.iterative_steps < 1 or (options.round_to or 1) < 1:
             raise ConfigError("iterative_steps and round_to must be 1 or more")
         return options
+
+
+CHANGEABLE = frozenset(
+    ("global_pruning", "max_pruning_ratio", "round_to", "isomorphic", "in_channel_groups",
+     "out_channel_groups", "prune_num_heads", "prune_head_dims")
+)  # fmt: skip
+"""Options that are read anew in every step."""
+
+
+class Configured:
+    """Something whose options are attributes of its own too; ``CHANGEABLE`` ones may be set."""
+
+    options: Options
+
+    def __getattr__(self, name: str) -> Any:
+        if name in NAMES and "options" in vars(self):
+            return getattr(self.options, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in CHANGEABLE:
+            object.__setattr__(self, "options", replace(self.options, **{name: value}).checked())
+        elif name in NAMES and not hasattr(type(self), name):
+            raise AttributeError(
+                f"{name} is read when a pruner is made: make another one for other values; only "
+                f"{', '.join(sorted(CHANGEABLE))} may be set later"
+            )
+        else:
+            object.__setattr__(self, name, value)
+
+
+NAMES = frozenset(entry.name for entry in fields(Options))
 
 
 def _name(key: Any) -> str:

@@ -27,6 +27,9 @@ def difference(model: nn.Module) -> str:
     return "\n".join(lines)
 
 
-def after_pruning(model: nn.Module) -> None:
-    """Write ``difference`` to the standard output, as the name promises."""
-    sys.stdout.write(difference(model) + "\n")
+def after_pruning(model: nn.Module, do_print: bool = True) -> str:
+    """Write ``difference`` to the standard output, as the name promises; returns it too."""
+    text = difference(model)
+    if do_print:
+        sys.stdout.write(text + "\n")
+    return text

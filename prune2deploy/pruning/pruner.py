@@ -18,7 +18,7 @@ from prune2deploy.pruning.dependency import ROOTS, DependencyGraph, History
 from prune2deploy.pruning.given import members_of
 from prune2deploy.pruning.group import Group
 from prune2deploy.pruning.items import Root
-from prune2deploy.pruning.options import Options
+from prune2deploy.pruning.options import Configured, Options
 from prune2deploy.pruning.ranking import Record, alone, lowest, together
 from prune2deploy.pruning.table import PruningFn
 
@@ -54,22 +54,28 @@ class Candidate:
         return gone
 
 
-class BasePruner:
+class BasePruner(Configured):
     """Prunes a model in place, to a ratio, in one or more steps.
 
     Args:
         model: The model; each ``step`` changes it.
         example_inputs: One tensor, a tuple of arguments, or a dict of keywords.
         importance: A function of a group; one score per position of ``group[0].idxs``.
-        options: Those of ``Options``, by name.
+        given: Those of ``Options`` in order.
+        options: Those of ``Options`` by name.
     """
 
     def __init__(
-        self, model: nn.Module, example_inputs: Any, importance: ImportanceFn, **options: Any
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        importance: ImportanceFn,
+        *given: Any,
+        **options: Any,
     ) -> None:
         self.model = model
         self.importance = importance
-        self.options = Options(**options).checked()
+        self.options = Options(*given, **options).checked()
         self.DG = DependencyGraph().build_dependency(
             model,
             example_inputs,
@@ -78,13 +84,15 @@ class BasePruner:
             customized_pruners=self.options.customized_pruners,
         )
         self.current_step = 0
-        self.num_heads = dict(self.options.num_heads)
-        self.ignored_layers = list(self.options.ignored_layers or ())
         self.per_step_pruning_ratio = self._schedule(self.options.pruning_ratio)
         self.per_step_head_pruning_ratio = self._schedule(self.options.head_pruning_ratio)
         self._ignored = members_of(self.ignored_layers, model)
         self._initial = {axis.name: axis.size for axis in self.DG.live.graph.axes}
         self._scopes = self._user_scopes()
+        self.init_num_heads = dict(self.options.num_heads)
+        layers = [one for one in model.modules() if self.DG.get_pruner_of_module(one) is not None]
+        self.layer_init_out_ch = {layer: self.DG.get_out_channels(layer) for layer in layers}
+        self.layer_init_in_ch = {layer: self.DG.get_in_channels(layer) for layer in layers}
 
     def _schedule(self, ratio: float) -> list[float]:
         steps = self.options.iterative_steps
@@ -100,9 +108,33 @@ class BasePruner:
         return found
 
     @property
+    def ignored_layers(self) -> list[Any]:
+        """Modules, layer types and parameters that keep what they have."""
+        return list(self.options.ignored_layers or ())
+
+    @property
+    def ignored_params(self) -> list[nn.Parameter]:
+        """The parameters among them."""
+        return [one for one in self.ignored_layers if isinstance(one, nn.Parameter)]
+
+    @property
     def root_module_types(self) -> tuple[type[Any], ...]:
         """Layers that a group may begin with."""
         return tuple(self.options.root_module_types or (*ROOTS, nn.LSTM))
+
+    @property
+    def num_heads(self) -> dict[Any, int]:
+        """Heads that each layer of the option has now."""
+        return {layer: self._heads(layer, given) for layer, given in self.options.num_heads.items()}
+
+    def _heads(self, layer: Any, given: int) -> int:
+        """Heads left of those given: axes of the layer that count heads may have shrunk."""
+        owner = self.DG._builder().owner
+        for axis in self.DG.live.graph.axes:
+            makers = [m for m in axis.members if m.role == "out" and owner(m.tensor) is layer]
+            if any(run_length(member.channel) > 1 for member in makers):
+                given = given * axis.size // self._initial.get(axis.name, axis.size)
+        return given
 
     @property
     def current_ratio(self) -> float:
@@ -211,7 +243,7 @@ class BasePruner:
             if not self.options.prune_num_heads:
                 return None, ""
             return self._head_ratio(outs), "heads" if self.options.global_pruning else unit[0].name
-        if not self.options.prune_head_dims and any(m in self.num_heads for m in outs):
+        if not self.options.prune_head_dims and any(m in self.options.num_heads for m in outs):
             return None, ""
         for dep in deps:
             for identity in self.DG.identities(dep) & self._scopes.keys():
@@ -241,7 +273,8 @@ class BasePruner:
             shared = ((channel >= 0) & (maker.channel >= 0)).any()
             if name != axis.name and shared and graph[name].frozen is None:
                 return True
-        return any(self.DG._builder().owner(member.tensor) in self.num_heads for member in makers)
+        given = self.options.num_heads
+        return any(self.DG._builder().owner(member.tensor) in given for member in makers)
 
     def _fold(self, unit: tuple[Axis, ...], group: Group) -> int:
         """Groups that the user says must lose equally many, where the graph has none itself."""

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from prune2deploy.pruning import function, importance
+from prune2deploy.pruning import algorithms, function, importance
+from prune2deploy.pruning.algorithms import (
+    BasePruner,
+    BNScalePruner,
+    GroupNormPruner,
+    GrowingRegPruner,
+    MagnitudePruner,
+    MetaPruner,
+)
+from prune2deploy.pruning.function import *  # noqa: F403
 from prune2deploy.pruning.layers import BasePruningFunc
 from prune2deploy.pruning.options import linear_scheduler
-from prune2deploy.pruning.pruner import BasePruner, MagnitudePruner, MetaPruner
-from prune2deploy.pruning.sparse import BNScalePruner, GroupNormPruner, GrowingRegPruner
 
 __all__ = [
     "BNScalePruner",
@@ -16,7 +23,9 @@ __all__ = [
     "GrowingRegPruner",
     "MagnitudePruner",
     "MetaPruner",
+    "algorithms",
     "function",
     "importance",
     "linear_scheduler",
 ]
+__all__ += function.__all__

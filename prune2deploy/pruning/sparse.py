@@ -59,9 +59,14 @@ class _SparsePruner(BasePruner):
     """A pruner that looks at its groups again whenever widths changed."""
 
     def __init__(
-        self, model: nn.Module, example_inputs: Any, importance: ImportanceFn, **options: Any
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        importance: ImportanceFn,
+        *given: Any,
+        **options: Any,
     ) -> None:
-        super().__init__(model, example_inputs, importance, **options)
+        super().__init__(model, example_inputs, importance, *given, **options)
         self.update_regularizer()
 
     def update_regularizer(self) -> None:
@@ -95,6 +100,7 @@ class BNScalePruner(_SparsePruner):
         importance: As there.
         reg: Strength.
         group_lasso: Shrink the scales of a group together instead of one by one.
+        given: As there.
         options: As there.
     """
 
@@ -103,15 +109,15 @@ class BNScalePruner(_SparsePruner):
         model: nn.Module,
         example_inputs: Any,
         importance: ImportanceFn,
-        *,
         reg: float = 1e-5,
         group_lasso: bool = False,
+        *given: Any,
         **options: Any,
     ) -> None:
         self.reg = reg
         self.group_lasso = group_lasso
         self._norm = GroupMagnitudeImportance(2, "mean", None, target_types=BATCHNORMS)
-        super().__init__(model, example_inputs, importance, **options)
+        super().__init__(model, example_inputs, importance, *given, **options)
 
     @torch.no_grad()
     def regularize(self, model: nn.Module, reg: float | None = None, bias: bool = False) -> None:
@@ -146,6 +152,7 @@ class GroupNormPruner(_SparsePruner):
         importance: As there; its square root measures a group's channels.
         reg: Strength.
         alpha: See above.
+        given: As there.
         options: As there.
     """
 
@@ -154,14 +161,14 @@ class GroupNormPruner(_SparsePruner):
         model: nn.Module,
         example_inputs: Any,
         importance: ImportanceFn,
-        *,
         reg: float = 1e-4,
         alpha: float = 4,
+        *given: Any,
         **options: Any,
     ) -> None:
         self.reg = reg
         self.alpha = alpha
-        super().__init__(model, example_inputs, importance, **options)
+        super().__init__(model, example_inputs, importance, *given, **options)
 
     @torch.no_grad()
     def regularize(self, model: nn.Module, alpha: float | None = None, bias: bool = False) -> None:
@@ -190,6 +197,7 @@ class GrowingRegPruner(_SparsePruner):
         importance: As there.
         reg: Strength at first.
         delta_reg: What the least important channel gains with each ``update_reg``.
+        given: As there.
         options: As there.
     """
 
@@ -198,14 +206,14 @@ class GrowingRegPruner(_SparsePruner):
         model: nn.Module,
         example_inputs: Any,
         importance: ImportanceFn,
-        *,
         reg: float = 1e-5,
         delta_reg: float = 1e-5,
+        *given: Any,
         **options: Any,
     ) -> None:
         self.base_reg = reg
         self.delta_reg = delta_reg
-        super().__init__(model, example_inputs, importance, **options)
+        super().__init__(model, example_inputs, importance, *given, **options)
 
     def update_regularizer(self) -> None:
         """Begin again with the first strength everywhere."""

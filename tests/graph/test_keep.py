@@ -1,9 +1,11 @@
 """What the user names stays whole; the rest may still be pruned."""
 
+from itertools import accumulate
+
 import pytest
 import torch
 from torch import nn
-from torchvision.models import resnet18
+from torchvision.models import VisionTransformer, resnet18
 
 import prune2deploy
 from prune2deploy.errors import ConfigError, TraceError
@@ -74,6 +76,28 @@ def test_a_block_that_holds_what_is_kept_stays(resnet):
     assert {block.name for block in keep(graph, ["layer1.0.bn2"]).blocks} == names - around
 
 
+def test_a_block_that_makes_a_kept_axis_stays_and_those_on_a_kept_stream_may_go():
+    torch.manual_seed(0)
+    model = VisionTransformer(32, 16, 2, 2, 32, 64).eval()
+    graph = trace(model, torch.randn(1, 3, 32, 32))
+    paths = {p for name in graph.tensors for p in accumulate(name.split("."), "{}.{}".format)}
+    inside = {
+        axis.name: {
+            block.name
+            for block in graph.blocks
+            if {m.tensor for m in axis.members if m.role != "in"} <= set(block.weights)
+        }
+        for axis in graph.prunable
+        if axis.name not in paths  # such a name is of a tensor, which keeps its blocks
+    }
+    assert inside and all(inside.values())
+    stream = max(graph.axes, key=lambda axis: len(axis.members)).name
+    assert stream == "conv_proj"  # every block adds to it, and none makes all of it
+    for name, blocks in {**inside, stream: set()}.items():
+        left = {block.name for block in keep(graph, [name]).blocks}
+        assert left == {block.name for block in graph.blocks} - blocks, name
+
+
 def test_a_plan_may_not_cut_what_is_kept(resnet):
     graph = keep(trace(*resnet), ["layer1.0.conv1"])
     with pytest.raises(prune2deploy.PlanError, match=KEPT):
@@ -85,20 +109,30 @@ def test_a_name_that_fits_nothing_is_an_error_with_the_nearest(resnet):
         keep(trace(*resnet), ["fc", "layr1"])
 
 
+def test_layers_without_weights_have_nothing_to_keep(resnet):
+    for pattern in ("relu", "layer?.*.relu"):
+        with pytest.raises(ConfigError, match=r"without weights.*nothing to keep"):
+            keep(trace(*resnet), [pattern])
+
+
 def test_a_lone_string_is_one_name(resnet):
     model, x = resnet
     one = prune2deploy.prune(model, x, 0.5, keep="layer1")
     assert shapes(one) == shapes(prune2deploy.prune(model, x, 0.5, keep=["layer1"]))
 
 
-def test_where_everything_is_kept_there_is_nothing_to_prune(tmp_path):
+@pytest.mark.parametrize("keep", ["*", ["0"]])
+def test_where_everything_is_kept_there_is_nothing_to_prune(tmp_path, keep):
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)).eval()
+    x = torch.randn(1, 3, 8, 8)
+    with pytest.raises(TraceError, match=KEPT):
+        prune2deploy.prune(net, x, keep=keep)
     with pytest.raises(TraceError, match=KEPT):
         prune2deploy.prune_to_budget(
-            net,
-            torch.randn(1, 3, 8, 8),
-            target="ort",
-            speedup=1.1,
-            keep="*",
-            run_dir=tmp_path / "run",
+            net, x, target="ort", speedup=1.1, keep=keep, run_dir=tmp_path / "run"
         )
+
+
+def test_a_model_without_prunable_axes_is_refused():
+    with pytest.raises(TraceError, match="model output"):
+        prune2deploy.prune(nn.Linear(3, 8).eval(), torch.randn(1, 3))

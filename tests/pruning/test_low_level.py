@@ -17,6 +17,7 @@ def test_there_are_24_of_them_and_all_are_offered():
     assert len(named) == 24
     assert all(getattr(tp, name) is getattr(function, name) for name in named)
     assert set(named) <= set(tp.__all__)
+    assert all(getattr(tp.pruner, name) is getattr(tp, name) for name in named)
 
 
 def test_conv_out_and_in_equal_plain_indexing():

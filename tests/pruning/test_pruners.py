@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import prune2deploy.pruning as tp
 from prune2deploy.errors import ConfigError
@@ -212,7 +213,47 @@ def test_whole_heads_go_when_that_is_asked_for():
             prune_num_heads=True, head_pruning_ratio=0.5,
         )  # fmt: skip
     assert heads_of(pruner) == [2, 2, 3] and model.attention.qkv.out_features == 3 * 2 * 2
+    assert pruner.num_heads == {model.attention.qkv: 2}
     assert model(torch.randn(3, 3, 6)).shape == (3, 5)
+
+
+@pytest.mark.filterwarnings("ignore:the code of Transformer holds widths")
+@pytest.mark.parametrize("interactive", [False, True])
+def test_the_heads_that_are_left_may_be_written_to_the_modules(interactive):
+    model = Transformer(16, 4).eval()
+    qkv = model.attention.qkv
+    pruner = tp.pruner.BasePruner(
+        model, torch.randn(2, 3, 6), MAGNITUDE, num_heads={qkv: 4}, prune_num_heads=True,
+        head_pruning_ratio=0.5, iterative_steps=2,
+    )  # fmt: skip
+    for left in (3, 2):
+        for group in pruner.step(interactive=interactive) or ():
+            group.prune()
+        assert pruner.num_heads == {qkv: left}
+        model.attention.heads = pruner.num_heads[qkv]
+        assert model(torch.randn(3, 3, 6)).shape == (3, 5)
+
+
+def test_queries_that_share_keys_count_their_own_heads():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v = nn.Linear(16, 16), nn.Linear(16, 8), nn.Linear(16, 8)
+            self.out = nn.Linear(16, 16)
+
+        def forward(self, x):
+            q = self.q(x).unflatten(-1, (2, 2, -1)).permute(0, 2, 3, 1, 4)
+            k, v = (p(x).unflatten(-1, (2, 1, -1)).permute(0, 2, 3, 1, 4) for p in (self.k, self.v))
+            y = F.softmax(q @ k.transpose(-1, -2), -1) @ v
+            return self.out(y.permute(0, 3, 1, 2, 4).flatten(2))
+
+    model = nn.Sequential(nn.Linear(6, 16), Shared(), nn.Linear(16, 3)).eval()
+    heads = {model[1].q: 4, model[1].k: 2, model[1].v: 2}
+    with pytest.warns(UserWarning, match="constants"):
+        pruner = pruned(model, torch.randn(2, 3, 6), num_heads=heads, prune_num_heads=True,
+                        head_pruning_ratio=0.5, pruning_ratio=0.0)  # fmt: skip
+    left = pruner.num_heads
+    assert (left[model[1].q], left[model[1].k], left[model[1].v]) == (1, 1, 1)
 
 
 def heads_of(pruner):
@@ -310,6 +351,12 @@ def test_former_names_still_work(model):
     with pytest.warns(DeprecationWarning, match="now called pruning_ratio"):
         pruned(model, ch_sparsity=0.25)
     assert widths(model) == (12, 12, 24)
+
+
+def test_a_former_name_may_be_given_zero(model):
+    with pytest.warns(DeprecationWarning, match="now called"):
+        pruned(model, ch_sparsity=0.0, ch_sparsity_dict={model.layer2: 0.5})
+    assert widths(model) == (16, 16, 16)
 
 
 def record(scores, ratio, **options):

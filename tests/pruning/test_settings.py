@@ -1,10 +1,13 @@
 """Settings of pruners that are read in few places: each changes what it says."""
 
+import time
+
 import pytest
 import torch
 from torch import nn
 
 import prune2deploy.pruning as tp
+from prune2deploy.errors import ConfigError
 
 from .nets import Attention, Plain, Res, Transformer
 
@@ -134,3 +137,80 @@ def test_bare_parameters_may_be_announced_and_need_not_be():
         pruned(model, TOKENS, unwrapped_parameters=given)
         shapes.append({name: tuple(p.shape) for name, p in model.named_parameters()})
     assert shapes[0] == shapes[1] and shapes[0]["token"] == (1, 1, 8)
+
+
+def test_options_may_be_given_in_order(model):
+    tp.pruner.BasePruner(model, X, MAGNITUDE, False, 0.25).step()
+    assert model.conv1.out_channels == 12
+    sparse = tp.pruner.GroupNormPruner(model, X, MAGNITUDE, 1e-3, 2, True, 0.75)
+    assert (sparse.reg, sparse.alpha, sparse.global_pruning) == (1e-3, 2, True)
+    assert sparse.pruning_ratio == 0.75
+    scales = tp.pruner.BNScalePruner(model, X, MAGNITUDE, 1e-3, True, False, 0.25)
+    growing = tp.pruner.GrowingRegPruner(model, X, MAGNITUDE, 1e-3, 1e-2, False, 0.5)
+    assert scales.group_lasso and scales.pruning_ratio == 0.25
+    assert growing.delta_reg == 1e-2 and growing.pruning_ratio == 0.5
+
+
+def test_options_are_attributes_of_the_pruner(model):
+    heads = {model.conv1: 2}
+    pruner = tp.pruner.BasePruner(
+        model, X, MAGNITUDE, pruning_ratio_dict={model.layer2: 0.25}, iterative_steps=2,
+        ignored_layers=[model.fc, model.bn1.bias], num_heads=heads,
+    )  # fmt: skip
+    assert (pruner.pruning_ratio, pruner.max_pruning_ratio, pruner.iterative_steps) == (0.5, 1.0, 2)
+    assert pruner.pruning_ratio_dict == {model.layer2: 0.25}
+    assert pruner.iterative_pruning_ratio_scheduler is tp.pruner.linear_scheduler
+    assert pruner.head_pruning_ratio == 0 and pruner.head_pruning_ratio_dict is None
+    assert pruner.prune_head_dims and not pruner.prune_num_heads and not pruner.isomorphic
+    assert pruner.in_channel_groups == pruner.out_channel_groups == {}
+    assert pruner.ignored_layers == [model.fc, model.bn1.bias]
+    assert len(pruner.ignored_params) == 1 and pruner.init_num_heads == heads
+    assert pruner.layer_init_out_ch[model.conv1] == 16 and pruner.layer_init_in_ch[model.fc] == 32
+    with pytest.raises(AttributeError, match="no attribute 'pruning_rate'"):
+        pruner.pruning_rate  # noqa: B018
+
+
+def test_what_each_step_reads_anew_may_be_set_and_nothing_else(model):
+    pruner = tp.pruner.BasePruner(model, X, MAGNITUDE, pruning_ratio=0.4)
+    pruner.round_to = 8
+    with pytest.raises(ConfigError, match="max_pruning_ratio is 3"):
+        pruner.max_pruning_ratio = 3
+    with pytest.raises(AttributeError, match="make another one"):
+        pruner.pruning_ratio = 0.9
+    pruner.step()
+    assert model.conv1.out_channels == 8
+
+
+def test_layer_types_and_schedules_have_their_names():
+    assert isinstance(nn.ConvTranspose1d(1, 1, 1), tp.ops.TORCH_CONV)
+    assert tp.utils.TORCH_CONV is tp.ops.TORCH_CONV and tp.ops.TORCH_MHA is nn.MultiheadAttention
+    assert tp.pruner.algorithms.BasePruner is tp.pruner.BasePruner
+    assert tp.pruner.algorithms.scheduler.linear_scheduler(0.5, 2) == [0, 0.25, 0.5]
+    assert tp.utils.op_counter.count_ops_and_params is tp.utils.count_ops_and_params
+
+
+def test_a_model_is_timed_by_itself():
+    class Slow(nn.Module):
+        calls = 0
+
+        def forward(self, x, pause=0.002):
+            time.sleep(pause)
+            self.calls += 1
+            return x
+
+    model, x = Slow(), torch.randn(4, 3)
+    mean, deviation = tp.utils.benchmark.measure_latency(model, x, repeat=5, warmup=2)
+    assert model.calls == 7 and mean >= 2 and deviation >= 0
+    options = {"repeat": 5, "warmup": 0, "run_fn": lambda net, given: net(given, pause=0.004)}
+    assert 0 < tp.utils.benchmark.measure_fps(model, x, **options) <= 250
+    assert 0 < tp.utils.benchmark.measure_throughput(model, x, **options) <= 1000
+    with pytest.raises(ConfigError, match="CUDA"):
+        tp.utils.benchmark.measure_memory(model, x)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_memory_of_a_pass_counts_weights_and_activations():
+    model = nn.Sequential(nn.Linear(1024, 1024, bias=False)).cuda()
+    used = tp.utils.benchmark.measure_memory(model, torch.randn(1024, 1024, device="cuda"))
+    assert used >= 3 * 4 * 1024**2

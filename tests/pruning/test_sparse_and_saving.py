@@ -148,7 +148,10 @@ def test_a_replaced_forward_is_not_saved_silently():
 def test_the_difference_is_printed(model, capsys):
     tp.utils.print_tool.before_pruning(model)
     tp.pruner.BasePruner(model, X, importance=MAGNITUDE).step()
-    tp.utils.print_tool.after_pruning(model)
+    told = tp.utils.print_tool.after_pruning(model)
     text = capsys.readouterr().out
+    assert text == told + "\n"
+    assert tp.utils.print_tool.after_pruning(model, do_print=False) == told
+    assert not capsys.readouterr().out
     assert "(conv1): Conv2d(3, 16," in text and "=> (conv1): Conv2d(3, 8," in text
     assert "(1): ReLU()\n" in text
