@@ -7,7 +7,7 @@ for operators of their own with the same decorator. Shape operators live in ``ru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol, cast
@@ -94,15 +94,12 @@ class Call:
         self.symbols: dict[str, Layout] = {}
         self._args = args
         self._kwargs = kwargs
-        self.name, self._places, self._defaults = _signature(func)
+        self.name = str(func._schema.name)
         self._tensors: list[torch.Tensor] | None = None
 
     def __getitem__(self, name: str) -> Any:
         """The argument of that name in the operator's schema, or its default."""
-        place = self._places.get(name)
-        if place is not None and place < len(self._args):
-            return self._args[place]
-        return self._kwargs.get(name, self._defaults.get(name))
+        return argument(self.func, self._args, self._kwargs, name)
 
     def value(self, name: str) -> Value:
         """The recorded value of a tensor argument."""
@@ -139,14 +136,23 @@ class Call:
             self.notebook.recording.roles.setdefault(origin[dim], role)
 
 
+def argument(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], name: str) -> Any:
+    """The argument of a call that has this name in the operator's schema, or its default."""
+    places, defaults = _signature(func)
+    place = places.get(name)
+    if place is not None and place < len(args):
+        return args[place]
+    return kwargs.get(name, defaults.get(name))
+
+
 @cache
-def _signature(func: Any) -> tuple[str, dict[str, int], dict[str, Any]]:
+def _signature(func: Any) -> tuple[dict[str, int], dict[str, Any]]:
     places, defaults = {}, {}
-    for place, argument in enumerate(func._schema.arguments):
-        if not argument.kwarg_only:
-            places[argument.name] = place
-        defaults[argument.name] = argument.default_value
-    return str(func._schema.name), places, defaults
+    for place, entry in enumerate(func._schema.arguments):
+        if not entry.kwarg_only:
+            places[entry.name] = place
+        defaults[entry.name] = entry.default_value
+    return places, defaults
 
 
 def rule(*subjects: str | type[nn.Module]) -> Callable[[Rule], Rule]:
