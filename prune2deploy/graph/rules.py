@@ -31,6 +31,9 @@ Rule = Callable[["Call"], "Layout | Sequence[Layout]"]
 KERNEL = "kernel position"
 """Reason of dimensions that are not channels; they are left out of the list of axes."""
 
+CATEGORIES = "categories of a softmax"
+"""Reason of dimensions whose positions share a distribution."""
+
 VARYING = "values decide its size"
 """Reason of dimensions whose size is known at run time only (found objects, masked positions)."""
 
@@ -75,6 +78,9 @@ class Notebook(Protocol):
 
     def contraction(self, kind: str, weight: Value | None, widths: tuple[Layout, ...]) -> None:
         """Note a contraction."""
+
+    def freeze_if_read(self, tensor: torch.Tensor, dims: Layout, reason: str) -> None:
+        """Freeze dimensions should anything read an output of the operator at hand."""
 
 
 class Call:
@@ -313,7 +319,7 @@ def leave(call: Call) -> list[Layout]:
 UNTAGGED = (
     "aten::hardswish", "aten::hardswish_", "aten::relu6_", "aten::gelu_", "aten::mish_",
     "aten::log_sigmoid_forward", "aten::rrelu_with_noise", "aten::rrelu_with_noise_",
-    "aten::threshold_", "aten::polar", "aten::complex", "aten::fill", "aten::masked_scatter",
+    "aten::threshold_", "aten::polar", "aten::complex", "aten::fill",
     "aten::fake_quantize_per_tensor_affine", "aten::view_as",
 )  # fmt: skip
 """Element-wise operators that PyTorch has not tagged as such."""
@@ -327,11 +333,10 @@ def copy_in(call: Call) -> Layout:
 
 
 @rule(
-    "aten::native_dropout", "prune2deploy::dropout", "aten::tril", "aten::triu", "aten::tril_",
-    "aten::triu_", "aten::bernoulli_", "aten::bernoulli", "aten::normal_",
-    "aten::uniform_", "aten::zero_", "aten::_to_copy", "aten::clone", "aten::detach",
-    "aten::alias", "aten::lift_fresh", "aten::zeros_like", "aten::ones_like", "aten::full_like",
-    "aten::empty_like", "aten::randn_like",
+    "aten::native_dropout", "prune2deploy::dropout", "aten::bernoulli_", "aten::bernoulli",
+    "aten::normal_", "aten::uniform_", "aten::zero_", "aten::_to_copy", "aten::clone",
+    "aten::detach", "aten::alias", "aten::lift_fresh", "aten::zeros_like", "aten::ones_like",
+    "aten::full_like", "aten::empty_like", "aten::randn_like",
     "aten::contiguous", "aten::detach_", "aten::lift_fresh_copy", "aten::exponential_",
     "aten::random_", "aten::_conj", "aten::rand_like", "aten::randint_like",
 )  # fmt: skip
@@ -357,5 +362,5 @@ def softmax(call: Call) -> Layout:
     """Positions that share a distribution are categories, each with a meaning: they stay."""
     x = call.dims("self")
     if x:
-        freeze([x[call["dim"] % len(x)]], "categories of a softmax")
+        freeze([x[call["dim"] % len(x)]], CATEGORIES)
     return x
