@@ -233,6 +233,12 @@ ADDITIONS = frozenset({"aten::add", "aten::add_"})
 COPIES = frozenset(
     {"aten::clone", "aten::detach", "aten::alias", "aten::_to_copy", "prune2deploy::dropout"}
 )
+BOUNDS = frozenset(
+    f"aten::{name}{ending}"
+    for name in ("relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max")
+    for ending in ("", "_")
+)
+"""Functions that change nothing the second time: what went through one passes the next as it is."""
 VIEWS = frozenset({"aten::view", "aten::_unsafe_view", "aten::reshape"})
 PARTS = frozenset({"aten::split", "aten::split_with_sizes", "aten::slice", "aten::chunk"})
 TURNS = frozenset({"aten::t", "aten::transpose", "aten::permute"})
@@ -242,7 +248,7 @@ def carry(call: Call, value: Value) -> None:
     """Remember what reaches a value through additions, and which stored tensor it is a view of."""
     tensors = call.tensors()
     if call.name in ADDITIONS:
-        for tensor in tensors:
+        for tensor in tensors if call["alpha"] == 1 else tensors[:1]:
             number = call.notebook.number(tensor)
             value.residual |= call.notebook.value(tensor).residual | {number}
     elif len(tensors) == 1 and call.name in COPIES | PARTS | TURNS:
@@ -256,7 +262,7 @@ def carry(call: Call, value: Value) -> None:
         value.residual = call.notebook.value(tensors[0]).residual | {
             call.notebook.number(tensors[0])
         }
-    elif len(tensors) == 1 and torch.Tag.pointwise in call.func.tags:
+    elif len(tensors) == 1 and call.name in BOUNDS:
         value.residual = call.notebook.value(tensors[0]).residual
 
 
