@@ -55,6 +55,7 @@ class Recorder(TorchDispatchMode):
         self._alive: list[torch.Tensor] = []  # keeps ids unique while recording
         self._names = {id(m): name for name, m in model.named_modules()}
         self._scopes: list[tuple[str, int]] = [("", 0)]
+        self._if_read: list[tuple[torch.Tensor, Layout, str]] = []
         self._whole = 0  # depth at which a module runs that a rule describes as a whole
         self._store(model)
 
@@ -102,8 +103,11 @@ class Recorder(TorchDispatchMode):
                     self.recording.attributes[place] = self._numbers[id(held)]
 
     def leave_outputs(self, result: Any) -> None:
-        """Freeze what the model does not use, and settle what must stay equally wide."""
+        """Freeze what its use or the lack of it says, and settle what must stay equally wide."""
         self.recording.outputs = self.refer(result)
+        for tensor, dims, reason in self._if_read:
+            if self.number(tensor) in self.used:
+                algebra.freeze(dims, reason)
         for number in set(self.recording.stored.values()) - self.used:
             algebra.freeze(self.recording.values[number].dims, "not used in the forward pass")
         algebra.settle_ties(self.recording.ties)
@@ -180,6 +184,10 @@ class Recorder(TorchDispatchMode):
         if stored is not None:
             name = stored.rpartition(".")[0] or stored
         self.recording.contractions.append(Contraction(name, kind, stored, *widths))
+
+    def freeze_if_read(self, tensor: torch.Tensor, dims: Layout, reason: str) -> None:
+        """Freeze dimensions at the end of the pass if something has read the tensor by then."""
+        self._if_read.append((tensor, dims, reason))
 
     def before(self, module: nn.Module, args: Any) -> None:
         """Hook: a module starts."""

@@ -7,7 +7,7 @@ for operators of their own with the same decorator. Shape operators live in ``ru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol, cast
@@ -30,6 +30,9 @@ Rule = Callable[["Call"], "Layout | Sequence[Layout]"]
 
 KERNEL = "kernel position"
 """Reason of dimensions that are not channels; they are left out of the list of axes."""
+
+CATEGORIES = "categories of a softmax"
+"""Reason of dimensions whose positions share a distribution."""
 
 VARYING = "values decide its size"
 """Reason of dimensions whose size is known at run time only (found objects, masked positions)."""
@@ -76,6 +79,9 @@ class Notebook(Protocol):
     def contraction(self, kind: str, weight: Value | None, widths: tuple[Layout, ...]) -> None:
         """Note a contraction."""
 
+    def freeze_if_read(self, tensor: torch.Tensor, dims: Layout, reason: str) -> None:
+        """Freeze dimensions should anything read an output of the operator at hand."""
+
 
 class Call:
     """One operator call as a rule sees it: arguments by schema name, layouts of tensors.
@@ -94,15 +100,12 @@ class Call:
         self.symbols: dict[str, Layout] = {}
         self._args = args
         self._kwargs = kwargs
-        self.name, self._places, self._defaults = _signature(func)
+        self.name = str(func._schema.name)
         self._tensors: list[torch.Tensor] | None = None
 
     def __getitem__(self, name: str) -> Any:
         """The argument of that name in the operator's schema, or its default."""
-        place = self._places.get(name)
-        if place is not None and place < len(self._args):
-            return self._args[place]
-        return self._kwargs.get(name, self._defaults.get(name))
+        return argument(self.func, self._args, self._kwargs, name)
 
     def value(self, name: str) -> Value:
         """The recorded value of a tensor argument."""
@@ -139,14 +142,23 @@ class Call:
             self.notebook.recording.roles.setdefault(origin[dim], role)
 
 
+def argument(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], name: str) -> Any:
+    """The argument of a call that has this name in the operator's schema, or its default."""
+    places, defaults = _signature(func)
+    place = places.get(name)
+    if place is not None and place < len(args):
+        return args[place]
+    return kwargs.get(name, defaults.get(name))
+
+
 @cache
-def _signature(func: Any) -> tuple[str, dict[str, int], dict[str, Any]]:
+def _signature(func: Any) -> tuple[dict[str, int], dict[str, Any]]:
     places, defaults = {}, {}
-    for place, argument in enumerate(func._schema.arguments):
-        if not argument.kwarg_only:
-            places[argument.name] = place
-        defaults[argument.name] = argument.default_value
-    return str(func._schema.name), places, defaults
+    for place, entry in enumerate(func._schema.arguments):
+        if not entry.kwarg_only:
+            places[entry.name] = place
+        defaults[entry.name] = entry.default_value
+    return places, defaults
 
 
 def rule(*subjects: str | type[nn.Module]) -> Callable[[Rule], Rule]:
@@ -221,6 +233,12 @@ ADDITIONS = frozenset({"aten::add", "aten::add_"})
 COPIES = frozenset(
     {"aten::clone", "aten::detach", "aten::alias", "aten::_to_copy", "prune2deploy::dropout"}
 )
+BOUNDS = frozenset(
+    f"aten::{name}{ending}"
+    for name in ("relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max")
+    for ending in ("", "_")
+)
+"""Functions that change nothing the second time: what went through one passes the next as it is."""
 VIEWS = frozenset({"aten::view", "aten::_unsafe_view", "aten::reshape"})
 PARTS = frozenset({"aten::split", "aten::split_with_sizes", "aten::slice", "aten::chunk"})
 TURNS = frozenset({"aten::t", "aten::transpose", "aten::permute"})
@@ -230,7 +248,7 @@ def carry(call: Call, value: Value) -> None:
     """Remember what reaches a value through additions, and which stored tensor it is a view of."""
     tensors = call.tensors()
     if call.name in ADDITIONS:
-        for tensor in tensors:
+        for tensor in tensors if call["alpha"] == 1 else tensors[:1]:
             number = call.notebook.number(tensor)
             value.residual |= call.notebook.value(tensor).residual | {number}
     elif len(tensors) == 1 and call.name in COPIES | PARTS | TURNS:
@@ -244,7 +262,7 @@ def carry(call: Call, value: Value) -> None:
         value.residual = call.notebook.value(tensors[0]).residual | {
             call.notebook.number(tensors[0])
         }
-    elif len(tensors) == 1 and torch.Tag.pointwise in call.func.tags:
+    elif len(tensors) == 1 and call.name in BOUNDS:
         value.residual = call.notebook.value(tensors[0]).residual
 
 
@@ -307,7 +325,7 @@ def leave(call: Call) -> list[Layout]:
 UNTAGGED = (
     "aten::hardswish", "aten::hardswish_", "aten::relu6_", "aten::gelu_", "aten::mish_",
     "aten::log_sigmoid_forward", "aten::rrelu_with_noise", "aten::rrelu_with_noise_",
-    "aten::threshold_", "aten::polar", "aten::complex", "aten::fill", "aten::masked_scatter",
+    "aten::threshold_", "aten::polar", "aten::complex", "aten::fill",
     "aten::fake_quantize_per_tensor_affine", "aten::view_as",
 )  # fmt: skip
 """Element-wise operators that PyTorch has not tagged as such."""
@@ -321,11 +339,10 @@ def copy_in(call: Call) -> Layout:
 
 
 @rule(
-    "aten::native_dropout", "prune2deploy::dropout", "aten::tril", "aten::triu", "aten::tril_",
-    "aten::triu_", "aten::bernoulli_", "aten::bernoulli", "aten::normal_",
-    "aten::uniform_", "aten::zero_", "aten::_to_copy", "aten::clone", "aten::detach",
-    "aten::alias", "aten::lift_fresh", "aten::zeros_like", "aten::ones_like", "aten::full_like",
-    "aten::empty_like", "aten::randn_like",
+    "aten::native_dropout", "prune2deploy::dropout", "aten::bernoulli_", "aten::bernoulli",
+    "aten::normal_", "aten::uniform_", "aten::zero_", "aten::_to_copy", "aten::clone",
+    "aten::detach", "aten::alias", "aten::lift_fresh", "aten::zeros_like", "aten::ones_like",
+    "aten::full_like", "aten::empty_like", "aten::randn_like",
     "aten::contiguous", "aten::detach_", "aten::lift_fresh_copy", "aten::exponential_",
     "aten::random_", "aten::_conj", "aten::rand_like", "aten::randint_like",
 )  # fmt: skip
@@ -351,5 +368,5 @@ def softmax(call: Call) -> Layout:
     """Positions that share a distribution are categories, each with a meaning: they stay."""
     x = call.dims("self")
     if x:
-        freeze([x[call["dim"] % len(x)]], "categories of a softmax")
+        freeze([x[call["dim"] % len(x)]], CATEGORIES)
     return x

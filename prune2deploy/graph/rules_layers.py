@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from prune2deploy.graph.layout import Layout, Node, freeze, leaf, prod, regroup, unify
-from prune2deploy.graph.rules import KERNEL, Call, broadcast, fresh, rule
+from prune2deploy.graph.rules import CATEGORIES, KERNEL, Call, broadcast, fresh, rule
 
 
 @rule("aten::_prelu_kernel", "aten::prelu")
@@ -181,7 +181,7 @@ def dot(call: Call) -> Layout:
     "aten::scaled_dot_product_attention",
 )
 def attention(call: Call) -> list[Layout]:
-    """Fused attention: q (…, L, E), k (…, S, E), v (…, S, D) → (…, L, D)."""
+    """Fused attention: q (…, L, E), k (…, S, E), v (…, S, D) → (…, L, D); the keys stay."""
     q, k, v = call.dims("query"), call.dims("key"), call.dims("value")
     unify(q[-1], k[-1])
     for place in range(len(q) - 1):
@@ -194,6 +194,7 @@ def attention(call: Call) -> list[Layout]:
         mask = call.dims(name)
         if mask:
             broadcast([(*q[:-1], k[-2]), mask])
+    freeze([k[-2]], CATEGORIES)
     note = call.notebook.contraction
     note("matmul", None, ((q[-1],), (k[-2],), (*q, k[-2])))
     note("matmul", None, ((v[-2],), (v[-1],), (*q[:-1], *v[-2:])))

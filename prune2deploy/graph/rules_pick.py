@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from prune2deploy.graph.layout import Layout, freeze, leaf, unify
+from prune2deploy.graph.layout import Layout, find, freeze, leaf, unify
 from prune2deploy.graph.rules import VARYING, Call, broadcast, fresh, rule
 from prune2deploy.graph.rules_shape import without
 
@@ -105,12 +105,42 @@ def found(call: Call) -> list[Layout]:
     ]
 
 
+@rule("aten::masked_scatter", "aten::masked_scatter_")
+def fill_masked(call: Call) -> Layout:
+    """Masked positions take the elements of a source in order, whatever its shape.
+
+    Rows of the source fill rows as a whole where the mask does not vary along the last dimension.
+    """
+    mask, source = call["mask"], call.dims("source")
+    x = broadcast([call.dims("self"), call.dims("mask")])
+    reason = "filled in order"
+    uniform = mask.dim() > 0 and (mask.shape[-1] == 1 or mask.stride(-1) == 0)
+    if x and source and uniform and x[-1].size == source[-1].size:
+        unify(x[-1], source[-1])
+        freeze([*x[:-1], *source[:-1]], reason)
+    else:
+        freeze([*x, *source], reason)
+    return x
+
+
 @rule("aten::index_fill", "aten::index_fill_")
 def index_fill(call: Call) -> Layout:
     """Positions of one dimension are overwritten by number; it stays."""
     x = call.dims("self")
     dim = call["dim"] % max(len(x), 1)
     freeze([*x[dim : dim + 1], *call.dims("index")], "positions are picked by number")
+    return x
+
+
+@rule("aten::tril", "aten::triu", "aten::tril_", "aten::triu_")
+def triangle(call: Call) -> Layout:
+    """What lies on one side of a diagonal: both dimensions stay.
+
+    The main diagonal stays where it is if both lose the same positions.
+    """
+    x = call.dims("self")
+    if find(x[-2]) is not find(x[-1]) or call["diagonal"]:
+        freeze(x[-2:], "cut along a diagonal")
     return x
 
 
@@ -151,8 +181,8 @@ def _indexed(chosen: list[Any], rank: int) -> list[int]:
     "aten::mean", "aten::sum", "aten::amax", "aten::amin", "aten::max", "aten::min", "aten::var",
     "aten::std", "aten::var_mean", "aten::std_mean", "aten::logsumexp", "aten::prod", "aten::any",
     "aten::all", "aten::norm", "aten::linalg_vector_norm", "aten::argmax", "aten::argmin",
-    "aten::aminmax", "aten::nansum", "aten::nanmean", "aten::median", "aten::count_nonzero",
-    "aten::square_sum",
+    "aten::aminmax", "aten::nansum", "aten::nanmean", "aten::median", "aten::nanmedian",
+    "aten::count_nonzero", "aten::square_sum",
 )  # fmt: skip
 def reduce(call: Call) -> list[Layout]:
     """Reduced dimensions vanish or become one wide; a position found there is a number."""
@@ -162,11 +192,23 @@ def reduce(call: Call) -> list[Layout]:
         places = set(range(len(x)))
     else:
         places = {d % max(len(x), 1) for d in ([dim] if isinstance(dim, int) else dim)}
-    if call.name.rpartition("::")[2].startswith("arg"):
-        freeze([x[place] for place in places], "positions are found by number")
+    for tensor in call.outputs[_first_number(call) :]:
+        reduced = tuple(x[place] for place in places)
+        call.notebook.freeze_if_read(tensor, reduced, "positions are found by number")
     keep = bool(call["keepdim"])
     dims = tuple(leaf(1) if i in places else n for i, n in enumerate(x) if keep or i not in places)
     return [dims] * len(call.outputs)
+
+
+def _first_number(call: Call) -> int:
+    """Which outputs say where a value was found: all from this one on."""
+    if call.name in ("aten::argmax", "aten::argmin"):
+        return 0
+    return 1 if call.name in FINDING else len(call.outputs)
+
+
+FINDING = frozenset({"aten::max", "aten::min", "aten::median", "aten::nanmedian"})
+"""Reductions that return values, then where these were found."""
 
 
 @rule("aten::topk", "aten::sort", "aten::argsort", "aten::kthvalue", "aten::mode",

@@ -176,6 +176,7 @@ def sliced(call: Call) -> Layout:
     start = call["start"] or 0
     start = max(0, min(size, start + size if start < 0 else start))
     if call["step"] not in (None, 1) or not length:
+        call.symbols["start"] = fresh([start]) if start else ()
         return (*x[:dim], _stepped(x[dim], start, length, call["step"]), *x[dim + 1 :])
     pieces = cut(x[dim], [start, start + length])
     if pieces is None:

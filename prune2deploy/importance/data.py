@@ -189,7 +189,7 @@ def _products(subject: Subject, batches: Iterable[Batch]) -> Iterator[dict[str, 
             found = torch.autograd.grad(value, distinct, allow_unused=True)
             gradients = dict(zip(map(id, distinct), found, strict=True))
             yield {
-                name: parameter.detach() * gradient
+                name: parameter.detach().float() * gradient.float()
                 for name, parameter in parameters.items()
                 if (gradient := gradients[id(parameter)]) is not None
             }

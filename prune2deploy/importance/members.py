@@ -74,7 +74,7 @@ class Subject:
         weights = [
             (member, tensor)
             for member, tensor in everything
-            if member.tensor in self.graph.parameters and _leaf(member) != "bias"
+            if member.tensor in self.graph.parameters and not _is_bias(member, tensor)
         ]
         return weights or everything
 
@@ -99,6 +99,12 @@ class Subject:
             if tensor.device.type == "meta" or place not in seen:
                 seen.add(place)
                 yield member, tensor
+
+
+def _is_bias(member: Member, tensor: Tensor) -> bool:
+    """By its name; one of several in a module has a longer one (``in_proj_bias``)."""
+    words = _leaf(member).split("_")
+    return words == ["bias"] or (tensor.dim() == 1 and "bias" in words)
 
 
 def _leaf(member: Member) -> str:

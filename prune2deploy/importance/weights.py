@@ -34,7 +34,7 @@ def l2(subject: Subject) -> Scores:
 
 def _magnitude(subject: Subject, axis: Axis, power: int) -> Tensor:
     norms = [
-        mean_one(to_channels(tensor.abs() ** power, member, axis.size) ** (1 / power))
+        mean_one(to_channels(tensor.float().abs() ** power, member, axis.size) ** (1 / power))
         for member, tensor in subject.counted(axis)
     ]
     return mean_one(torch.stack(norms).mean(0)) if norms else torch.ones(axis.size)
@@ -52,7 +52,7 @@ def group_norm(subject: Subject) -> Scores:
 def _group_norm(subject: Subject, axis: Axis) -> Tensor:
     energy = torch.zeros(axis.size)
     for member, tensor in subject.counted(axis):
-        energy += to_channels(tensor**2, member, axis.size)
+        energy += to_channels(tensor.float() ** 2, member, axis.size)
     return energy.sqrt()
 
 

@@ -26,14 +26,9 @@ from prune2deploy.graph.trace import trace, unwrap
 from prune2deploy.plan.plan import Plan
 from prune2deploy.pruning.decode import merged
 from prune2deploy.pruning.rewrite import is_rewritten, rewrite, with_batch
+from prune2deploy.surgery.checking import check_outputs, runs_as_planned
 from prune2deploy.surgery.lengths import Kept, shrinkage
-from prune2deploy.surgery.slicing import (
-    check_outputs,
-    kept_positions,
-    runs_as_planned,
-    slice_tensors,
-    update_attributes,
-)
+from prune2deploy.surgery.slicing import kept_positions, slice_tensors, update_attributes
 from prune2deploy.surgery.widths import Widths
 
 Channels = npt.NDArray[np.int64]

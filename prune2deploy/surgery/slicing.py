@@ -1,7 +1,7 @@
 """Plan → a new, smaller module; the module that was traced is not touched.
 
 In: a module, its graph, a plan. Out: a pruned copy whose forward pass was checked, operator by
-operator, against the shapes that the plan implies. First the stored tensors of a deep copy are
+operator, against the widths that the plan implies. First the stored tensors of a deep copy are
 sliced and the width attributes of standard ``torch.nn`` modules follow. Where the model's own
 Python code holds widths as constants, so that this copy does not run as planned, the recorded
 operators are handed back as a captured module instead (``capture``).
@@ -9,28 +9,24 @@ operators are handed back as a captured module instead (``capture``).
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from prune2deploy.errors import PruneError
 from prune2deploy.graph.axes import Graph
-from prune2deploy.graph.calling import Forward, quiet, run, stored_tensors, tensors_in
+from prune2deploy.graph.calling import stored_tensors
 from prune2deploy.graph.layout import find
-from prune2deploy.graph.recording import Operation, Recording, refs_in
-from prune2deploy.graph.rules import VARYING
-from prune2deploy.graph.shapes import on_shapes, outlined
+from prune2deploy.graph.recording import Recording
 from prune2deploy.graph.trace import unwrap
-from prune2deploy.graph.whole import WholeModule, name_of, watched
+from prune2deploy.graph.whole import WholeModule
 from prune2deploy.plan.plan import Plan
 from prune2deploy.surgery.capture import capture
+from prune2deploy.surgery.checking import check_outputs, runs_as_planned
 from prune2deploy.surgery.copying import copied
 from prune2deploy.surgery.lengths import Kept, shrinkage
 from prune2deploy.surgery.widths import Widths
@@ -203,6 +199,8 @@ def update_attributes(module: nn.Module, recording: Recording, widths: Widths) -
             _follow_convolution(part, widths.of(symbols.get(name, {}).get("groups", ())))
         elif isinstance(part, nn.GroupNorm) and name in symbols:
             part.num_groups = widths.of(symbols[name].get("group", ())) or part.num_groups
+        elif isinstance(part, nn.ChannelShuffle) and name in symbols:
+            part.groups = widths.of(symbols[name].get("groups", ())) or part.groups
         elif isinstance(part, nn.LayerNorm | nn.RMSNorm):
             shape = symbols.get(name, {}).get("normalized_shape")
             if part.elementwise_affine:
@@ -265,113 +263,3 @@ def _follow_convolution(part: nn.modules.conv._ConvNd, groups: int | None) -> No
         part.in_channels, part.out_channels = rows, columns * part.groups
     else:
         part.in_channels, part.out_channels = columns * part.groups, rows
-
-
-class _Shapes(TorchDispatchMode):
-    """Lists each operator with the shapes that it returns."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-        self.seen: list[tuple[str, tuple[tuple[int, ...], ...]]] = []
-        self.inside: list[nn.Module] = []  # modules that are operators by themselves
-        self._made: list[Any] = []  # a new tensor that somebody holds is detached by torch
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if next(tensors_in(args), None) is None:
-            self._made.append(result)
-        if not self.inside:
-            self._see(func._schema.name, result)
-        return result
-
-    def ended(self, module: nn.Module, result: Any) -> None:
-        """Hear of a module that is an operator by itself."""
-        self._see(name_of(module), result)
-
-    def _see(self, name: str, result: Any) -> None:
-        self.seen.append((name, tuple(tuple(t.shape) for t in tensors_in(result))))
-
-
-def runs_as_planned(
-    module: nn.Module,
-    operations: Sequence[Operation],
-    widths: Widths,
-    example: Any,
-    forward_fn: Forward | None = None,
-    *,
-    shapes: bool = False,
-) -> bool:
-    """Whether the module runs these operators, each with the shapes that the plan implies.
-
-    With ``shapes`` it is run as it was recorded, on shapes without values. Code that keeps what it
-    has computed (anchors, masks) computes it again when widths have changed: where other operators
-    are met in a first pass, a second one decides.
-    """
-    inputs = outlined(example) if shapes else example
-    known = list(itertools.takewhile(_known_size, operations))
-    returned: list[list[torch.Size]] = []
-    try:
-        with quiet(module), on_shapes(module, shapes):
-            for _ in range(2):
-                watch = _Shapes()
-                with watched(module, watch.inside, watch.ended), watch:
-                    result = run(module, inputs, forward_fn)
-                returned.append([tensor.shape for tensor in tensors_in(result)])
-                if _same_operators(watch.seen, operations, known):
-                    return returned[0] == returned[-1] and _same_shapes(watch.seen, known, widths)
-    except Exception:  # noqa: BLE001  the user's code may fail in any way when widths change
-        return False
-    return False
-
-
-Seen = Sequence[tuple[str, tuple[tuple[int, ...], ...]]]
-
-
-def _same_operators(
-    seen: Seen, operations: Sequence[Operation], known: Sequence[Operation]
-) -> bool:
-    """Whether the operators are those recorded, as far as values have no say in them."""
-    if len(known) == len(operations) != len(seen):
-        return False
-    pairs = zip(seen, known, strict=False)
-    return all(name == operation.name for (name, _), operation in pairs)
-
-
-def _same_shapes(seen: Seen, known: Sequence[Operation], widths: Widths) -> bool:
-    pairs = zip(seen, known, strict=False)
-    return all(
-        found == tuple(widths.shape(dims) for dims in operation.layouts)
-        for (_, found), operation in pairs
-    )
-
-
-def _known_size(operation: Operation) -> bool:
-    """Whether the values of the input have no say in the sizes that an operator returns."""
-    return all(find(node).frozen != VARYING for dims in operation.layouts for node in dims)
-
-
-def check_outputs(module: nn.Module, recording: Recording, widths: Widths, example: Any) -> None:
-    """Raise PruneError unless the module runs and returns the shapes that the original returns."""
-    try:
-        result = _result(module, recording, example)
-    except Exception as error:
-        raise PruneError(
-            f"the pruned model does not run: {type(error).__name__}: {error}. Expected it to run "
-            "on the inputs that the original was traced with. Prune fewer axes, or report the "
-            "model: its code depends on widths in a way that is not understood."
-        ) from error
-    found = [tuple(t.shape) for t in tensors_in(result)]
-    layouts = [recording.values[ref.number].dims for ref in refs_in(recording.outputs)]
-    planned = [widths.shape(dims) for dims in layouts]
-    varies = any(find(node).frozen == VARYING for dims in layouts for node in dims)
-    if found != planned and not varies:
-        raise PruneError(f"the pruned model returns shapes {found}, expected {planned}")
-
-
-def _result(module: nn.Module, recording: Recording, example: Any) -> Any:
-    """What the module returns, in shapes where the recording shows that these will do."""
-    if recording.on_shapes:
-        with suppress(Exception), quiet(module), on_shapes(module, True):
-            return run(module, outlined(example), recording.forward_fn)
-    with quiet(module):
-        return run(module, example, recording.forward_fn)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from prune2deploy.errors import PruneError
 from prune2deploy.graph.layout import Layout, Node, factors, find, prod
 from prune2deploy.graph.recording import Operation, Recording, Ref
+from prune2deploy.graph.rules import argument
 from prune2deploy.graph.visible import LEAVE
 
 Argument = Any
@@ -51,17 +52,17 @@ class Writer(Protocol):
 def as_recorded(writer: Writer, operation: Operation) -> fx.Node:
     """The same overload with the same arguments; widths that the rule noted are computed."""
     args, kwargs = list(operation.args), dict(operation.kwargs)
-    for place, argument in enumerate(operation.func._schema.arguments):
-        terms = operation.symbols.get(argument.name)
+    for place, entry in enumerate(operation.func._schema.arguments):
+        terms = operation.symbols.get(entry.name)
         if terms is None:
             continue
         new: Any = writer.sizes(terms)
-        if not isinstance(given(operation, argument.name), list):
+        if not isinstance(given(operation, entry.name), list):
             new = sum(new) if all(isinstance(size, int) for size in new) else new[0]
         if place < len(args):
             args[place] = new
         else:
-            kwargs[argument.name] = new
+            kwargs[entry.name] = new
     if kwargs.get("device") is not None:
         kwargs["device"] = writer.device()
     return writer.call(operation.func, *args, **kwargs)
@@ -69,12 +70,7 @@ def as_recorded(writer: Writer, operation: Operation) -> fx.Node:
 
 def given(operation: Operation, name: str) -> Any:
     """An argument by its name in the schema."""
-    for place, argument in enumerate(operation.func._schema.arguments):
-        if argument.name == name:
-            if place < len(operation.args) and not argument.kwarg_only:
-                return operation.args[place]
-            return operation.kwargs.get(name, argument.default_value)
-    return None
+    return argument(operation.func, operation.args, operation.kwargs, name)
 
 
 def _view(writer: Writer, operation: Operation) -> fx.Node:

@@ -1,5 +1,7 @@
 """Scores: hand counts, what a criterion must rank first, and what must not change."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from prune2deploy.errors import ConfigError
 from prune2deploy.graph import trace
 from prune2deploy.graph.axes import Member
 from prune2deploy.importance import CRITERIA, NAMES, score
-from prune2deploy.importance.members import as_vectors, to_channels
+from prune2deploy.importance.members import Subject, as_vectors, to_channels
 
 FREE = [name for name, criterion in CRITERIA.items() if not criterion.needs_data]
 DATA = [name for name, criterion in CRITERIA.items() if criterion.needs_data]
@@ -221,3 +223,41 @@ def test_another_model_than_the_traced_one_is_refused(net, batches):
     net.conv = nn.Conv2d(3, 7, 3)
     with pytest.raises(ConfigError, match=r"conv.weight is of shape"):
         score("l2", net, graph)
+
+
+class Mixing(nn.Module):
+    """Attention and a recurrent layer, which have several biases each."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.attend = nn.Linear(6, 16), nn.MultiheadAttention(16, 2, batch_first=True)
+        self.steps, self.out = nn.LSTM(16, 8, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.embed(x)
+        return self.out(self.steps(self.attend(x, x, x, need_weights=False)[0])[0])
+
+
+def test_no_bias_counts_whatever_it_is_called():
+    model = Mixing().eval()
+    subject = Subject(model, trace(model, torch.randn(2, 5, 6)))
+    axes = subject.graph.prunable
+    held = {member.tensor for axis in axes for member in axis.members}
+    assert {"attend.in_proj_bias", "steps.bias_ih_l0", "steps.bias_hh_l0"} <= held
+    counted = {member.tensor for axis in axes for member, _ in subject.counted(axis)}
+    assert {name for name in held if "bias" not in name} == counted
+
+
+@pytest.mark.parametrize("name", ["l1", "l2", "group_norm", "lamp", "taylor", "fisher", "hessian"])
+def test_small_weights_in_half_precision_are_scored_as_in_single(name):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    with torch.no_grad():
+        net[0].weight *= 1e-3
+        net[2].weight *= 1e-3
+    half, x = copy.deepcopy(net).half(), torch.randn(4, 32)
+    exact = copy.deepcopy(half).float()
+    labels = torch.tensor([0, 1, 2, 3])
+    found = score(name, half, trace(half, x.half()), [((x.half(),), labels)])["0"]
+    expected = score(name, exact, trace(exact, x), [((x,), labels)])["0"]
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02 * float(expected.mean()))

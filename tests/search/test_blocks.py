@@ -196,3 +196,44 @@ def test_blocks_that_split_positions_into_windows_are_found():
     with torch.no_grad():
         expected = model.head(model.blocks[1](model.stem(x)).mean((1, 2)))
         torch.testing.assert_close(pruned(x), expected)
+
+
+class Finished(nn.Module):
+    """A layer and how it is joined to its input."""
+
+    def __init__(self, join):
+        super().__init__()
+        self.layer, self._join = nn.Linear(8, 8), join
+
+    def forward(self, x):
+        return self._join(x, self.layer(x))
+
+
+JOINED = {
+    "added": (lambda x, y: x + y, True),
+    "rectified": (lambda x, y: (x + y).relu(), True),
+    "bounded": (lambda x, y: nn.functional.relu6(y + x), True),
+    "clamped": (lambda x, y: (x + y).clamp(0, 20), True),
+    "dropped": (lambda x, y: nn.functional.dropout(x + y, 0.5, training=False), True),
+    "a part of the layer": (lambda x, y: torch.add(x, y, alpha=-1), True),
+    "taken away": (lambda x, y: torch.add(y, x, alpha=-1), False),
+    "halved": (lambda x, y: (x + y) * 0.5, False),
+    "turned round": (lambda x, y: -(x + y), False),
+    "squashed": (lambda x, y: (x + y).sigmoid(), False),
+    "raised": (lambda x, y: (x + y).exp(), False),
+}
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_blocks_hand_their_input_on_as_it_is(name):
+    """A layer that gives zero changes nothing, and nor does taking it out."""
+    torch.manual_seed(0)
+    join, removable = JOINED[name]
+    block = Finished(join)
+    nn.init.zeros_(block.layer.weight)
+    nn.init.zeros_(block.layer.bias)
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), block, nn.Linear(8, 3)), torch.ones(2, 6)
+    graph = trace(model.eval(), x)
+    assert [found.name for found in graph.blocks] == ["2"] * removable
+    if removable:
+        torch.testing.assert_close(apply(model, graph, Plan({}, ("2",)))(x), model(x))

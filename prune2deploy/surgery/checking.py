@@ -1,0 +1,186 @@
+"""Whether a pruned module computes what the plan implies.
+
+In: a module whose stored tensors are sliced, the recorded operators, the planned widths. Out: a
+verdict, operator by operator, on the shapes that are returned and on the numbers that are widths:
+groups, where a slice begins. An operator may return the planned shape with a number that a
+constant in the code has left as it was.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from prune2deploy.errors import PruneError
+from prune2deploy.graph.calling import Forward, quiet, run, tensors_in
+from prune2deploy.graph.layout import Node, leaves
+from prune2deploy.graph.recording import Operation, Recording, refs_in
+from prune2deploy.graph.rules import VARYING, argument
+from prune2deploy.graph.shapes import on_shapes, outlined
+from prune2deploy.graph.whole import name_of, watched
+from prune2deploy.surgery.widths import Widths
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One operator call of the module under check.
+
+    Attributes:
+        name: Of the operator.
+        shapes: Those that it returned.
+        func: Its ATen overload; None for a module that is an operator by itself.
+        args: Its arguments.
+        kwargs: Likewise.
+    """
+
+    name: str
+    shapes: tuple[tuple[int, ...], ...]
+    func: Any = None
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] | None = None
+
+    def number(self, name: str) -> Any:
+        """The argument of that name; the ends of a slice counted from the front."""
+        if self.name not in SLICES or name not in ENDS:
+            return self._given(name)
+        size = self._given("self").shape[self._given("dim")]
+        return slice(*map(self._given, ENDS)).indices(size)[ENDS.index(name)]
+
+    def _given(self, name: str) -> Any:
+        return argument(self.func, self.args, self.kwargs or {}, name)
+
+
+SLICES = frozenset({"aten::slice", "aten::slice_copy"})
+ENDS = ("start", "end")
+
+
+class _Watch(TorchDispatchMode):
+    """Lists each operator that runs."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        self.seen: list[Seen] = []
+        self.inside: list[nn.Module] = []  # modules that are operators by themselves
+        self._alive: list[Any] = []  # torch detaches a new tensor that somebody holds
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self._alive.append(result)
+        if not self.inside:
+            self.seen.append(Seen(func._schema.name, _shapes(result), func, args, kwargs))
+        return result
+
+    def ended(self, module: nn.Module, result: Any) -> None:
+        """Hear of a module that is an operator by itself."""
+        self.seen.append(Seen(name_of(module), _shapes(result)))
+
+
+def _shapes(result: Any) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(tensor.shape) for tensor in tensors_in(result))
+
+
+def runs_as_planned(
+    module: nn.Module,
+    operations: Sequence[Operation],
+    widths: Widths,
+    example: Any,
+    forward_fn: Forward | None = None,
+    *,
+    shapes: bool = False,
+) -> bool:
+    """Whether the module runs these operators, each with the widths that the plan implies.
+
+    With ``shapes`` it is run as it was recorded, on shapes without values. Code that keeps what it
+    has computed (anchors, masks) computes it again when widths have changed: where other operators
+    are met in a first pass, a second one decides.
+    """
+    inputs = outlined(example) if shapes else example
+    known = list(itertools.takewhile(_known_size, operations))
+    returned: list[list[torch.Size]] = []
+    try:
+        with quiet(module), on_shapes(module, shapes):
+            for _ in range(2):
+                watch = _Watch()
+                with watched(module, watch.inside, watch.ended), watch:
+                    result = run(module, inputs, forward_fn)
+                returned.append([tensor.shape for tensor in tensors_in(result)])
+                if _same_operators(watch.seen, operations, known):
+                    return returned[0] == returned[-1] and _same_widths(watch.seen, known, widths)
+    except Exception:  # noqa: BLE001  the user's code may fail in any way when widths change
+        return False
+    return False
+
+
+def _same_operators(
+    seen: Sequence[Seen], operations: Sequence[Operation], known: Sequence[Operation]
+) -> bool:
+    """Whether the operators are those recorded, as far as values have no say in them."""
+    if len(known) == len(operations) != len(seen):
+        return False
+    pairs = zip(seen, known, strict=False)
+    return all(found.name == operation.name for found, operation in pairs)
+
+
+def _same_widths(seen: Sequence[Seen], known: Sequence[Operation], widths: Widths) -> bool:
+    pairs = zip(seen, known, strict=False)
+    return all(
+        found.shapes == tuple(widths.shape(dims) for dims in operation.layouts)
+        and _same_numbers(found, operation, widths)
+        for found, operation in pairs
+    )
+
+
+def _same_numbers(found: Seen, operation: Operation, widths: Widths) -> bool:
+    """Whether the number arguments that are widths have their planned values."""
+    if found.func is None:
+        return True  # the attributes of such a module were set from the plan
+    for name, terms in operation.symbols.items():
+        number = found.number(name)
+        if any(map(_varies, terms)) or number is None:
+            continue
+        sizes = widths.shape(terms)
+        if (tuple(number) != sizes) if isinstance(number, list | tuple) else number != sum(sizes):
+            return False
+    return True
+
+
+def _known_size(operation: Operation) -> bool:
+    """Whether the values of the input have no say in the sizes that an operator returns."""
+    return not any(_varies(node) for dims in operation.layouts for node in dims)
+
+
+def _varies(node: Node) -> bool:
+    return any(below.frozen == VARYING for below in leaves(node))
+
+
+def check_outputs(module: nn.Module, recording: Recording, widths: Widths, example: Any) -> None:
+    """Raise PruneError unless the module runs and returns the shapes that the original returns."""
+    try:
+        result = _result(module, recording, example)
+    except Exception as error:
+        raise PruneError(
+            f"the pruned model does not run: {type(error).__name__}: {error}. Expected it to run "
+            "on the inputs that the original was traced with. Prune fewer axes, or report the "
+            "model: its code depends on widths in a way that is not understood."
+        ) from error
+    found = [tuple(t.shape) for t in tensors_in(result)]
+    layouts = [recording.values[ref.number].dims for ref in refs_in(recording.outputs)]
+    planned = [widths.shape(dims) for dims in layouts]
+    if found != planned and not any(_varies(node) for dims in layouts for node in dims):
+        raise PruneError(f"the pruned model returns shapes {found}, expected {planned}")
+
+
+def _result(module: nn.Module, recording: Recording, example: Any) -> Any:
+    """What the module returns, in shapes where the recording shows that these will do."""
+    if recording.on_shapes:
+        with suppress(Exception), quiet(module), on_shapes(module, True):
+            return run(module, outlined(example), recording.forward_fn)
+    with quiet(module):
+        return run(module, example, recording.forward_fn)

@@ -1,0 +1,167 @@
+"""Dimensions whose positions mean something: they stay, and what merely passes does not."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from prune2deploy.graph import trace
+from prune2deploy.plan.plan import Plan
+from prune2deploy.surgery.slicing import apply
+
+TOKENS = torch.randn(2, 5, 6)
+
+
+class Net(nn.Module):
+    """Two layers, something between."""
+
+    def __init__(self, between, after=8, **parts):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(after, 3)
+        for name, part in parts.items():
+            setattr(self, name, part)
+        self._between = between
+
+    def forward(self, x):
+        return self.last(self._between(self, self.first(x)))
+
+
+class Scores(nn.Module):
+    """Five scores of which something is told."""
+
+    def __init__(self, told):
+        super().__init__()
+        self.first, self.scores, self._told = nn.Linear(6, 8), nn.Linear(8, 5), told
+
+    def forward(self, x):
+        return self._told(self.scores(self.first(x).relu()).sigmoid())
+
+
+def halves(graph):
+    return Plan({axis.name: tuple(range(1, axis.size, 2)) for axis in graph.prunable})
+
+
+def without(model, graph, plan):
+    """The model with zeros where its tensors hold a channel that the plan removes."""
+    model = copy.deepcopy(model)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, channels in plan.kept.items():
+        for member in graph[name].members:
+            gone = (member.channel >= 0) & ~np.isin(member.channel, channels)
+            places = torch.from_numpy(np.flatnonzero(gone))
+            tensors[member.tensor].data.index_fill_(member.dim, places, 0)
+    return model
+
+
+def assert_equal_without(model, example, kept):
+    """Prune half of every axis; the layers named keep so many outputs, and results are equal."""
+    model.eval()
+    graph = trace(model, example)
+    plan = halves(graph)
+    before = without(model, graph, plan)
+    pruned = apply(before, graph, plan)
+    shapes = graph.shapes(plan.counts)
+    assert {name: shapes[name] for name in kept} == kept
+    example = example if isinstance(example, tuple) else (example,)
+    torch.testing.assert_close(pruned(*example), before(*example))
+    return graph
+
+
+FOUND = {
+    "labels": lambda x: x.max(-1)[1],
+    "scores and labels": lambda x: tuple(x.max(-1)),
+    "least": lambda x: x.min(-1).indices,
+    "middle": lambda x: x.median(-1).indices,
+    "middle of numbers": lambda x: x.nanmedian(-1).indices,
+    "first": lambda x: x.argmax(-1),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_is_found_by_number_keeps_its_positions(name):
+    torch.manual_seed(0)
+    graph = assert_equal_without(Scores(FOUND[name]), TOKENS, {"scores.weight": (5, 4)})
+    assert graph["scores"].frozen == "positions are found by number"
+
+
+@pytest.mark.parametrize("reduced", [lambda x: x.max(-1)[0], lambda x: x.amin(-1)])
+def test_a_largest_value_alone_keeps_no_position(reduced):
+    graph = trace(Scores(reduced).eval(), TOKENS)
+    assert [axis.name for axis in graph.prunable] == ["first", "scores"]
+
+
+def parameter(*shape):
+    return nn.Parameter(torch.randn(*shape))
+
+
+TRIANGLES = {
+    "lower": lambda net, x: F.linear(x, net.w.tril()),
+    "upper, above the diagonal": lambda net, x: F.linear(x, net.w.triu(2)) + x,
+    "lower, in place": lambda net, x: F.linear(x, net.w.clone().tril_()),
+}
+
+
+@pytest.mark.parametrize("name", TRIANGLES)
+def test_a_triangle_keeps_its_form(name):
+    torch.manual_seed(0)
+    model = Net(TRIANGLES[name], w=parameter(8, 8))
+    graph = assert_equal_without(model, TOKENS, {"w": (8, 8)})
+    assert graph["first"].frozen == "cut along a diagonal"
+
+
+def test_a_triangle_over_the_same_channels_twice_may_lose_some():
+    torch.manual_seed(0)
+    model = Net(lambda net, x: x @ (x.transpose(1, 2) @ x).tril())
+    assert_equal_without(model, TOKENS, {"first.weight": (4, 6)})
+
+
+class Merged(nn.Module):
+    """Writes rows of a second input over those of the first that a mask names."""
+
+    def __init__(self, masked):
+        super().__init__()
+        self.words, self.pixels, self.last = nn.Linear(6, 8), nn.Linear(5, 8), nn.Linear(8, 3)
+        self._masked = masked
+
+    def forward(self, words, pixels, mask):
+        words = self.words(words)
+        return self.last(words.masked_scatter(self._masked(words, mask), self.pixels(pixels)))
+
+
+MERGED = (torch.randn(1, 6, 6), torch.randn(2, 2, 5), torch.tensor([[1, 1, 0, 1, 1, 0]]) > 0)
+
+
+@pytest.mark.parametrize(
+    "masked",
+    [lambda x, mask: mask[..., None], lambda x, mask: mask[..., None].expand_as(x)],
+    ids=["broadcast", "expanded"],
+)
+def test_rows_that_a_mask_fills_share_their_channels_whatever_the_batch(masked):
+    torch.manual_seed(0)
+    kept = {"words.weight": (4, 6), "pixels.weight": (4, 5)}
+    assert_equal_without(Merged(masked), MERGED, kept)
+
+
+def test_single_elements_that_a_mask_fills_stay_in_order():
+    torch.manual_seed(0)
+    model = Merged(lambda x, mask: (x > 0) & mask[..., None])
+    graph = assert_equal_without(model, MERGED, {"words.weight": (8, 6), "pixels.weight": (8, 5)})
+    assert graph["words"].frozen == graph["pixels"].frozen == "filled in order"
+
+
+def remembered(net, x):
+    k, v = (part(net.memory).expand(2, -1, -1) for part in (net.k, net.v))
+    return F.scaled_dot_product_attention(x, k, v, scale=0.3)
+
+
+def test_keys_that_share_a_softmax_stay():
+    torch.manual_seed(0)
+    parts = {"k": nn.Linear(6, 8), "v": nn.Linear(6, 8), "memory": parameter(12, 6)}
+    model = Net(remembered, **parts)
+    kept = {"memory": (12, 3), "k.weight": (4, 3), "v.weight": (4, 3)}
+    graph = assert_equal_without(model, TOKENS, kept)
+    (slots,) = (axis for axis in graph.axes if axis.size == 12)
+    assert slots.frozen == "categories of a softmax"

@@ -1,0 +1,107 @@
+"""What a sliced copy is checked against: operators, shapes, and numbers that are widths."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from prune2deploy.graph import trace
+from prune2deploy.plan.plan import Plan
+from prune2deploy.surgery.slicing import apply
+
+X = torch.randn(2, 3, 6, 6)
+
+
+class Through(nn.Module):
+    """A convolution to sixteen channels, something in the middle, a convolution."""
+
+    def __init__(self, middle, after=16):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 16, 1), nn.Conv2d(after, 2, 1)
+        self.shuffle = nn.ChannelShuffle(4)
+        self._middle = middle
+
+    def forward(self, x):
+        return self.last(self._middle(self, self.first(x)))
+
+
+def without(model, graph, plan):
+    """The model with zeros where its tensors hold a channel that the plan removes."""
+    model = copy.deepcopy(model)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, channels in plan.kept.items():
+        for member in graph[name].members:
+            gone = (member.channel >= 0) & ~np.isin(member.channel, channels)
+            places = torch.from_numpy(np.flatnonzero(gone))
+            tensors[member.tensor].data.index_fill_(member.dim, places, 0)
+    return model
+
+
+def from_the_end(net, x):
+    """Channels four to seven, counted from the end."""
+    return x[:, -12:-8]
+
+
+def by_half(net, x):
+    half = x.shape[1] // 2
+    return x[:, half:] * x[:, :half]
+
+
+CASES = {
+    "shuffle module": (lambda net, x: net.shuffle(x), 16, Through),
+    "shuffle by a constant": (lambda net, x: F.channel_shuffle(x, 4), 16, torch.fx.GraphModule),
+    "slice by constants": (lambda net, x: x[:, 4:8], 4, torch.fx.GraphModule),
+    "slice from the end": (from_the_end, 4, torch.fx.GraphModule),
+    "steps from the end": (lambda net, x: x[:, -15::2], 8, torch.fx.GraphModule),
+    "steps": (lambda net, x: x[:, 1::2], 8, Through),
+    "slice by widths": (by_half, 8, Through),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_numbers_that_constants_in_the_code_left_as_they_were_are_found_out(name):
+    torch.manual_seed(0)
+    middle, after, kind = CASES[name]
+    model = Through(middle, after).eval()
+    graph = trace(model, X)
+    plan = Plan({axis.name: tuple(range(1, axis.size, 2)) for axis in graph.prunable})
+    assert graph.shapes(plan.counts)["first.weight"][0] <= 8
+    before = without(model, graph, plan)
+    pruned = apply(before, graph, plan)
+    assert type(pruned).__name__ == "Through" and isinstance(pruned, kind)
+    torch.testing.assert_close(pruned(X), before(X))
+
+
+def test_a_shuffle_module_follows_the_groups_that_are_left():
+    model = Through(lambda net, x: net.shuffle(x)).eval()
+    graph = trace(model, X)
+    groups, within = (axis for axis in graph.prunable if axis.size == 4)
+    plan = Plan({groups.name: (1, 3), within.name: (0, 1, 2)})
+    pruned = apply(model, graph, plan)
+    assert (pruned.first.out_channels, pruned.shuffle.groups) == (6, 2)
+
+
+LIKE = {
+    "zeros": torch.zeros_like,
+    "ones": torch.ones_like,
+    "empty": torch.empty_like,
+    "noise": torch.randn_like,
+    "full": lambda x: torch.full_like(x, 2.0),
+}
+
+
+@pytest.mark.parametrize("name", LIKE)
+@pytest.mark.parametrize("on_values", [False, True])
+def test_tensors_that_are_made_like_others_are_no_reason_to_capture(name, on_values):
+    def middle(net, x):
+        return x + LIKE[name](x).clamp(0, 1) * bool(on_values and x.sum() < 1e9)
+
+    model = Through(middle).eval()
+    graph = trace(model, X)
+    assert graph.recording.on_shapes is not on_values
+    for plan in (Plan({}), Plan({"first": (1, 2, 9)})):
+        pruned = apply(model, graph, plan)
+        assert type(pruned) is Through and pruned(X).shape == (2, 2, 6, 6)
