@@ -53,7 +53,7 @@ def capture(
         PruneError: the model has a part whose name a captured module cannot give it, or its
             code reads values that depend on the input.
     """
-    check_answers(source, graph.recording)
+    check_answers(source, graph.recording, plan.removed)
     if free_batch:
         graph = with_batch(source, graph)
     writer = _Writer(pruned, graph.recording, Widths(graph, plan))
@@ -154,8 +154,8 @@ class _Writer:
         self.nodes[call.outputs[0]] = node
 
     def _operator(self, operation: Operation) -> None:
-        if not operation.outputs and operation.name not in SPELLINGS:
-            return  # a question about values, answered when it was recorded
+        if not operation.outputs:
+            return  # a question about values, answered when it was recorded, or values that left
         if isinstance(operation.func, WholeModule):
             self._whole(operation, operation.func)
             return
