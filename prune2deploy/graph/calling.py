@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from operator import is_
@@ -156,10 +156,15 @@ def _holds(container: Container, content: Any) -> bool:
     """Whether a container has the very content, in order."""
     if not container and not content:  # most tables of hooks
         return True
-    same = len(container) == len(content) and all(map(is_, container, content))
+    same = same_items(container, content)
     if isinstance(container, dict):
         return same and all(map(is_, container.values(), content.values()))
     return same
+
+
+def same_items(these: Collection[Any], those: Collection[Any]) -> bool:
+    """Whether two collections hold the very same objects, in order."""
+    return len(these) == len(those) and all(map(is_, these, those))
 
 
 def run(model: nn.Module, example: Any, forward_fn: Forward | None = None) -> Any:

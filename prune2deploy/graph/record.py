@@ -26,6 +26,7 @@ from prune2deploy.graph.calling import (
     items_of,
     quiet,
     run,
+    same_items,
     stored_tensors,
     tensors_in,
 )
@@ -54,7 +55,7 @@ class Recorder(TorchDispatchMode):
         self.used: set[int] = set()
         self._alive: list[torch.Tensor] = []  # keeps ids unique while recording
         self._names = {id(m): name for name, m in model.named_modules()}
-        self._scopes: list[tuple[str, int]] = [("", 0)]
+        self._scopes: list[tuple[str, int, Any]] = [("", 0, ())]  # path, first operator, given
         self._whole = 0  # depth at which a module runs that a rule describes as a whole
         self._store(model)
 
@@ -184,7 +185,7 @@ class Recorder(TorchDispatchMode):
     def before(self, module: nn.Module, args: Any) -> None:
         """Hook: a module starts."""
         name = self._names.get(id(module), self._scopes[-1][0])
-        self._scopes.append((name, len(self.recording.operations)))
+        self._scopes.append((name, len(self.recording.operations), args))
         if not self._whole and id(module) in self._names and rule_of(module) is not None:
             self._whole = len(self._scopes)
 
@@ -193,15 +194,16 @@ class Recorder(TorchDispatchMode):
         if self._whole == len(self._scopes):
             self._whole = 0
             self._record_whole(module, args, kwargs, result)
-        name, first = self._scopes.pop()
+        name, first, taken = self._scopes.pop()
         if self._whole or id(module) not in self._names:
             return
         given = tuple(self.number(t) for t in tensors_in((args, kwargs)))
         made = tuple(self.number(t) for t in tensors_in(result))
         leads = isinstance(result, torch.Tensor) and isinstance((*args, None)[0], torch.Tensor)
         plain = isinstance(result, torch.Tensor) and len(args) == 1 and not kwargs
+        hooked = bool(module._forward_hooks) or not same_items(args, taken)
         last = len(self.recording.operations)
-        call = ModuleCall(name, module, given, made, first, last, plain, leads)
+        call = ModuleCall(name, module, given, made, first, last, plain, leads, hooked)
         self.recording.calls.append(call)
 
     def _record_whole(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:

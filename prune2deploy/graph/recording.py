@@ -81,6 +81,8 @@ class ModuleCall:
         last: The first operator after it.
         plain: Whether it takes one positional argument and returns one tensor.
         leads: Whether its first argument is a tensor and it returns one tensor.
+        hooked: Whether hooks of its own may change what it takes or returns: the inputs are what
+            they left, the outputs what they were given.
     """
 
     name: str
@@ -91,6 +93,7 @@ class ModuleCall:
     last: int
     plain: bool
     leads: bool
+    hooked: bool
 
 
 @dataclass(eq=False)

@@ -327,13 +327,14 @@ def _parameter_names(source: nn.Module, count: int) -> list[str]:
 def _plain_calls(recording: Recording, removed: Sequence[str]) -> dict[int, list[ModuleCall]]:
     """Calls that stay calls, by first operator: of childless modules, one tensor in and one out.
 
-    These are the modules of ``torch.nn``, and those that do nothing in evaluation.
+    These are the modules of ``torch.nn``, and those that do nothing in evaluation. Hooks that
+    change tensors on the way are no part of the call, so that operators stand for both.
     """
     found: dict[int, list[ModuleCall]] = {}
     reads = recording.reads()
     inside = tuple(f"{name}." for name in removed)
     for call in recording.calls:
-        if call.name.startswith(inside) or call.module._modules:
+        if call.name.startswith(inside) or call.module._modules or call.hooked:
             continue
         single = call.plain and len(call.inputs) == 1 and len(call.outputs) == 1
         kept = _standard(call.module) and not isinstance(call.module, SHAPED)

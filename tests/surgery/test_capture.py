@@ -1,6 +1,5 @@
 """Captured modules: what they keep of the code that they replace, and what they cannot hold."""
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from prune2deploy.errors import PruneError
 from prune2deploy.graph import trace
 from prune2deploy.plan.plan import Plan
 from prune2deploy.surgery.capture import capture
+from prune2deploy.surgery.copying import copied
 from prune2deploy.surgery.slicing import apply
 
 
@@ -31,7 +31,7 @@ class Net(nn.Module):
 
 
 def captured(model, x):
-    return capture(copy.deepcopy(model), model, trace(model, x), Plan({}))
+    return capture(copied(model, {}), model, trace(model, x), Plan({}))
 
 
 def in_training(model, x):
@@ -136,3 +136,27 @@ def test_a_name_that_captured_modules_need_themselves_is_refused_by_name():
     model, x = Net(lambda net, x: net.code(x), code=nn.Linear(8, 8)), torch.randn(4, 5, 6)
     with pytest.raises(PruneError, match="part called 'code'"):
         captured(model, x)
+
+
+HOOKS = {
+    "after": lambda part: part.register_forward_hook(lambda module, given, made: made * 2),
+    "before": lambda part: part.register_forward_pre_hook(lambda module, given: (given[0] * 2,)),
+    "both": lambda part: (HOOKS["after"](part), HOOKS["before"](part)),
+    "watching": lambda part: part.register_forward_hook(lambda module, given, made: None),
+    "weight": lambda part: nn.utils.weight_norm(part),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("name", HOOKS)
+def test_what_hooks_of_a_module_do_is_done_once(name):
+    torch.manual_seed(0)
+    parts = {"mix": nn.Linear(8, 8), "drop": nn.Dropout(0.4)}
+    model = Net(lambda net, x: net.drop(net.mix(x)), **parts).eval()
+    HOOKS[name](model.mix)
+    if name != "weight":
+        HOOKS[name](model.drop)
+    x = torch.randn(4, 5, 6)
+    again = captured(model, x)
+    torch.testing.assert_close(again(x), model(x))
+    torch.testing.assert_close(in_training(again, x), in_training(model, x))
