@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from dataclasses import fields, is_dataclass
 from operator import is_
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -24,25 +26,53 @@ PLAIN = frozenset({type(None), bool, int, float, str, torch.dtype, torch.device}
 
 
 def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
-    """Every tensor of nested lists, tuples, dicts and dataclass-like mappings, in order."""
+    """Every tensor of nested lists, tuples, mappings and dataclasses, in order."""
     if isinstance(tree, torch.Tensor):
         yield tree
-    elif type(tree) in PLAIN:
-        return
-    elif isinstance(tree, list | tuple):
-        for item in tree:
-            yield from tensors_in(item)
-    elif isinstance(tree, Mapping):
-        for item in tree.values():
-            yield from tensors_in(item)
-    elif is_dataclass(tree) and not isinstance(tree, type):
-        for _, item in items_of(tree):
+    elif type(tree) not in PLAIN:
+        for _, item in nested(tree):
             yield from tensors_in(item)
 
 
-def items_of(record: Any) -> list[tuple[str, Any]]:
-    """The fields of a dataclass instance by name."""
-    return [(entry.name, getattr(record, entry.name)) for entry in fields(record)]
+def nested(tree: Any) -> Iterable[tuple[Any, Any]]:
+    """What a list, tuple, mapping or dataclass holds, by place, key or name; nothing in others."""
+    if isinstance(tree, list | tuple):
+        return enumerate(tree)
+    if isinstance(tree, Mapping):
+        return tree.items()
+    if is_record(tree):
+        names = (entry.name for entry in fields(tree))
+        return ((name, getattr(tree, name)) for name in names if hasattr(tree, name))
+    return ()
+
+
+def is_record(tree: Any) -> bool:
+    """Whether it is an instance of a dataclass."""
+    return is_dataclass(tree) and not isinstance(tree, type)
+
+
+def carried(inputs: Any) -> Iterator[tuple[torch.Tensor, str]]:
+    """Tensors that lie deeper in nested arguments than ``tensors_in`` looks.
+
+    These are attributes of objects of a class of their own, whose name comes with them.
+    """
+    left, seen = [(inputs, "")], set[int]()
+    while left:
+        tree, holder = left.pop()
+        if id(tree) in seen or type(tree) in PLAIN:
+            continue
+        seen.add(id(tree))
+        if isinstance(tree, torch.Tensor):
+            if holder:
+                yield tree, holder
+        elif not isinstance(tree, OPAQUE):
+            inside = [item for _, item in nested(tree)]
+            left += [(item, holder) for item in inside]
+            left += [(item, type(tree).__name__) for item in getattr(tree, "__dict__", {}).values()]
+
+
+OPAQUE = (type, nn.Module, ModuleType, FunctionType, MethodType)
+"""What is no data, even where it comes as an argument."""
 
 
 def stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -156,10 +186,15 @@ def _holds(container: Container, content: Any) -> bool:
     """Whether a container has the very content, in order."""
     if not container and not content:  # most tables of hooks
         return True
-    same = len(container) == len(content) and all(map(is_, container, content))
+    same = same_items(container, content)
     if isinstance(container, dict):
         return same and all(map(is_, container.values(), content.values()))
     return same
+
+
+def same_items(these: Collection[Any], those: Collection[Any]) -> bool:
+    """Whether two collections hold the very same objects, in order."""
+    return len(these) == len(those) and all(map(is_, these, those))
 
 
 def run(model: nn.Module, example: Any, forward_fn: Forward | None = None) -> Any:
@@ -191,9 +226,22 @@ def map_tensors(tree: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> An
     """Nested arguments with every tensor changed."""
     if isinstance(tree, torch.Tensor):
         return change(tree)
+    if type(tree) in PLAIN:
+        return tree
+    return _refilled(tree, {key: map_tensors(item, change) for key, item in nested(tree)})
+
+
+def _refilled(tree: Any, items: dict[Any, Any]) -> Any:
+    """A list, tuple, mapping or dataclass like the one given, that holds other items."""
+    if isinstance(tree, list):
+        return list(items.values())
+    if isinstance(tree, tuple):
+        make = getattr(tree, "_make", tuple)
+        return make(items.values())
     if isinstance(tree, Mapping):
-        return {key: map_tensors(item, change) for key, item in tree.items()}
-    if isinstance(tree, list | tuple):
-        items = [map_tensors(item, change) for item in tree]
-        return items if isinstance(tree, list) else tuple(items)
+        return items
+    if is_record(tree):
+        tree = copy(tree)
+        for name, item in items.items():
+            object.__setattr__(tree, name, item)  # frozen ones refuse to be changed
     return tree

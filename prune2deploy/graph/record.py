@@ -8,7 +8,6 @@ everything that runs in Python can be recorded, whatever its control flow.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -23,9 +22,12 @@ from prune2deploy.graph.calling import (
     Forward,
     Inputs,
     as_inputs,
-    items_of,
+    carried,
+    is_record,
+    nested,
     quiet,
     run,
+    same_items,
     stored_tensors,
     tensors_in,
 )
@@ -52,9 +54,10 @@ class Recorder(TorchDispatchMode):
         self.recording = Recording(example=example, forward_fn=forward_fn, on_shapes=on_shapes)
         self._numbers: dict[int, int] = {}
         self.used: set[int] = set()
+        self._carried: dict[int, str] = {}
         self._alive: list[torch.Tensor] = []  # keeps ids unique while recording
         self._names = {id(m): name for name, m in model.named_modules()}
-        self._scopes: list[tuple[str, int]] = [("", 0)]
+        self._scopes: list[tuple[str, int, Any]] = [("", 0, ())]  # path, first operator, given
         self._if_read: list[tuple[torch.Tensor, Layout, str]] = []
         self._whole = 0  # depth at which a module runs that a rule describes as a whole
         self._store(model)
@@ -82,7 +85,8 @@ class Recorder(TorchDispatchMode):
         )
 
     def enter_inputs(self, inputs: Inputs) -> None:
-        """Give every input tensor frozen dimensions."""
+        """Give every input tensor frozen dimensions; know those that objects bring along."""
+        self._carried.update({id(tensor): holder for tensor, holder in carried(inputs)})
         numbers = []
         for tensor in tensors_in(inputs):
             dims = tuple(leaf(n, "model input") for n in tensor.shape)
@@ -118,6 +122,8 @@ class Recorder(TorchDispatchMode):
         if number is None:
             dims = tuple(leaf(n, "a tensor that is not registered") for n in tensor.shape)
             number = self._add(tensor, Value(dims, constant=tensor))
+            if id(tensor) in self._carried:
+                self.recording.carried[number] = self._carried[id(tensor)]
         return number
 
     def refer(self, tree: Any) -> Any:
@@ -128,15 +134,14 @@ class Recorder(TorchDispatchMode):
             number = self.number(tree)
             self.used.add(number)
             return Ref(number)
-        if isinstance(tree, list | tuple) and not isinstance(tree, torch.Size):
-            items = [self.refer(item) for item in tree]
-            return items if isinstance(tree, list) else tuple(items)
-        if isinstance(tree, Mapping):
-            named = {key: self.refer(item) for key, item in tree.items()}
-            return named if type(tree) is dict else Struct(named, kind=type(tree))
-        if is_dataclass(tree) and not isinstance(tree, type):
-            return Struct(((k, self.refer(v)) for k, v in items_of(tree)), kind=type(tree))
-        return tree
+        if isinstance(tree, torch.Size):
+            return tree
+        items = {key: self.refer(item) for key, item in nested(tree)}
+        if _special(tree):
+            return Struct(items, kind=type(tree))
+        if isinstance(tree, list | tuple):
+            return list(items.values()) if isinstance(tree, list) else tuple(items.values())
+        return items if isinstance(tree, Mapping) else tree
 
     def _add(self, tensor: torch.Tensor, value: Value) -> int:
         self._alive.append(tensor)
@@ -192,7 +197,7 @@ class Recorder(TorchDispatchMode):
     def before(self, module: nn.Module, args: Any) -> None:
         """Hook: a module starts."""
         name = self._names.get(id(module), self._scopes[-1][0])
-        self._scopes.append((name, len(self.recording.operations)))
+        self._scopes.append((name, len(self.recording.operations), args))
         if not self._whole and id(module) in self._names and rule_of(module) is not None:
             self._whole = len(self._scopes)
 
@@ -201,15 +206,16 @@ class Recorder(TorchDispatchMode):
         if self._whole == len(self._scopes):
             self._whole = 0
             self._record_whole(module, args, kwargs, result)
-        name, first = self._scopes.pop()
+        name, first, taken = self._scopes.pop()
         if self._whole or id(module) not in self._names:
             return
         given = tuple(self.number(t) for t in tensors_in((args, kwargs)))
         made = tuple(self.number(t) for t in tensors_in(result))
         leads = isinstance(result, torch.Tensor) and isinstance((*args, None)[0], torch.Tensor)
         plain = isinstance(result, torch.Tensor) and len(args) == 1 and not kwargs
+        hooked = bool(module._forward_hooks) or not same_items(args, taken)
         last = len(self.recording.operations)
-        call = ModuleCall(name, module, given, made, first, last, plain, leads)
+        call = ModuleCall(name, module, given, made, first, last, plain, leads, hooked)
         self.recording.calls.append(call)
 
     def _record_whole(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
@@ -240,6 +246,13 @@ class Recorder(TorchDispatchMode):
         super().__exit__(*error)  # type: ignore[no-untyped-call]  # likewise
         for handle in self._handles:
             handle.remove()
+
+
+def _special(tree: Any) -> bool:
+    """Whether nested values have a class of their own, by which code finds what is inside."""
+    if isinstance(tree, tuple):
+        return hasattr(tree, "_fields") or hasattr(tree, "n_fields")  # torch's have the latter
+    return is_record(tree) or (isinstance(tree, Mapping) and type(tree) is not dict)
 
 
 def record(model: nn.Module, example: Any, forward_fn: Forward | None = None) -> Recording:

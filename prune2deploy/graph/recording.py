@@ -35,8 +35,8 @@ def refs_in(tree: Any) -> list[Ref]:
     return [tree] if isinstance(tree, Ref) else []
 
 
-class Struct(dict[str, Any]):
-    """Stands for a result of a class of its own that is made from keywords."""
+class Struct(dict[Any, Any]):
+    """Stands for a result of a class of its own: what it holds, by name or place."""
 
     def __init__(self, items: Any, *, kind: type) -> None:
         super().__init__(items)
@@ -81,6 +81,8 @@ class ModuleCall:
         last: The first operator after it.
         plain: Whether it takes one positional argument and returns one tensor.
         leads: Whether its first argument is a tensor and it returns one tensor.
+        hooked: Whether hooks of its own may change what it takes or returns: the inputs are what
+            they left, the outputs what they were given.
     """
 
     name: str
@@ -91,6 +93,7 @@ class ModuleCall:
     last: int
     plain: bool
     leads: bool
+    hooked: bool
 
 
 @dataclass(eq=False)
@@ -102,6 +105,8 @@ class Recording:
         operations: Operator calls in order.
         calls: Module calls in the order in which they ended.
         inputs: Value numbers of the example inputs (tensors only, in tree order).
+        carried: Value number of every tensor that came in as an attribute of an object and was
+            used, and the object's class.
         outputs: The model's result with tensors replaced by ``Ref``.
         stored: Value number of every parameter and buffer name (tied names share one).
         attributes: Value number of every tensor that stood in a plain attribute after the pass.
@@ -119,6 +124,7 @@ class Recording:
     operations: list[Operation] = field(default_factory=list)
     calls: list[ModuleCall] = field(default_factory=list)
     inputs: tuple[int, ...] = ()
+    carried: dict[int, str] = field(default_factory=dict)
     outputs: Any = None
     stored: dict[str, int] = field(default_factory=dict)
     attributes: dict[str, int] = field(default_factory=dict)

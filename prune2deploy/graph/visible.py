@@ -6,7 +6,7 @@ function does nothing in evaluation mode; it becomes an operator that knows the 
 probability, so that a captured module can drop again when it trains. (Calls with a probability of
 zero stay unseen: code that passes ``p if self.training else 0`` does not tell its probability in
 evaluation.) And values that are handed to NumPy or put in a list are lost from sight: what is
-computed there would pass for a constant. Whole numbers, which are sizes and positions, may go.
+computed there would pass for a constant.
 """
 
 from __future__ import annotations
@@ -64,6 +64,6 @@ class Visible(TorchFunctionMode):
         kind = KINDS.get(func)  # these hand on their settings by keyword
         if kind is not None and settings["p"] and not settings["training"]:
             return torch.ops.prune2deploy.dropout(args[0], settings["p"], kind)
-        if func in EXITS and args[0].is_floating_point():
+        if func in EXITS:
             torch.ops.prune2deploy.leave(args[0], EXITS[func])
         return func(*args, **settings)

@@ -1,16 +1,19 @@
 """Does the code of a model read values that depend on its input?
 
-In: a model and its recording. Out: nothing, or an error. Code may ask a tensor for a number
-(``float(x.max())``, ``if x.mean() > 0``). A captured graph has the answers of the example in it,
-which is right for tables and settings and wrong for whatever follows the input. Where there are
-such questions, the original runs again: on the example, on its floating-point values in another
-order, and mirrored within their range. The answers are compared. Whole numbers (token ids, masks)
-stay as they are.
+In: a model and its recording. Out: nothing, or an error. A captured graph has what code was
+answered for the example in it, which is right for tables and settings and wrong for whatever
+follows the input. Code may ask a tensor for a number (``float(x.max())``, ``if x.mean() > 0``):
+where it does, the original runs again on the example and on two other inputs, and the answers are
+compared. In one, floating-point values are in another order, and the samples of whole numbers
+(token ids, masks) are. In the other, floating-point values are mirrored into the inner part of
+their range, where every model takes them, so that no statistic of them stays. Code may also hand
+values to NumPy or put them in a list: what is computed from the input must not leave this way.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prune2deploy.errors import PruneError
 from prune2deploy.graph.calling import map_tensors, quiet, run
-from prune2deploy.graph.recording import Recording
+from prune2deploy.graph.following import followers
+from prune2deploy.graph.recording import Operation, Recording
 from prune2deploy.graph.visible import LEAVE
 
 Answer = tuple[str, Any]
@@ -29,10 +33,21 @@ class FollowsInput(PruneError):  # noqa: N818  reads as the reason it is
     """Code reads values that depend on the input, so that it cannot be captured."""
 
 
-def check_answers(source: nn.Module, recording: Recording) -> None:
-    """Raise FollowsInput if the code reads values that depend on the input."""
+def check_answers(source: nn.Module, recording: Recording, removed: Sequence[str] = ()) -> None:
+    """Raise FollowsInput if the code reads values that depend on the input.
+
+    Args:
+        source: The original module.
+        recording: Its recording.
+        removed: Names of the blocks that the captured graph is without.
+    """
+    for operation in followers(recording.without(removed), recording.inputs):
+        if operation.name == LEAVE:
+            raise _left(operation)
     asked = [op for op in recording.operations if not op.outputs and op.name != LEAVE]
-    if recording.on_shapes or not asked:  # shapes alone decided what the code does
+    if not asked or (
+        recording.on_shapes and not followers(recording.operations, _whole(recording))
+    ):
         return
     first = _answers(source, recording, recording.example)
     for change in (_shuffled, _mirrored):
@@ -41,6 +56,21 @@ def check_answers(source: nn.Module, recording: Recording) -> None:
             if not _same(*pair):
                 at = asked[place].scope if len(first) == len(asked) else ""
                 raise _refusal(at or type(source).__name__, *pair)
+
+
+def _whole(recording: Recording) -> list[int]:
+    """The inputs that have values in a pass on shapes: those that are not floating-point."""
+    kinds = {number: recording.values[number].dtype for number in recording.inputs}
+    return [n for n, kind in kinds.items() if kind is not None and not kind.is_floating_point]
+
+
+def _left(operation: Operation) -> FollowsInput:
+    return FollowsInput(
+        f"{operation.scope or 'the model'} hands values to {operation.args[1]}, and what is "
+        "computed there cannot be seen, while its code holds widths as constants, so that it "
+        "would have to be. Compute it with torch, make it an operator (torch.library.custom_op), "
+        "or give the module a rule (docs/pruning.md)"
+    )
 
 
 def _refusal(where: str, one: Answer, other: Answer) -> FollowsInput:
@@ -86,18 +116,30 @@ def _same(one: Answer, other: Answer) -> bool:
 
 
 def _shuffled(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values in another order."""
-    if not _may_change(tensor):
+    """The same values in another order; of anything but floating-point values, the samples."""
+    if tensor.is_meta or not tensor.numel() or not tensor.dim():
         return tensor
+    if not tensor.is_floating_point():
+        return tensor.flip(0)
     dice = torch.Generator().manual_seed(0)
     order = torch.randperm(tensor.numel(), generator=dice).to(tensor.device)
     return tensor.detach().flatten()[order].view(tensor.shape)
 
 
 def _mirrored(tensor: torch.Tensor) -> torch.Tensor:
-    """The least value for the greatest, and so on."""
-    return tensor.amax() + tensor.amin() - tensor.detach() if _may_change(tensor) else tensor
+    """Low values for high ones, within part of their range; infinite ones stay.
 
-
-def _may_change(tensor: torch.Tensor) -> bool:
-    return tensor.is_floating_point() and not tensor.is_meta and tensor.numel() > 0
+    Where all values are the same they become different ones, nearer to zero; above it where they
+    are zero.
+    """
+    given = tensor.detach()
+    if tensor.is_meta or not tensor.is_floating_point() or not given.isfinite().any():
+        return tensor
+    finite = given.isfinite()
+    low, high = given[finite].aminmax()
+    if low == high:
+        ramp = torch.linspace(0.5, 0.75, given.numel(), dtype=given.dtype, device=given.device)
+        changed = ramp.view(given.shape) * (low if low else 1)
+    else:
+        changed = low + (high - low) / 8 + (high - given) / 2
+    return torch.where(finite, changed, given)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -22,7 +23,14 @@ from torch import fx, nn
 from prune2deploy.errors import PruneError, TraceError
 from prune2deploy.graph.axes import Graph
 from prune2deploy.graph.build import build
-from prune2deploy.graph.calling import device_of, stored_tensors, tensors_in, twice
+from prune2deploy.graph.calling import (
+    device_of,
+    is_record,
+    nested,
+    stored_tensors,
+    tensors_in,
+    twice,
+)
 from prune2deploy.graph.layout import CAT, LEAF, Layout, Node, find, leaves
 from prune2deploy.graph.record import record
 from prune2deploy.graph.recording import ModuleCall, Operation, Recording, Ref, Struct
@@ -53,7 +61,8 @@ def capture(
         PruneError: the model has a part whose name a captured module cannot give it, or its
             code reads values that depend on the input.
     """
-    check_answers(source, graph.recording)
+    _check_inputs(graph.recording)
+    check_answers(source, graph.recording, plan.removed)
     if free_batch:
         graph = with_batch(source, graph)
     writer = _Writer(pruned, graph.recording, Widths(graph, plan))
@@ -138,11 +147,11 @@ class _Writer:
             dims = self.recording.values[number].dims
             if dims and dims[0].size > 1:
                 self.varying.setdefault(id(find(dims[0])), (number, 0))
-        elif isinstance(entry, Mapping | list | tuple):
-            keys = entry if isinstance(entry, Mapping) else range(len(entry))
-            for key in keys:
-                if next(tensors_in(entry[key]), None) is not None:
-                    self._enter(entry[key], self.graph.call_function(_item, (node, key)))
+            return
+        part = getattr if is_record(entry) else _item
+        for key, item in nested(entry):
+            if next(tensors_in(item), None) is not None:
+                self._enter(item, self.graph.call_function(part, (node, key)))
 
     def _call_module(self, call: ModuleCall) -> None:
         given = self.value(call.inputs[0])
@@ -154,8 +163,8 @@ class _Writer:
         self.nodes[call.outputs[0]] = node
 
     def _operator(self, operation: Operation) -> None:
-        if not operation.outputs and operation.name not in SPELLINGS:
-            return  # a question about values, answered when it was recorded
+        if not operation.outputs:
+            return  # a question about values, answered when it was recorded, or values that left
         if isinstance(operation.func, WholeModule):
             self._whole(operation, operation.func)
             return
@@ -207,10 +216,21 @@ class _Writer:
             return items if isinstance(tree, list) else tuple(items)
         if isinstance(tree, Mapping):
             named = {key: self.argument(item) for key, item in tree.items()}
-            if isinstance(tree, Struct):
-                return self.graph.call_function(tree.kind, (), named)
-            return named
+            return self._struct(tree.kind, named) if isinstance(tree, Struct) else named
         return tree
+
+    def _struct(self, kind: type, held: dict[Any, Argument]) -> fx.Node:
+        """A result of a class of its own; what its constructor does not take is set afterwards."""
+        if issubclass(kind, tuple):
+            parts = tuple(held.values())
+            named = hasattr(kind, "_fields")
+            return self.graph.call_function(kind, parts if named else (parts,))
+        later = {f.name for f in fields(kind) if not f.init} if is_dataclass(kind) else set()
+        made = {name: item for name, item in held.items() if name not in later}
+        node = self.graph.call_function(kind, (), made)
+        for name in (name for name in held if name in later):
+            node = self.graph.call_function(_with_field, (node, name, held[name]))
+        return node
 
     def size(self, node: Node) -> Argument:
         """A width: a number, or computed from sizes that are known at run time only."""
@@ -238,6 +258,17 @@ class _Writer:
         """Append a function call; references in the arguments are replaced."""
         return self.graph.call_function(
             function, tuple(self.argument(a) for a in args), self.argument(kwargs)
+        )
+
+
+def _check_inputs(recording: Recording) -> None:
+    for number, holder in recording.carried.items():
+        shape = tuple(recording.values[number].constant.shape)  # type: ignore[union-attr]
+        raise PruneError(
+            f"the model takes a tensor of shape {shape} from inside an input of class {holder}, "
+            "and holds widths as constants, so that recorded operators would have to stand for "
+            "its code; they would repeat the tensor of the example. Make the class a dataclass or "
+            "a named tuple, or take a dict"
         )
 
 
@@ -291,6 +322,11 @@ def _item(values: Any, place: Any) -> Any:
     return values[place]
 
 
+def _with_field(record: Any, name: str, value: Any) -> Any:
+    object.__setattr__(record, name, value)
+    return record
+
+
 def _while_training(module: nn.Module, x: torch.Tensor) -> Any:
     return module(x) if module.training else x
 
@@ -327,13 +363,14 @@ def _parameter_names(source: nn.Module, count: int) -> list[str]:
 def _plain_calls(recording: Recording, removed: Sequence[str]) -> dict[int, list[ModuleCall]]:
     """Calls that stay calls, by first operator: of childless modules, one tensor in and one out.
 
-    These are the modules of ``torch.nn``, and those that do nothing in evaluation.
+    These are the modules of ``torch.nn``, and those that do nothing in evaluation. Hooks that
+    change tensors on the way are no part of the call, so that operators stand for both.
     """
     found: dict[int, list[ModuleCall]] = {}
     reads = recording.reads()
     inside = tuple(f"{name}." for name in removed)
     for call in recording.calls:
-        if call.name.startswith(inside) or call.module._modules:
+        if call.name.startswith(inside) or call.module._modules or call.hooked:
             continue
         single = call.plain and len(call.inputs) == 1 and len(call.outputs) == 1
         kept = _standard(call.module) and not isinstance(call.module, SHAPED)

@@ -14,11 +14,9 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from prune2deploy.errors import PruneError
 from prune2deploy.graph.layout import Layout, Node, factors, find, prod
 from prune2deploy.graph.recording import Operation, Recording, Ref
 from prune2deploy.graph.rules import argument
-from prune2deploy.graph.visible import LEAVE
 
 Argument = Any
 
@@ -287,33 +285,7 @@ _ATEN: dict[str, Callable[[Writer, Operation], Argument]] = {
 }
 
 
-def _leave(writer: Writer, operation: Operation) -> None:
-    """Values that are computed from the inputs and leave torch come back as constants: refuse."""
-    source = writer.argument(operation.args[0])
-    if not _depends(source):
-        return
-    raise PruneError(
-        f"{operation.scope or 'the model'} hands values to {operation.args[1]}, and what is "
-        "computed there cannot be seen, while its code holds widths as constants, so that it "
-        "would have to be. Compute it with torch, make it an operator (torch.library.custom_op), "
-        "or give the module a rule (docs/pruning.md)"
-    )
-
-
-def _depends(node: fx.Node) -> bool:
-    """Whether a node is computed from the values of an input, and not from its device alone."""
-    stack, seen = [node], {node}
-    while stack:
-        top = stack.pop()
-        if top.op == "placeholder":
-            return True
-        before = set() if top.target is getattr else set(top.all_input_nodes) - seen
-        stack += before
-        seen |= before
-    return False
-
-
-SPELLINGS = {**_ATEN, "prune2deploy::dropout": _dropout, LEAVE: _leave}
+SPELLINGS = {**_ATEN, "prune2deploy::dropout": _dropout}
 """Operators written in the form that has gradients, exporters and size arguments."""
 
 POOLS = frozenset({"aten::max_pool2d_with_indices", "aten::max_pool3d_with_indices"})

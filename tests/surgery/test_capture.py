@@ -1,8 +1,8 @@
 """Captured modules: what they keep of the code that they replace, and what they cannot hold."""
 
-import copy
-from dataclasses import dataclass
-from typing import Any
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -11,8 +11,10 @@ from torch.nn import functional as F
 
 from prune2deploy.errors import PruneError
 from prune2deploy.graph import trace
+from prune2deploy.graph.calling import tensors_in
 from prune2deploy.plan.plan import Plan
 from prune2deploy.surgery.capture import capture
+from prune2deploy.surgery.copying import copied
 from prune2deploy.surgery.slicing import apply
 
 
@@ -31,7 +33,7 @@ class Net(nn.Module):
 
 
 def captured(model, x):
-    return capture(copy.deepcopy(model), model, trace(model, x), Plan({}))
+    return capture(copied(model, {}), model, trace(model, x), Plan({}))
 
 
 def in_training(model, x):
@@ -132,7 +134,123 @@ def test_what_cannot_be_written_down_is_none_in_the_result():
             torch.testing.assert_close(found["memory"][1], wanted["y"])
 
 
+class Pair(NamedTuple):
+    y: Any
+    more: Any
+
+
+@dataclass(frozen=True)
+class Late:
+    y: Any
+    steps: int = field(init=False, default=3)
+    peak: Any = field(init=False)
+
+
+def late(y):
+    made = Late(y)
+    object.__setattr__(made, "peak", y.amax())
+    return made
+
+
+RESULTS = {
+    "named tuple": lambda y: Pair(y, [Pair(y, 1)]),
+    "torch's": lambda y: y.max(1),
+    "dataclass": late,
+    "ordered": lambda y: OrderedDict(y=y, more=2),
+}
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_results_keep_their_class(name):
+    class Returning(Net):
+        def forward(self, x):
+            return RESULTS[name](super().forward(x))
+
+    model = Returning(lambda net, x: x).eval()
+    again, other = captured(model, torch.randn(4, 6)), torch.randn(4, 6)
+    found, wanted = again(other), model(other)
+    assert type(found) is type(wanted)
+    torch.testing.assert_close(list(tensors_in(found)), list(tensors_in(wanted)))
+    if name == "named tuple":
+        assert (found.more[0].more, found.more[0].y.shape) == (1, found.y.shape)
+    if name == "dataclass":
+        assert found.steps == 3
+
+
+@dataclass
+class Batch:
+    x: Any
+    scale: float
+    more: Any = None
+
+
+class Opaque:
+    def __init__(self, x, scale):
+        self.x, self.scale = x, scale
+
+
+class Taking(nn.Module):
+    """Takes its tensors from inside of what it is given, and may spell a width out."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.width = width
+
+    def forward(self, batch):
+        y = self.first(batch.x).view(len(batch.x), self.width) * batch.scale
+        return self.last(y) + (batch.more[0].y if isinstance(batch, Batch) else 0)
+
+
+def half(model, given):
+    return apply(model, trace(model, given), Plan({"first": (0, 3, 4, 6)}))
+
+
+def test_inputs_may_lie_in_dataclasses_and_named_tuples():
+    model = Taking().eval()
+    given, other = (
+        (Batch(torch.randn(4, 6), 2.0, (Pair(torch.randn(4, 3), 0),)),) for _ in range(2)
+    )
+    pruned = half(model, given)
+    assert isinstance(pruned, torch.fx.GraphModule)
+    torch.testing.assert_close(captured(model, given)(*other), model(*other))
+    shifted = pruned(Batch(other[0].x, 2.0, (Pair(other[0].more[0].y + 1, 0),)))
+    torch.testing.assert_close(shifted, pruned(*other) + 1)
+
+
+def test_tensors_that_objects_bring_along_are_not_taken_for_constants():
+    model = Taking().eval()
+    with pytest.raises(PruneError, match=r"shape \(4, 6\) from inside an input of class Opaque"):
+        half(model, (Opaque(torch.randn(4, 6), 2.0),))
+    pruned = half(Taking(width=-1), (Opaque(torch.randn(4, 6), 2.0),))
+    assert pruned.first.out_features == 4
+
+
 def test_a_name_that_captured_modules_need_themselves_is_refused_by_name():
     model, x = Net(lambda net, x: net.code(x), code=nn.Linear(8, 8)), torch.randn(4, 5, 6)
     with pytest.raises(PruneError, match="part called 'code'"):
         captured(model, x)
+
+
+HOOKS = {
+    "after": lambda part: part.register_forward_hook(lambda module, given, made: made * 2),
+    "before": lambda part: part.register_forward_pre_hook(lambda module, given: (given[0] * 2,)),
+    "both": lambda part: (HOOKS["after"](part), HOOKS["before"](part)),
+    "watching": lambda part: part.register_forward_hook(lambda module, given, made: None),
+    "weight": lambda part: nn.utils.weight_norm(part),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("name", HOOKS)
+def test_what_hooks_of_a_module_do_is_done_once(name):
+    torch.manual_seed(0)
+    parts = {"mix": nn.Linear(8, 8), "drop": nn.Dropout(0.4)}
+    model = Net(lambda net, x: net.drop(net.mix(x)), **parts).eval()
+    HOOKS[name](model.mix)
+    if name != "weight":
+        HOOKS[name](model.drop)
+    x = torch.randn(4, 5, 6)
+    again = captured(model, x)
+    torch.testing.assert_close(again(x), model(x))
+    torch.testing.assert_close(in_training(again, x), in_training(model, x))
