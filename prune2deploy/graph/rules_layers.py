@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from prune2deploy.graph.layout import Layout, Node, freeze, leaf, prod, regroup, unify
-from prune2deploy.graph.rules import CATEGORIES, KERNEL, Call, broadcast, fresh, rule
+from prune2deploy.graph.rules import ACROSS_GROUPS, CATEGORIES, KERNEL, Call, broadcast, fresh, rule
 
 
 @rule("aten::_prelu_kernel", "aten::prelu")
@@ -76,11 +76,12 @@ def _couple_groups(
         return (weight[1], weight[0]) if transposed else (weight[0], weight[1])
     size_in = channels.size // groups
     size_out = weight[1].size if transposed else weight[0].size // groups
-    split_in = regroup([channels], (groups, size_in))
-    split_weight = regroup([weight[0]], (groups, size_in if transposed else size_out))
+    split_in = regroup([channels], (groups, size_in), ACROSS_GROUPS)
+    rows = (groups, size_in if transposed else size_out)
+    split_weight = regroup([weight[0]], rows, ACROSS_GROUPS)
     if split_in is None or split_weight is None:
-        freeze([channels, *weight[:2]], "groups cut across its channels")
-        return leaf(groups * size_out, "groups cut across its channels"), weight[1]
+        freeze([channels, *weight[:2]], ACROSS_GROUPS)
+        return leaf(groups * size_out, ACROSS_GROUPS), weight[1]
     unify(split_in[0], split_weight[0])
     if transposed:
         unify(split_in[1], split_weight[1])
@@ -207,9 +208,10 @@ def _share_heads(queries: Node, keys: Node) -> None:
     if queries.size == keys.size:
         unify(queries, keys)
     elif keys.size > 1 and queries.size % keys.size == 0:
-        groups = regroup([queries], (keys.size, queries.size // keys.size))
+        reason = "key heads cut across the query heads"
+        groups = regroup([queries], (keys.size, queries.size // keys.size), reason)
         if groups is None:
-            freeze([keys], "key heads cut across the query heads")
+            freeze([keys], reason)
         else:
             unify(groups[0], keys)
     elif keys.size > 1:
@@ -257,10 +259,8 @@ def _reduced(tensor: torch.Tensor, x: Layout) -> Layout:
 def group_norm(call: Call) -> list[Layout]:
     """Channels are ``prod(group, channel)``; the affine parameters go with them."""
     x, groups = call.dims("input"), int(call["group"])
-    split = regroup([x[1]], (groups, x[1].size // groups))
-    if split is None:
-        freeze([x[1]], "groups cut across its channels")
-    else:
+    split = regroup([x[1]], (groups, x[1].size // groups), ACROSS_GROUPS)
+    if split is not None:
         call.symbols["group"] = call.symbols["num_groups"] = (split[0],)
     call.symbols["C"] = (x[1],)
     for name in ("weight", "bias"):
@@ -288,7 +288,7 @@ def recurrent_layer(call: Call) -> list[Layout]:
     unify(rows_hidden[1], hidden)
     unify(call.dims("cx_")[-1], hidden)
     for rows in (rows_in[0], rows_hidden[0], *call.dims("weight2"), *call.dims("weight3")):
-        split = regroup([rows], (gates, hidden.size))
+        split = regroup([rows], (gates, hidden.size), "gates cut across its units")
         if split is None:
             freeze([hidden], "gates cut across its units")
         else:

@@ -23,10 +23,9 @@ from prune2deploy.errors import PruneError, TraceError
 from prune2deploy.graph.axes import Graph
 from prune2deploy.graph.build import build
 from prune2deploy.graph.calling import device_of, stored_tensors, tensors_in, twice
-from prune2deploy.graph.layout import CAT, LEAF, Layout, Node, find, leaves
+from prune2deploy.graph.layout import CAT, LEAF, VARYING, Layout, Node, find, leaves
 from prune2deploy.graph.record import record
 from prune2deploy.graph.recording import ModuleCall, Operation, Recording, Ref, Struct
-from prune2deploy.graph.rules import VARYING
 from prune2deploy.graph.whole import WholeModule
 from prune2deploy.plan.plan import Plan
 from prune2deploy.surgery.answers import check_answers
