@@ -22,11 +22,16 @@ from collections.abc import Iterable, Sequence
 
 LEAF, PROD, CAT = "leaf", "prod", "cat"
 
+VARYING = "values decide its size"
+"""Reason of dimensions whose size is known at run time only; it prevails over any other."""
+
+_moments = itertools.count()
+
 
 class Node:
     """A term: a leaf, or a product or concatenation of terms; ``link`` redirects to its equal."""
 
-    __slots__ = ("frozen", "kind", "link", "parts", "size", "tied")
+    __slots__ = ("frozen", "kind", "link", "parts", "since", "size", "tied")
 
     def __init__(self, size: int, kind: str = LEAF, parts: tuple[Node, ...] = ()) -> None:
         self.size = size
@@ -34,6 +39,7 @@ class Node:
         self.parts = parts
         self.link: Node | None = None
         self.frozen: str | None = None
+        self.since = 0  # when it was frozen: of two reasons the earlier one stays
         self.tied: Node = self  # parent in the forest of count ties; only leaves use it
 
     def __repr__(self) -> str:
@@ -49,8 +55,16 @@ Layout = tuple[Node, ...]
 def leaf(size: int, frozen: str | None = None) -> Node:
     """A new leaf, frozen from the start when a reason is given."""
     node = Node(size)
-    node.frozen = frozen
+    if frozen is not None:
+        node.frozen, node.since = frozen, next(_moments)
     return node
+
+
+def _part(node: Node, size: int) -> Node:
+    """A new leaf for a part of a leaf, frozen if that is."""
+    part = Node(size)
+    part.frozen, part.since = node.frozen, node.since
+    return part
 
 
 def find(node: Node) -> Node:
@@ -114,7 +128,7 @@ def freeze(nodes: Iterable[Node], reason: str) -> None:
     for node in nodes:
         for below in leaves(node):
             if below.frozen is None:
-                below.frozen = reason
+                below.frozen, below.since = reason, next(_moments)
 
 
 def unify(a: Node, b: Node) -> None:
@@ -137,18 +151,26 @@ def unify(a: Node, b: Node) -> None:
         _conflict(a, b)
 
 
-def regroup(nodes: Sequence[Node], sizes: Sequence[int]) -> Layout | None:
+def regroup(
+    nodes: Sequence[Node], sizes: Sequence[int], reason: str = "a view cuts across its channels"
+) -> Layout | None:
     """Read ``nodes`` (row-major) as dimensions of the given ``sizes``, as a view does.
 
     Leaves and concatenations are factorised where a boundary falls inside them. Returns ``None``,
-    with everything frozen, where the boundaries cannot be met.
+    with everything frozen for the ``reason``, where the boundaries cannot be met.
     """
+    groups = _regroup(nodes, sizes)
+    if groups is None:
+        freeze(nodes, reason)
+    return groups
+
+
+def _regroup(nodes: Sequence[Node], sizes: Sequence[int]) -> Layout | None:
     queue = [factor for node in nodes for factor in factors(node)]
     groups: list[Node] = []
     for size in sizes:
         group = _take(queue, size)
         if group is None:
-            freeze(nodes, "a view cuts across its channels")
             return None
         groups.append(prod(group))
     return tuple(groups)
@@ -175,15 +197,17 @@ def _take(queue: list[Node], size: int) -> list[Node] | None:
     return group
 
 
-def cut(node: Node, offsets: Sequence[int]) -> list[Node] | None:
+def cut(
+    node: Node, offsets: Sequence[int], reason: str = "a slice cuts across its channels"
+) -> list[Node] | None:
     """Cut a dimension at the given offsets into consecutive segments.
 
     A leaf becomes a concatenation of leaves; a product is cut through its outer factor. Returns
-    ``None``, with everything frozen, where a cut falls inside an inner factor.
+    ``None``, with everything frozen for the ``reason``, where a cut falls inside an inner factor.
     """
     pieces = _cut(find(node), sorted(set(offsets) - {0, node.size}))
     if pieces is None:
-        freeze([node], "a slice cuts across its channels")
+        freeze([node], reason)
     return pieces
 
 
@@ -242,9 +266,15 @@ def _bind(bare: Node, term: Node) -> None:
     if term.kind != LEAF and any(node is bare for node in below):
         _conflict(bare, term)
         return
-    if bare.frozen is not None:
-        freeze(below, bare.frozen)
+    for node in below if bare.frozen is not None else ():
+        if node.frozen is None or _prevails(bare, node):
+            node.frozen, node.since = bare.frozen, bare.since
     bare.link = term
+
+
+def _prevails(a: Node, b: Node) -> bool:
+    """Whether the reason of one frozen leaf is to be kept rather than that of another."""
+    return (a.frozen != VARYING, a.since) < (b.frozen != VARYING, b.since)
 
 
 def _redirect(a: Node, b: Node) -> None:
@@ -305,7 +335,7 @@ def _cut(node: Node, offsets: Sequence[int]) -> list[Node] | None:
         return [node]
     if node.kind == LEAF:
         bounds = [0, *offsets, node.size]
-        pieces = [leaf(hi - lo, node.frozen) for lo, hi in itertools.pairwise(bounds)]
+        pieces = [_part(node, hi - lo) for lo, hi in itertools.pairwise(bounds)]
         _bind(node, Node(node.size, CAT, tuple(pieces)))
         return pieces
     if node.kind == PROD:
@@ -340,10 +370,10 @@ def _factorise(node: Node, outer: int) -> tuple[Node, Node] | None:
     node = find(node)
     inner = node.size // outer
     if node.kind == PROD:
-        groups = regroup([node], (outer, inner))
+        groups = _regroup([node], (outer, inner))
         return (groups[0], groups[1]) if groups else None
     if node.kind == LEAF:
-        pair = leaf(outer, node.frozen), leaf(inner, node.frozen)
+        pair = _part(node, outer), _part(node, inner)
         _bind(node, Node(node.size, PROD, pair))
         return pair
     segments = _segments(node)
@@ -352,7 +382,7 @@ def _factorise(node: Node, outer: int) -> tuple[Node, Node] | None:
     outers: list[Node] = []
     common: Node | None = None
     for segment in segments:
-        groups = regroup([segment], (segment.size // inner, inner))
+        groups = _regroup([segment], (segment.size // inner, inner))
         if groups is None:
             return None
         outers.append(groups[0])

@@ -31,11 +31,11 @@ Rule = Callable[["Call"], "Layout | Sequence[Layout]"]
 KERNEL = "kernel position"
 """Reason of dimensions that are not channels; they are left out of the list of axes."""
 
+ACROSS_GROUPS = "groups cut across its channels"
+"""Reason of channels that groups do not divide."""
+
 CATEGORIES = "categories of a softmax"
 """Reason of dimensions whose positions share a distribution."""
-
-VARYING = "values decide its size"
-"""Reason of dimensions whose size is known at run time only (found objects, masked positions)."""
 
 RULES: dict[str, Rule] = {}
 """Operator → rule."""

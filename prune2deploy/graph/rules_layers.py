@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from prune2deploy.graph.layout import Layout, Node, freeze, leaf, prod, regroup, unify
-from prune2deploy.graph.rules import CATEGORIES, KERNEL, Call, broadcast, fresh, rule
+from prune2deploy.graph.rules import ACROSS_GROUPS, CATEGORIES, KERNEL, Call, broadcast, fresh, rule
 
 
 @rule("aten::_prelu_kernel", "aten::prelu")
@@ -35,13 +35,7 @@ def convolution(call: Call) -> Layout:
     call.role("weight", used, "in")
     batch, channels = (x[0], x[1]) if len(x) == len(weight) else (None, x[0])
     out, inner = _couple_groups(channels, weight, groups, transposed=transposed)
-    if groups > 1:
-        call.symbols["groups"] = (
-            regroup([channels], (groups, channels.size // groups)) or (leaf(groups),)
-        )[:1]
-    bias = call.dims("bias")
-    if bias:
-        unify(bias[0], out)
+    _note_groups(call, channels, out)
     rank = len(weight) - 2
     space = _convolved(call, x[-rank:], [node.size for node in weight[2:]])
     result = (out, *space) if batch is None else (batch, out, *space)
@@ -50,6 +44,42 @@ def convolution(call: Call) -> Layout:
     outer, per_group = (channels, weight[1]) if transposed else (out, inner)
     macs = (*(() if batch is None else (batch,)), *pixels, *weight[2:], outer, per_group)
     call.notebook.contraction("convolution", call.value("weight"), ((channels,), (out,), macs))
+    return result
+
+
+def _note_groups(call: Call, channels: Node, out: Node) -> None:
+    """How many groups there are, and the bias that goes with what is made."""
+    groups = int(call["groups"])
+    if groups > 1:
+        split = regroup([channels], (groups, channels.size // groups))
+        call.symbols["groups"] = split[:1] if split else (leaf(groups),)
+    for own in call.dims("bias"):
+        unify(own, out)
+
+
+@rule("torchvision::deform_conv2d")
+def deformed_convolution(call: Call) -> Layout:
+    """Convolution whose kernel reads where ``offset`` says, for each of some groups of channels.
+
+    It is always given a mask and a bias; a mask that is not used is empty.
+    """
+    x, weight, offset = call.dims("input"), call.dims("weight"), call.dims("offset")
+    freeze(weight[2:], KERNEL)
+    freeze([*x[2:], *offset[1:], *call.dims("mask")[1:]], "positions to read at")
+    unify(x[0], offset[0])
+    if call["use_mask"]:
+        unify(x[0], call.dims("mask")[0])
+    places = int(call["offset_groups"])
+    if places > 1:
+        split = regroup([x[1]], (places, x[1].size // places), ACROSS_GROUPS)
+        freeze(split[:1] if split else (), "groups that are read in places of their own")
+    call.role("weight", 0, "out")
+    call.role("weight", 1, "in")
+    out, inner = _couple_groups(x[1], weight, int(call["groups"]), transposed=False)
+    _note_groups(call, x[1], out)
+    result = (x[0], out, *offset[2:])
+    macs = (*result, *weight[2:], inner)
+    call.notebook.contraction("convolution", call.value("weight"), ((x[1],), (out,), macs))
     return result
 
 
@@ -76,11 +106,12 @@ def _couple_groups(
         return (weight[1], weight[0]) if transposed else (weight[0], weight[1])
     size_in = channels.size // groups
     size_out = weight[1].size if transposed else weight[0].size // groups
-    split_in = regroup([channels], (groups, size_in))
-    split_weight = regroup([weight[0]], (groups, size_in if transposed else size_out))
+    split_in = regroup([channels], (groups, size_in), ACROSS_GROUPS)
+    rows = (groups, size_in if transposed else size_out)
+    split_weight = regroup([weight[0]], rows, ACROSS_GROUPS)
     if split_in is None or split_weight is None:
-        freeze([channels, *weight[:2]], "groups cut across its channels")
-        return leaf(groups * size_out, "groups cut across its channels"), weight[1]
+        freeze([channels, *weight[:2]], ACROSS_GROUPS)
+        return leaf(groups * size_out, ACROSS_GROUPS), weight[1]
     unify(split_in[0], split_weight[0])
     if transposed:
         unify(split_in[1], split_weight[1])
@@ -207,9 +238,10 @@ def _share_heads(queries: Node, keys: Node) -> None:
     if queries.size == keys.size:
         unify(queries, keys)
     elif keys.size > 1 and queries.size % keys.size == 0:
-        groups = regroup([queries], (keys.size, queries.size // keys.size))
+        reason = "key heads cut across the query heads"
+        groups = regroup([queries], (keys.size, queries.size // keys.size), reason)
         if groups is None:
-            freeze([keys], "key heads cut across the query heads")
+            freeze([keys], reason)
         else:
             unify(groups[0], keys)
     elif keys.size > 1:
@@ -257,10 +289,8 @@ def _reduced(tensor: torch.Tensor, x: Layout) -> Layout:
 def group_norm(call: Call) -> list[Layout]:
     """Channels are ``prod(group, channel)``; the affine parameters go with them."""
     x, groups = call.dims("input"), int(call["group"])
-    split = regroup([x[1]], (groups, x[1].size // groups))
-    if split is None:
-        freeze([x[1]], "groups cut across its channels")
-    else:
+    split = regroup([x[1]], (groups, x[1].size // groups), ACROSS_GROUPS)
+    if split is not None:
         call.symbols["group"] = call.symbols["num_groups"] = (split[0],)
     call.symbols["C"] = (x[1],)
     for name in ("weight", "bias"):
@@ -288,7 +318,7 @@ def recurrent_layer(call: Call) -> list[Layout]:
     unify(rows_hidden[1], hidden)
     unify(call.dims("cx_")[-1], hidden)
     for rows in (rows_in[0], rows_hidden[0], *call.dims("weight2"), *call.dims("weight3")):
-        split = regroup([rows], (gates, hidden.size))
+        split = regroup([rows], (gates, hidden.size), "gates cut across its units")
         if split is None:
             freeze([hidden], "gates cut across its units")
         else:
@@ -334,3 +364,22 @@ def embedding(call: Call) -> Layout:
     freeze(weight[:1], "rows are picked by number")
     call.role("weight", 1, "out")
     return (*call.dims("indices"), weight[1])
+
+
+@rule("aten::_embedding_bag", "aten::_embedding_bag_forward_only")
+def embedding_bag(call: Call) -> list[Layout]:
+    """Rows picked by number and summed up bag by bag; the width is free."""
+    weight = call.dims("weight")
+    reason = "rows are picked by number"
+    freeze([weight[0], *call.dims("indices"), *call.dims("offsets")], reason)
+    freeze(call.dims("per_sample_weights"), reason)
+    call.role("weight", 1, "out")
+    (bags,) = fresh(call.shape()[:1], reason)
+    return [(bags, weight[1]), *(_by_bag(t, bags, weight[1]) for t in call.outputs[1:])]
+
+
+def _by_bag(tensor: torch.Tensor, bags: Node, width: Node) -> Layout:
+    shape = tuple(tensor.shape)
+    if shape == (bags.size, width.size):
+        return (bags, width)
+    return fresh(shape, "rows are picked by number")

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from prune2deploy.graph.layout import Layout, find, freeze, leaf, unify
-from prune2deploy.graph.rules import VARYING, Call, broadcast, fresh, rule
+from prune2deploy.graph.layout import VARYING, Layout, find, freeze, leaf, unify
+from prune2deploy.graph.rules import Call, broadcast, fresh, rule
 from prune2deploy.graph.rules_shape import without
 
 

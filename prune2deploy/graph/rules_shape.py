@@ -146,10 +146,11 @@ def split_with_sizes(call: Call) -> list[Layout]:
 def _segments(call: Call, sizes: Sequence[int]) -> list[Layout]:
     x = call.dims("self")
     dim = call["dim"] % len(x)
-    pieces = cut(x[dim], list(itertools.accumulate(sizes))[:-1])
+    reason = "split across its channels"
+    pieces = cut(x[dim], list(itertools.accumulate(sizes))[:-1], reason)
     if pieces is None or len(pieces) != len(sizes):
-        freeze([x[dim]], "split across its channels")
-        pieces = [leaf(n, "split across its channels") for n in sizes]
+        freeze([x[dim]], reason)
+        pieces = [leaf(n, reason) for n in sizes]
     return [(*x[:dim], piece, *x[dim + 1 :]) for piece in pieces]
 
 
@@ -158,9 +159,10 @@ def gated(call: Call) -> Layout:
     """The first half times the sigmoid of the second: both hold the same channels."""
     x = call.dims("self")
     dim = call["dim"] % len(x)
-    pieces = cut(x[dim], [x[dim].size // 2])
+    reason = "halves cut across its channels"
+    pieces = cut(x[dim], [x[dim].size // 2], reason)
     if pieces is None:
-        return (*x[:dim], leaf(call.shape()[dim], "halves cut across its channels"), *x[dim + 1 :])
+        return (*x[:dim], leaf(call.shape()[dim], reason), *x[dim + 1 :])
     unify(*pieces)
     return (*x[:dim], pieces[0], *x[dim + 1 :])
 
@@ -197,7 +199,7 @@ def sliced(call: Call) -> Layout:
 def _stepped(node: Node, start: int, length: int, step: int) -> Node:
     """Every ``step``-th position: the phase of ``prod(position, phase)`` where that divides."""
     if length and node.size == length * step and start < step:
-        groups = regroup([node], (length, step))
+        groups = regroup([node], (length, step), "positions are picked by number")
         if groups is not None:
             freeze([groups[1]], "positions are picked by number")
             return groups[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from prune2deploy.graph.layout import Layout, cat, freeze, leaf, prod, regroup, unify
-from prune2deploy.graph.rules import KERNEL, Call, fresh, rule
+from prune2deploy.graph.rules import ACROSS_GROUPS, KERNEL, Call, fresh, rule
 
 
 @rule("aten::constant_pad_nd", "aten::reflection_pad1d", "aten::reflection_pad2d",
@@ -63,7 +63,7 @@ def shuffle(call: Call) -> Layout:
     x, shape = call.dims("self"), call.shape()
     if "channel" in call.name:
         groups = int(call["groups"])
-        split_by = regroup([x[1]], (groups, x[1].size // groups))
+        split_by = regroup([x[1]], (groups, x[1].size // groups), ACROSS_GROUPS)
         call.symbols["groups"] = split_by[:1] if split_by else (leaf(groups),)
         mixed = prod([split_by[1], split_by[0]]) if split_by else leaf(shape[1], "shuffled")
         return (x[0], mixed, *x[2:])
@@ -72,7 +72,7 @@ def shuffle(call: Call) -> Layout:
         factor = int(call["downscale_factor"]) ** 2
         return (*lead, prod([x[-3], leaf(factor, "sub-pixel")]), *space)
     factor = int(call["upscale_factor"]) ** 2
-    pair = regroup([x[-3]], (shape[-3], factor))
+    pair = regroup([x[-3]], (shape[-3], factor), "sub-pixels cut across its channels")
     if pair is None:
         return (*lead, leaf(shape[-3], "sub-pixels cut across its channels"), *space)
     freeze([pair[1]], "sub-pixel")
@@ -89,7 +89,7 @@ def columns(call: Call) -> Layout:
         lead, channels = x[:-3], x[-3]
         position = leaf(shape[-1], "spatial position")
         return (*lead, prod([channels, leaf(taps, KERNEL)]), position)
-    pair = regroup([x[-2]], (shape[-3], taps))
+    pair = regroup([x[-2]], (shape[-3], taps), "columns cut across its channels")
     if pair is None:
         return (*x[:-2], *fresh(shape[-3:], "columns cut across its channels"))
     freeze([pair[1]], KERNEL)

@@ -31,10 +31,9 @@ from prune2deploy.graph.calling import (
     tensors_in,
     twice,
 )
-from prune2deploy.graph.layout import CAT, LEAF, Layout, Node, find, leaves
+from prune2deploy.graph.layout import CAT, LEAF, VARYING, Layout, Node, find, leaves
 from prune2deploy.graph.record import record
 from prune2deploy.graph.recording import ModuleCall, Operation, Recording, Ref, Struct
-from prune2deploy.graph.rules import VARYING
 from prune2deploy.graph.whole import WholeModule
 from prune2deploy.plan.plan import Plan
 from prune2deploy.surgery.answers import check_answers

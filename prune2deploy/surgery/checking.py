@@ -20,9 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prune2deploy.errors import PruneError
 from prune2deploy.graph.calling import Forward, quiet, run, tensors_in
-from prune2deploy.graph.layout import Node, leaves
+from prune2deploy.graph.layout import VARYING, Node, leaves
 from prune2deploy.graph.recording import Operation, Recording, refs_in
-from prune2deploy.graph.rules import VARYING, argument
+from prune2deploy.graph.rules import argument
 from prune2deploy.graph.shapes import on_shapes, outlined
 from prune2deploy.graph.whole import name_of, watched
 from prune2deploy.surgery.widths import Widths

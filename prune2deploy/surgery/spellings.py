@@ -176,6 +176,18 @@ def _every_head(writer: Writer, operation: Operation, place: int) -> Argument:
     return writer.call(torch.repeat_interleave, ref, writer.size(copies), -3)
 
 
+def _embedding_bag(writer: Writer, operation: Operation) -> fx.Node:
+    weight, indices, offsets = operation.args[:3]
+    padding = given(operation, "padding_idx")
+    names = ("scale_grad_by_freq", "sparse", "per_sample_weights", "include_last_offset")
+    return writer.call(
+        F.embedding_bag, indices, weight, offsets,
+        mode=("sum", "mean", "max")[given(operation, "mode")],
+        padding_idx=None if padding < 0 else padding,
+        **{name: given(operation, name) for name in names},
+    )  # fmt: skip
+
+
 def _softmax(writer: Writer, operation: Operation) -> fx.Node:
     name = operation.name
     x, dim = operation.args[:2]
@@ -244,6 +256,7 @@ _NORMS = (
     "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
     "cudnn_batch_norm", "miopen_batch_norm", "_batch_norm_no_update", "_batch_norm_with_update",
 )  # fmt: skip
+_BAGS = ("_embedding_bag", "_embedding_bag_forward_only")
 _ATTENTIONS = (
     "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
@@ -273,6 +286,7 @@ _ATEN: dict[str, Callable[[Writer, Operation], Argument]] = {
         (("native_layer_norm",), _layer_norm),
         (("native_group_norm",), _group_norm),
         (_ATTENTIONS, _attention),
+        (_BAGS, _embedding_bag),
         (("_softmax", "_log_softmax", "_safe_softmax"), _softmax),
         (("max_pool2d_with_indices", "max_pool3d_with_indices"), _max_pool),
         (("_adaptive_avg_pool2d", "_adaptive_avg_pool3d"), _adaptive_pool),
@@ -292,6 +306,7 @@ POOLS = frozenset({"aten::max_pool2d_with_indices", "aten::max_pool3d_with_indic
 """Operators whose second result is there where something reads it."""
 
 FIRST_ONLY = POOLS | frozenset(
-    f"aten::{name}" for name in (*_NORMS, *_ATTENTIONS, "native_layer_norm", "native_group_norm")
+    f"aten::{name}"
+    for name in (*_NORMS, *_ATTENTIONS, *_BAGS, "native_layer_norm", "native_group_norm")
 )
 """Operators of which only the first result is used once they are spelt as functions."""

@@ -167,6 +167,11 @@ def both_halves(net, x):
     return x[:, :6] + x[:, 2:]
 
 
+def weighed(net, x):
+    """Channels weighed by a convolution over their neighbours."""
+    return x * net.over(x.mean((2, 3))[:, None]).sigmoid()[:, 0, :, None, None]
+
+
 def rotated(net, x):
     """Heads whose two halves trade places, as rotary positions have it."""
     y = net.mix(x.flatten(2).transpose(1, 2)).view(2, 36, 2, 4)
@@ -284,6 +289,38 @@ STRUCTURES = {
     ),
     "flipped channels": (_through(lambda n, x: x.flip(1)), IMAGE, []),
     "rolled channels": (_through(lambda n, x: x.roll(1, 1)), IMAGE, []),
+    "weighed by neighbours": (
+        _through(weighed, over=nn.Conv1d(1, 1, 3, padding=1)),
+        IMAGE,
+        [],
+    ),
+    "normed by neighbours": (
+        _through(lambda n, x: n.norm(x), norm=nn.LocalResponseNorm(3)),
+        IMAGE,
+        [],
+    ),
+    "groups that do not divide": (
+        _through(
+            lambda n, x: n.three(n.two(x)),
+            width=12,
+            after=12,
+            two=nn.Conv2d(12, 12, 1, groups=2),
+            three=nn.Conv2d(12, 12, 1, groups=3),
+        ),
+        IMAGE,
+        [],
+    ),
+    "groups to norm that do not divide": (
+        _through(
+            lambda n, x: n.norm(n.two(x)),
+            width=12,
+            after=12,
+            two=nn.Conv2d(12, 12, 1, groups=2),
+            norm=nn.GroupNorm(3, 12),
+        ),
+        IMAGE,
+        [],
+    ),
     "channel shuffle": (_through(shuffled), IMAGE, ["first"]),
     "channel shuffle module": (
         _through(lambda n, x: n.mix(x), mix=nn.ChannelShuffle(2)),

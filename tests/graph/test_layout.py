@@ -4,6 +4,7 @@ import pytest
 
 from prune2deploy.graph.build import positions
 from prune2deploy.graph.layout import (
+    VARYING,
     cat,
     cut,
     find,
@@ -38,6 +39,29 @@ def test_freezing_one_freezes_its_equal_whichever_came_first():
     unify(a, b)
     unify(c, b)
     assert find(c).frozen == "model output"
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_of_two_reasons_the_earlier_one_is_kept(turned):
+    a, b = leaf(8), leaf(8)
+    freeze([a], "read through a kernel")
+    freeze([b], "model output")
+    unify(*((b, a) if turned else (a, b)))
+    assert find(a).frozen == find(b).frozen == "read through a kernel"
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_that_values_decide_a_size_is_never_forgotten(turned):
+    a, b = leaf(8, "model input"), leaf(8, VARYING)
+    unify(*((b, a) if turned else (a, b)))
+    assert find(a).frozen == find(b).frozen == VARYING
+
+
+def test_parts_of_a_leaf_are_frozen_since_the_leaf_is():
+    a, b = leaf(8, "model input"), leaf(8, "model output")
+    regroup([a], (2, 4))
+    unify(b, a)
+    assert {n.frozen for n in leaves(b)} == {"model input"}
 
 
 def test_a_leaf_takes_the_structure_of_a_product():
@@ -109,6 +133,10 @@ def test_a_view_that_cuts_across_freezes_and_says_so():
     a = prod([leaf(5), leaf(3)])
     assert regroup([a], (3, 5)) is None
     assert {n.frozen for n in leaves(a)} == {"a view cuts across its channels"}
+    b = cat([prod([leaf(5), leaf(3)]), leaf(6)])
+    assert regroup([b], (7, 3), "groups cut across its channels") is not None
+    assert regroup([b], (3, 7), "groups cut across its channels") is None
+    assert {n.frozen for n in leaves(b)} == {"groups cut across its channels"}
 
 
 def test_a_term_is_never_part_of_itself():

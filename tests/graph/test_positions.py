@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from prune2deploy.graph import trace
 from prune2deploy.plan.plan import Plan
+from prune2deploy.surgery.capture import capture
 from prune2deploy.surgery.slicing import apply
 
 TOKENS = torch.randn(2, 5, 6)
@@ -165,3 +166,77 @@ def test_keys_that_share_a_softmax_stay():
     graph = assert_equal_without(model, TOKENS, kept)
     (slots,) = (axis for axis in graph.axes if axis.size == 12)
     assert slots.frozen == "categories of a softmax"
+
+
+class Bags(nn.Module):
+    """Words summed up, bag by bag."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.table, self.last = nn.EmbeddingBag(20, 8, **options), nn.Linear(8, 3)
+
+    def forward(self, *words):
+        return self.last(self.table(*words))
+
+
+BAGS = {
+    "sum": ({"mode": "sum"}, (torch.randint(0, 20, (2, 5)),)),
+    "mean": ({"mode": "mean"}, (torch.randint(0, 20, (7,)), torch.tensor([0, 3]))),
+    "max": ({"mode": "max", "padding_idx": 3}, (torch.randint(0, 20, (2, 5)),)),
+    "weighed": (
+        {"mode": "sum", "include_last_offset": True},
+        (torch.randint(0, 20, (7,)), torch.tensor([0, 3, 7]), torch.rand(7)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAGS)
+def test_bags_of_words_keep_their_words_and_lose_width(name):
+    torch.manual_seed(0)
+    options, example = BAGS[name]
+    model = Bags(**options)
+    graph = assert_equal_without(model, example, {"table.weight": (20, 4)})
+    assert not graph.unknown
+    captured = capture(copy.deepcopy(model), model, graph, Plan({}))
+    torch.testing.assert_close(captured(*example), model(*example))
+    captured(*example).sum().backward()
+    assert captured.table.weight.grad is not None
+
+
+class Deformed(nn.Module):
+    """A convolution that reads where another one says."""
+
+    def __init__(self, places=1, groups=1):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 16, 1), nn.Conv2d(12, 2, 1)
+        self.where = nn.Conv2d(3, places * 18, 3, padding=1)
+        self.strength = nn.Conv2d(3, places * 9, 3, padding=1)
+        convolution = pytest.importorskip("torchvision").ops.DeformConv2d
+        self.deformed = convolution(16, 12, 3, padding=1, groups=groups)
+
+    def forward(self, x):
+        mask = self.strength(x).sigmoid()
+        return self.last(self.deformed(self.first(x), self.where(x), mask))
+
+
+DEFORMED = {
+    "plain": ((1, 1), {"first.weight": (8, 3, 1, 1), "deformed.weight": (6, 8, 3, 3)}),
+    "groups": ((1, 4), {"first.weight": (4, 3, 1, 1), "deformed.weight": (2, 2, 3, 3)}),
+    "places": ((2, 1), {"first.weight": (8, 3, 1, 1), "deformed.weight": (6, 8, 3, 3)}),
+}
+
+
+@pytest.mark.parametrize("name", DEFORMED)
+def test_deformed_convolutions_lose_channels_and_keep_where_they_read(name):
+    torch.manual_seed(0)
+    options, kept = DEFORMED[name]
+    model, x = Deformed(*options), torch.randn(2, 3, 6, 6)
+    graph = assert_equal_without(model, x, kept | {"where.weight": (18 * options[0], 3, 3, 3)})
+    assert not graph.unknown
+    assert graph["where"].frozen == graph["strength"].frozen == "positions to read at"
+    assert graph.macs() == counted_macs(model, x)
+
+
+def counted_macs(model, x):
+    rows = {name: layer.weight for name, layer in model.named_children()}
+    return sum(x.shape[0] * 6 * 6 * weight.numel() for weight in rows.values())

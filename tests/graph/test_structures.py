@@ -119,6 +119,20 @@ def test_what_a_recurrent_network_projects_to_is_an_axis():
 
 
 @pytest.mark.parametrize(
+    ("name", "layer", "reason"),
+    [
+        ("weighed by neighbours", "first", "read through a kernel"),
+        ("normed by neighbours", "first", "read through a kernel"),
+        ("groups that do not divide", "two", "groups cut across its channels"),
+        ("groups to norm that do not divide", "two", "groups cut across its channels"),
+    ],
+)
+def test_channels_that_stay_say_what_holds_them(name, layer, reason):
+    model, example, _ = built(name)
+    assert trace(model, example)[layer].frozen == reason
+
+
+@pytest.mark.parametrize(
     ("name", "reason"),
     [
         ("unbound channels", "picked by number"),
