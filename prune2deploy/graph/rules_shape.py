@@ -22,8 +22,10 @@ from prune2deploy.graph.rules import Call, broadcast, fresh, rule, turn
 @rule("aten::view", "aten::_unsafe_view", "aten::reshape", "aten::_reshape_alias",
       "aten::view_copy", "aten::_reshape_copy")  # fmt: skip
 def view(call: Call) -> Layout:
-    """Read the same elements, row-major, as other dimensions."""
+    """Read the same elements, row-major, as other dimensions, or as another type."""
     x, shape = call.dims("self"), call.shape()
+    if call["dtype"] is not None:
+        return _read_as(x, shape)
     if 0 in shape:
         return fresh(shape, "empty tensor")
     kept = next((i for i, n in enumerate(shape) if i >= len(x) or x[i].size != n), len(shape))
@@ -31,6 +33,15 @@ def view(call: Call) -> Layout:
     if groups is None:
         return (*x[:kept], *fresh(shape[kept:], "a view cuts across its channels"))
     return (*x[:kept], *groups)
+
+
+def _read_as(x: Layout, shape: tuple[int, ...]) -> Layout:
+    """Elements of another type; where these are larger or smaller, channels are not kept apart."""
+    if tuple(node.size for node in x) == shape:
+        return x
+    reason = "its elements are read as another type"
+    freeze(x[-1:], reason)
+    return (*x[:-1], leaf(shape[-1], reason))
 
 
 @rule("aten::t", "aten::transpose", "aten::permute", "aten::transpose_", "aten::t_")

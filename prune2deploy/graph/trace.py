@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from prune2deploy.errors import TraceError
 from prune2deploy.graph.axes import Graph
 from prune2deploy.graph.build import build
-from prune2deploy.graph.calling import Forward
+from prune2deploy.graph.calling import Forward, stored_tensors
 from prune2deploy.graph.record import record
 
 
@@ -29,7 +30,7 @@ def trace(model: nn.Module, example_inputs: Any, *, forward_fn: Forward | None =
 
     Raises:
         TraceError: the forward pass fails, returns no tensor, or has nothing to prune; or the
-            model is TorchScript.
+            model is TorchScript, or has parameters without a shape.
     """
     return build(record(_plain(unwrap(model)), example_inputs, forward_fn))
 
@@ -38,8 +39,14 @@ def _plain(model: nn.Module) -> nn.Module:
     """Return a module whose layers can be looked into.
 
     Raises:
-        TraceError: One of them is compiled TorchScript.
+        TraceError: One of them is compiled TorchScript, or a parameter has no shape yet.
     """
+    for name, tensor in stored_tensors(model):
+        if is_lazy(tensor):
+            raise TraceError(
+                f"{name} of the model has no shape before the first call (a lazy module of "
+                "torch.nn); run the model once on example inputs, and then trace it"
+            )
     for name, part in model.named_modules():
         if isinstance(part, torch.jit.ScriptModule):
             raise TraceError(

@@ -72,6 +72,9 @@ def given(operation: Operation, name: str) -> Any:
 
 
 def _view(writer: Writer, operation: Operation) -> fx.Node:
+    """The same elements in other dimensions, or read as another type."""
+    if given(operation, "dtype") is not None:
+        return as_recorded(writer, operation)
     sizes = writer.sizes(operation.layouts[0])
     return writer.call(torch.reshape, operation.args[0], sizes)
 
@@ -217,10 +220,11 @@ def _adaptive_pool(writer: Writer, operation: Operation) -> fx.Node:
 
 
 def _copied(writer: Writer, operation: Operation) -> fx.Node:
-    """A change of type; the device stays that of the tensor."""
-    source = writer.argument(operation.args[0])
-    kind = given(operation, "dtype")
-    return writer.graph.call_method("to", (source,), {} if kind is None else {"dtype": kind})
+    """A change of type, or a copy where there is none; the device stays that of the tensor."""
+    source, kind = operation.args[0], given(operation, "dtype")
+    if kind in (None, writer.recording.values[source.number].dtype):
+        return writer.call(torch.ops.aten.clone.default, source)
+    return writer.graph.call_method("to", (writer.argument(source),), {"dtype": kind})
 
 
 def _resized(writer: Writer, operation: Operation) -> fx.Node:

@@ -106,6 +106,32 @@ def test_tables_that_computed_values_are_written_into_are_not_taken_for_constant
             torch.testing.assert_close(again(given), model(given))
 
 
+def copied_and_changed(model, x):
+    y = x.to(torch.float32, copy=True)
+    y.relu_()
+    return y.to(memory_format=torch.contiguous_format, copy=True).neg_() + y - x
+
+
+MEMORY = {
+    "a copy": copied_and_changed,
+    "other elements": lambda model, x: x.view(torch.int32).bitwise_and(-65536).view(torch.float32),
+    "larger elements": lambda model, x: x.view(torch.complex64).conj_physical().view(torch.float32),
+}
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_memory_is_copied_and_read_as_in_the_code(name):
+    model, x = Net(MEMORY[name]).eval(), torch.randn(4, 6)
+    graph = trace(model, x)
+    apart = name != "larger elements"
+    assert bool(graph.prunable) is apart
+    torch.testing.assert_close(captured(model, x)(x), model(x))
+    if apart:
+        assert apply(model, graph, Plan({"first": (0, 3)}))(x).shape == (4, 3)
+    else:
+        assert graph["first"].frozen == "its elements are read as another type"
+
+
 class Memory:
     """An object that holds more than source text can say."""
 

@@ -1,13 +1,15 @@
 """Applying plans: what is sliced, what follows, what is refused."""
 
 import copy
+import math
+import threading
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from prune2deploy.errors import PlanError, TraceError
+from prune2deploy.errors import PlanError, PruneError, TraceError
 from prune2deploy.exporting import export, parity, program
 from prune2deploy.graph import trace
 from prune2deploy.plan.plan import Plan
@@ -444,3 +446,37 @@ def test_normalised_weights_are_pruned_in_place_likewise():
     graph.get_pruning_group(model[0], prune_linear_out_channels, idxs=list(range(8))).prune()
     torch.testing.assert_close(model(x), expected)
     assert (model[0].out_features, model[2].in_features) == (8, 8)
+
+
+class Holding(nn.Sequential):
+    """A model with an attribute of any kind."""
+
+    def __init__(self, held):
+        super().__init__(nn.Linear(4, 8), nn.Linear(8, 2))
+        self.held = held
+
+
+def half_of(model):
+    return apply(model, trace(model, torch.randn(3, 4)), Plan({"0": (0, 2, 4, 6)}))
+
+
+@pytest.mark.parametrize("held", [threading.Lock(), threading.RLock(), math])
+def test_what_there_is_one_of_is_shared(held):
+    assert half_of(Holding(held)).held is held
+    assert half_of(Holding({"deep": held})).held == {"deep": held}
+
+
+def test_what_cannot_be_copied_is_named():
+    for held, told in (((number for number in [1]), "generator"), ([threading.Lock()], "lock")):
+        with pytest.raises(PruneError, match=f"^held of Holding cannot be copied.*{told}"):
+            half_of(Holding(held))
+
+
+def test_parameters_without_a_shape_are_refused_until_the_model_has_run():
+    model, x = nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 3)), torch.randn(2, 5)
+    with pytest.raises(
+        TraceError, match=r"0\.weight of the model has no shape.*run the model once"
+    ):
+        trace(model, x)
+    model(x)
+    assert [axis.size for axis in trace(model, x).prunable] == [8]
