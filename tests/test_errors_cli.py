@@ -345,9 +345,9 @@ def test_runs_that_are_none(place, fails):
 
 
 def test_a_target_that_is_not_here_says_what_is_missing_and_what_works(place, fails):
-    text = (ROOT / "targets/ort.toml").read_text().replace("CPUExecution", "Nonsense")
+    text = (ROOT / "targets/ort.toml").read_text().replace("CPUExecution", "OpenVINOExecution")
     (place / "absent.toml").write_text(text)
-    told = fails(["run", "--target", "./absent.toml", "--speedup", "2"], 3, "Nonsense")
+    told = fails(["run", "--target", "./absent.toml", "--speedup", "2"], 3, "OpenVINOExecution")
     assert "pip install" in told and "targets that work here: " in told
     assert "ort" in told.split("targets that work here: ")[1]
     assert not list(place.glob("runs/*absent*"))
