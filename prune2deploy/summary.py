@@ -13,7 +13,7 @@ from typing import Any
 
 from prune2deploy.backends import registry
 from prune2deploy.journal import encode
-from prune2deploy.measure import Comparison, LatencyStats
+from prune2deploy.measure import DISTURBED, Comparison, LatencyStats
 from prune2deploy.plan.choices import grid
 from prune2deploy.plan.latency_model import numbers
 from prune2deploy.report import write
@@ -141,11 +141,7 @@ def verdict_text(outcome: Outcome) -> str:
     told = VERDICTS[outcome.verdict]
     final = outcome.final
     if outcome.verdict == "uncertain" and final.budget.percentile != 50:
-        return (
-            f"{told}: {final.comparison.candidate.samples} samples within the time limit of "
-            f"{outcome.target.measure.max_seconds:g} s are too few to bound "
-            f"p{final.budget.percentile}; raise max_seconds in the target's [measure]"
-        )
+        return f"{told}: {_undecided(outcome)}"
     if outcome.verdict != "unreachable" or outcome.floor_ms is None:
         return told
     return (
@@ -153,6 +149,24 @@ def verdict_text(outcome: Outcome) -> str:
         f"{outcome.final.budget_ms:.4g} ms, and {fixed_share(outcome):.0%} of the baseline's "
         "profiled time is what pruning cannot touch (operators without a prunable width, and what "
         "every call costs)"
+    )
+
+
+def _undecided(outcome: Outcome) -> str:
+    """Why a high percentile was neither met nor missed, and what to do; see ``judge``."""
+    final, seen = outcome.final, outcome.final.comparison
+    tail = f"p{final.budget.percentile}"
+    if final.budget.percentile in seen.candidate.unbounded:
+        return (
+            f"{seen.candidate.samples} samples within the time limit of "
+            f"{outcome.target.measure.max_seconds:g} s are too few to bound {tail}; raise "
+            "max_seconds in the target's [measure]"
+        )
+    flags = ", ".join(flag for flag in seen.flags if flag in DISTURBED)
+    return (
+        f"the median is within the budget and the upper 95 % bound of {tail} is not, on a host "
+        f"that was disturbed ({flags}) and may have made the difference; measure again on a "
+        "quieter one"
     )
 
 
@@ -226,6 +240,7 @@ def _row(latency: LatencyStats, built: Built) -> Row:
         built.params,
         built.macs,
         built.bytes,
+        latency.unbounded,
     )
 
 

@@ -6,10 +6,12 @@ import struct
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from prune2deploy.errors import ConfigError
+from prune2deploy.measure import LatencyStats
 from prune2deploy.report import html, svg, text, write
 from prune2deploy.report.content import (
     AccuracyLine,
@@ -127,6 +129,27 @@ def test_no_latency_stands_unlabelled():
                 assert "measured p50" in line or "95 % interval of p50" in line
 
 
+def test_high_percentiles_are_told_as_the_bounds_that_they_are():
+    few = replace(RUN, percentile=99, judged_ms=11.0, final=replace(RUN.final, unbounded=(99,)))
+    told = text.run_text(few)
+    rows = {line.split(" (ms)")[0]: line for line in told.splitlines() if " (ms)" in line}
+    assert rows["upper 95 % bound of p95"].split()[-3:] == ["16", "10.4", "-35.0%"]
+    assert "17  11 (largest sample)" in rows["upper 95 % bound of p99"]
+    assert "measured largest sample (too few bound p99) is 110.0% of it" in told
+    enough = text.run_text(replace(few, final=RUN.final))
+    assert "measured upper 95 % bound of p99 is 110.0% of it" in enough
+    page = html.run_page(few)
+    assert "upper 95 % bound of p95 (ms)" in page and "11 (largest sample)" in page
+    assert from_json(to_json(few), Path("x")) == few
+    latency = LatencyStats(9.8, 10.4, 11.0, (9.7, 9.9), 210, (99,))
+    alone = text.alone_text(Path("a"), SimpleNamespace(latency=latency, control_ratio=1, flags=()))
+    assert "upper 95 % bounds 10.4 ms for p95, 11 (largest sample) ms for p99" in alone
+
+
+def test_the_floor_is_told_as_measured():
+    assert "The smallest plan allowed measured 2.5 ms." in PAGES["run"]
+
+
 @pytest.mark.parametrize("report", [RUN, SWEEP])
 def test_json_comes_back_equal(report):
     assert from_json(to_json(report), Path("x")) == report
@@ -170,6 +193,20 @@ def test_runs_of_different_machines_are_not_compared(tmp_path):
     assert len(write.comparable([tmp_path / "a"])) == 1
     with pytest.raises(ConfigError, match="different machines"):
         write.comparable([tmp_path / "a", tmp_path / "b"])
+
+
+def test_runs_are_compared_by_names_that_tell_them_apart(tmp_path):
+    paths = [tmp_path / name for name in ("p/run", "q/run", "p/x/run", "other")]
+    for path in paths:
+        with RunDir(path, {}) as run:
+            write.write(replace(RUN, layers=()), run)
+    names = [name for name, _ in write.comparable(paths)]
+    assert names == ["p/run", "q/run", "x/run", "other"]
+    found = write.comparable(paths)
+    assert all(name in text.compare_text(found) and name in html.compare_page(found)
+               for name in names)  # fmt: skip
+    with pytest.raises(ConfigError, match="one folder"):
+        write.comparable([paths[0], tmp_path / "q/../p/run"])
 
 
 def test_a_chart_of_one_point_and_a_bar_of_nothing_are_drawn():

@@ -19,7 +19,7 @@ from prune2deploy.measure import child, run, samples
 from prune2deploy.measure.goal import Goal
 from prune2deploy.measure.sample import Progress
 from prune2deploy.measure.samples import Samples
-from prune2deploy.measure.summary import Comparison, LatencyStats, summarise
+from prune2deploy.measure.summary import Comparison, LatencyStats, off, summarise
 from prune2deploy.target import Target
 from prune2deploy.timing import OperatorTiming
 
@@ -64,7 +64,7 @@ class Measurement:
         clock: Clock that the control's ratio was taken from.
         control_ratio: Of two copies of the engine side by side; far from 1 means a poor host.
         control_ci95: Its 95 % interval.
-        flags: What to mistrust.
+        flags: What to mistrust; ``control off`` where that ratio differs from 1 for sure.
         fingerprint: Facts of host and runtime.
         undisturbed_p50_ms: Wall median of the runs that never waited for a processor; ``None``
             where fewer than ten such runs are known.
@@ -99,12 +99,13 @@ def single(
     policy = replace(target.measure, control=False)
     taken = _take((engine, engine), replace(target, measure=policy), raw_path, (None, progress))
     both = summarise(taken, target, raw_path)
+    flags = ("control off",) if off(both.ratio, both.ratio_ci95) else ()
     return Measurement(
         both.reference,
         both.clock,
         both.ratio,
         both.ratio_ci95,
-        both.flags,
+        (*both.flags, *flags),
         both.fingerprint,
         both.undisturbed_p50_ms,
         both.disturbance,

@@ -273,11 +273,11 @@ def _flags(samples: Samples, target: Target, clock: int) -> tuple[str, ...]:
         "too few samples for p95": 95 in unbounded,
         "too few samples for p99": 99 in unbounded,
         "opened once": not samples.notes.get("reopened", True),
-        "control off": control is not None and _off(*control),
+        "control off": control is not None and off(*control),
     }
     return tuple(name for name, raised in checks.items() if raised)
 
 
-def _off(ratio: float, interval: tuple[float, float]) -> bool:
+def off(ratio: float, interval: tuple[float, float]) -> bool:
     """Whether an A/A control differs from 1 for sure and by more than one per cent."""
     return abs(ratio - 1) > 0.01 and not interval[0] <= 1 <= interval[1]

@@ -24,13 +24,15 @@ class Row:
 
     Attributes:
         p50_ms: Measured median wall time of one inference, milliseconds.
-        p95_ms: Measured 95th percentile, milliseconds.
-        p99_ms: Measured 99th percentile, milliseconds.
+        p95_ms: Upper 95 % bound of the 95th percentile of measured wall time, milliseconds.
+        p99_ms: The same of the 99th.
         ci95_ms: 95 % interval of the median, milliseconds.
         samples: Inferences timed.
         params: Parameters, buffers not counted.
         macs: Multiply-accumulates of one inference (whole batch).
         bytes: Size of the ONNX file.
+        unbounded: Percentiles among 95 and 99 that there were too few samples for: the largest
+            sample stands in for their bound.
     """
 
     p50_ms: float
@@ -41,6 +43,7 @@ class Row:
     params: int
     macs: int
     bytes: int
+    unbounded: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,8 @@ class Limits:
     """What keeps the model from being faster.
 
     Attributes:
-        floor_ms: Predicted latency of the smallest plan allowed, or ``None`` if not computed.
+        floor_ms: Measured latency of the smallest plan allowed, where the budget was out of reach;
+            else ``None``.
         fixed_share: Share of the baseline's profiled time that no width changes.
         overhead_ms: Baseline time outside its operators (calls, copies), milliseconds; ``None``
             where the host was not quiet enough to tell.
@@ -193,7 +197,9 @@ class RunReport:
         """How much of the budget the measured latency fills, and its upper bound."""
         name, judged = f"p{self.percentile}", self.judged_ms or self.final.p50_ms
         bound = f", its upper 95 % bound {(self.bound_ms or judged) / self.budget_ms:.1%}"
-        if self.percentile != 50:
+        if self.percentile in self.final.unbounded:
+            name, bound = f"largest sample (too few bound {name})", ""
+        elif self.percentile != 50:
             name, bound = f"upper 95 % bound of {name}", ""
         return f"measured {name} is {judged / self.budget_ms:.1%} of it{bound}"
 

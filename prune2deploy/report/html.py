@@ -97,7 +97,7 @@ def _why(report: RunReport) -> str:
     limits = report.limits
     off = [axis.name for axis in report.axes if axis.off_step]
     floor = (
-        f"The smallest plan allowed is predicted to take {milliseconds(limits.floor_ms)} ms. "
+        f"The smallest plan allowed measured {milliseconds(limits.floor_ms)} ms. "
         if limits.floor_ms is not None
         else ""
     )

@@ -58,15 +58,17 @@ def result_rows(report: RunReport) -> list[list[str]]:
         change = f"{new / old - 1:+.1%}" if old else ""
         return [name, *shown, change]
 
+    old, new = before.p50_ms, after.p50_ms
     rows = [
-        line(f"measured {name} (ms)", a, b, (milliseconds(a), milliseconds(b)))
-        for name, a, b in (
-            ("p50", before.p50_ms, after.p50_ms),
-            ("p95", before.p95_ms, after.p95_ms),
-            ("p99", before.p99_ms, after.p99_ms),
-        )
+        line("measured p50 (ms)", old, new, (milliseconds(old), milliseconds(new))),
+        ["95 % interval of p50 (ms)", *map(interval, _intervals(report)), ""],
     ]
-    rows.insert(1, ["95 % interval of p50 (ms)", *map(interval, _intervals(report)), ""])
+    for tail, a, b in (
+        (95, before.p95_ms, after.p95_ms),
+        (99, before.p99_ms, after.p99_ms),
+    ):
+        shown = _bound(a, tail, before.unbounded), _bound(b, tail, after.unbounded)
+        rows.append(line(f"upper 95 % bound of p{tail} (ms)", a, b, shown))
     rows.append(["samples", str(before.samples), str(after.samples), ""])
     for name, a, b, unit in (
         ("parameters", before.params, after.params, ""),
@@ -79,6 +81,11 @@ def result_rows(report: RunReport) -> list[list[str]]:
         points = f"{100 * (found.final - found.baseline):+.1f} points"
         rows.append([f"top-1 on {found.samples} samples of the data", *shown, points])
     return rows
+
+
+def _bound(value: float, tail: int, unbounded: Sequence[int]) -> str:
+    """The bound of a percentile, or the largest sample where there were too few for a bound."""
+    return f"{milliseconds(value)}{' (largest sample)' if tail in unbounded else ''}"
 
 
 def _intervals(report: RunReport) -> tuple[tuple[float, float], tuple[float, float]]:
@@ -188,10 +195,13 @@ def alone_text(path: Path, alone: Any) -> str:
     """One engine's measurement as a terminal shows it."""
     latency = alone.latency
     low, high = latency.ci95_ms
+    tails = (
+        f"{_bound(value, tail, latency.unbounded)} ms for p{tail}"
+        for tail, value in ((95, latency.p95_ms), (99, latency.p99_ms))
+    )
     lines = [
         f"{path}: measured p50 {latency.p50_ms:.4g} ms (95 % {low:.4g}-{high:.4g} in "
-        f"this session), p95 {latency.p95_ms:.4g} ms, p99 {latency.p99_ms:.4g} ms, "
-        f"{latency.samples} samples",
+        f"this session), upper 95 % bounds {', '.join(tails)}, {latency.samples} samples",
         f"control: two copies of it side by side, ratio {alone.control_ratio:.4f}",
     ]
     return "\n".join([*lines, *(f"flag: {flag}" for flag in alone.flags)])

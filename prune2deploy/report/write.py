@@ -7,7 +7,7 @@ and the plots as files, each whole or not there.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from prune2deploy.errors import ConfigError
 from prune2deploy.report import html, plots, text
@@ -58,18 +58,41 @@ def load(path: Path) -> RunReport | SweepReport:
     return from_json(file.read_text("utf-8"), file)
 
 
-def comparable(paths: Sequence[Path]) -> list[tuple[str, RunReport]]:
-    """Read several runs for a comparison.
+def endings(paths: Sequence[Path]) -> list[str]:
+    """The shortest ending of each path that no other has: its name, or more where names repeat.
 
     Raises:
-        ConfigError: One of them is a sweep, or they were measured on different machines.
+        ConfigError: Two paths are of one folder.
+    """
+    parts = [path.resolve().parts for path in paths]
+    twice = [str(path) for path, own in zip(paths, parts, strict=True) if parts.count(own) > 1]
+    if twice:
+        raise ConfigError(
+            f"found {' and '.join(twice)}, which are one folder, expected different runs"
+        )
+
+    def ending(own: tuple[str, ...]) -> str:
+        for length in range(1, len(own)):
+            if sum(other[-length:] == own[-length:] for other in parts) == 1:
+                return str(PurePath(*own[-length:]))
+        return str(PurePath(*own))
+
+    return [ending(own) for own in parts]
+
+
+def comparable(paths: Sequence[Path]) -> list[tuple[str, RunReport]]:
+    """Read several runs for a comparison, each with a name of its own.
+
+    Raises:
+        ConfigError: One of them is a sweep or named twice, or they were measured on different
+            machines.
     """
     found = []
-    for path in paths:
+    for path, name in zip(paths, endings(paths), strict=True):
         report = load(path)
         if not isinstance(report, RunReport):
             raise ConfigError(f"{path}: found a sweep, expected a run; show sweeps one by one")
-        found.append((path.name, report))
+        found.append((name, report))
     machines = {report.environment.get("machine", "") for _, report in found}
     if len(machines) > 1:
         raise ConfigError(

@@ -1,4 +1,5 @@
 import dataclasses
+import importlib
 import json
 
 import numpy as np
@@ -99,6 +100,17 @@ def test_a_known_ratio_comes_out_with_everything_kept(make_target, tmp_path):
     again = summary.summarise(raw.load(path), target)
     assert again == found
     assert [p.name for p in path.parent.iterdir()] == ["samples.npz"]
+
+
+@pytest.mark.parametrize(("factor", "wrong"), [(1.0, False), (1.1, True)])
+def test_two_copies_of_one_engine_that_differ_are_told(make_target, monkeypatch, factor, wrong):
+    module = importlib.import_module("prune2deploy.measure.compare")
+    costs = [noisy(factor * 10 * MS, 0), noisy(10 * MS, 1)]
+    taker, _, target = sampler(make_target, costs)
+    monkeypatch.setattr(module, "_take", lambda *given: taker.collect(None, None))
+    found = module.single(None, target)
+    assert found.control_ratio == pytest.approx(factor, rel=0.01)
+    assert ("control off" in found.flags) is wrong
 
 
 def test_every_block_has_sessions_of_its_own(make_target):
