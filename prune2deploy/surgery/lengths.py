@@ -1,4 +1,4 @@
-"""Weights that are stored as a direction and a length keep the length of what stays of them.
+"""Weights that are stored with their length apart keep the values of what stays of them.
 
 Weight normalisation (Salimans and Kingma, "Weight Normalization", NIPS 2016) computes a weight as
 ``g * v / |v|``. Taking entries out of ``v`` alone would stretch those that stay, so ``g`` shrinks
@@ -14,31 +14,34 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor
 
-from prune2deploy.graph.calling import stored_tensors
 from prune2deploy.graph.recording import Operation, Recording, refs_in
 
 Kept = Mapping[str, list[npt.NDArray[np.int64] | None]]
 NORMALISING = frozenset({"aten::_weight_norm_interface", "aten::_weight_norm"})
 
 
-def shrinkage(module: nn.Module, recording: Recording, kept: Kept) -> dict[str, torch.Tensor]:
-    """What each stored length is multiplied by, in its own shape before it is sliced.
+def rescaled(stored: Mapping[str, Tensor], recording: Recording, kept: Kept) -> dict[str, Tensor]:
+    """What stored lengths and vectors are multiplied by, in their shapes before they are sliced.
 
     Args:
-        module: As it is before its tensors are sliced.
-        recording: Its forward pass.
+        stored: Every stored tensor, in the shape that it had in the recording.
+        recording: The forward pass.
         kept: Per stored tensor and dimension, the positions that stay (``None``: all).
     """
-    stored = dict(stored_tensors(module))
-    found: dict[str, torch.Tensor] = {}
+    found: dict[str, Tensor] = {}
     for operation in recording.operations:
         if operation.name not in NORMALISING:
             continue
         v, g = (recording.values[ref.number].weight for ref in refs_in(operation.args)[:2])
         if v is not None and g is not None and any(p is not None for p in kept[v]):
-            found[g] = _ratio(stored[v], kept[v], _dim(operation)).view_as(stored[g])
+            dim = _dim(operation)
+            norms = (
+                whole.detach().double().movedim(dim, 0).flatten(1).norm(dim=1)
+                for whole in (stored[v], _left(stored[v], kept[v]))
+            )
+            found[g] = _ratio(*norms).view(stored[g].shape)
     return found
 
 
@@ -48,14 +51,16 @@ def _dim(operation: Operation) -> int:
     return next(iter(told), 0)
 
 
-def _ratio(v: torch.Tensor, kept: list[npt.NDArray[np.int64] | None], dim: int) -> torch.Tensor:
-    """Norm of what stays over the norm of all, per entry of ``dim``; one where all is zero."""
-    whole = left = v.detach().double().movedim(dim, 0)
-    order = [dim % v.dim(), *(d for d in range(v.dim()) if d != dim % v.dim())]
-    for place, old in enumerate(order[1:], start=1):
-        positions = kept[old]
+def _ratio(whole: Tensor, left: Tensor) -> Tensor:
+    """Of a length that is left to the whole; one where either is zero."""
+    return torch.where((whole != 0) & (left != 0), left / whole, 1.0)
+
+
+def _left(tensor: Tensor, kept: list[npt.NDArray[np.int64] | None]) -> Tensor:
+    """The tensor with zeros in place of what goes."""
+    left = tensor.detach().clone()
+    for dim, positions in enumerate(kept):
         if positions is not None:
-            left = left.index_select(place, torch.as_tensor(positions, device=v.device))
-    norm = whole.flatten(1).norm(dim=1)
-    ratio = left.flatten(1).norm(dim=1) / norm
-    return torch.where(norm > 0, ratio, 1.0).to(v.dtype)
+            gone = np.setdiff1d(np.arange(tensor.shape[dim]), positions)
+            left.index_fill_(dim, torch.as_tensor(gone, device=tensor.device), 0)
+    return left

@@ -10,7 +10,7 @@ operators are handed back as a captured module instead (``capture``).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -31,11 +31,11 @@ from prune2deploy.graph.trace import unwrap
 from prune2deploy.graph.whole import WholeModule, name_of, watched
 from prune2deploy.plan.plan import Plan
 from prune2deploy.surgery.capture import capture
+from prune2deploy.surgery.compensation import Factors, compensation
 from prune2deploy.surgery.copying import copied
-from prune2deploy.surgery.lengths import Kept, shrinkage
+from prune2deploy.surgery.lengths import Kept
+from prune2deploy.surgery.scales import numbers_in, spelt
 from prune2deploy.surgery.widths import Widths
-
-Factors = Mapping[str, torch.Tensor]
 
 
 def apply(model: nn.Module, graph: Graph, plan: Plan, example_inputs: Any = None) -> nn.Module:
@@ -60,13 +60,14 @@ def apply(model: nn.Module, graph: Graph, plan: Plan, example_inputs: Any = None
     recording: Recording = graph.recording
     example = recording.example if example_inputs is None else example_inputs
     kept = kept_positions(graph, plan)
-    pruned = sliced_copy(source, kept, shrinkage(source, recording, kept))
+    factors = compensation(graph, dict(stored_tensors(source)), kept, plan)
+    pruned = sliced_copy(source, kept, factors)
     widths = Widths(graph, plan)
     update_attributes(pruned, recording, widths)
     for call in recording.spans(plan.removed).values():
         pruned.set_submodule(call.name, nn.Identity() if call.plain else Skipped())
     operations = recording.without(plan.removed)
-    if runs_as_planned(
+    if not spelt(recording, widths, plan.removed) and runs_as_planned(
         pruned, operations, widths, example, recording.forward_fn, shapes=recording.on_shapes
     ):
         return pruned
@@ -153,21 +154,22 @@ def sliced(
 ) -> torch.Tensor:
     """Keep the given positions of each dimension; a parameter stays one, its gradient follows.
 
-    With a ``factor`` of its shape the tensor is multiplied by that before.
+    With a ``factor``, which broadcasts to its shape, the tensor is multiplied by that before.
     """
     whole = tensor.detach()
-    result = _pick(whole if factor is None else whole * factor, dims)
+    result = picked(whole if factor is None else whole * factor.to(whole), dims)
     if not isinstance(tensor, nn.Parameter):
         return result
     parameter = nn.Parameter(result, requires_grad=tensor.requires_grad)
     if with_gradient and tensor.grad is not None:
-        parameter.grad = _pick(tensor.grad, dims)
+        parameter.grad = picked(tensor.grad, dims)
     return parameter
 
 
-def _pick(tensor: torch.Tensor, dims: list[npt.NDArray[np.int64] | None]) -> torch.Tensor:
+def picked(tensor: torch.Tensor, dims: Sequence[npt.NDArray[np.int64] | None]) -> torch.Tensor:
+    """The given positions of each dimension; one of size one stands for all positions."""
     for dim, positions in enumerate(dims):
-        if positions is not None:
+        if positions is not None and tensor.shape[dim] > 1:
             index = torch.as_tensor(positions, device=tensor.device)
             tensor = tensor.index_select(dim, index)
     return tensor.contiguous()
@@ -273,6 +275,7 @@ class _Shapes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         self.seen: list[tuple[str, tuple[tuple[int, ...], ...]]] = []
+        self.numbers: list[list[float]] = []
         self.inside: list[nn.Module] = []  # modules that are operators by themselves
         self._made: list[Any] = []  # a new tensor that somebody holds is detached by torch
 
@@ -281,14 +284,15 @@ class _Shapes(TorchDispatchMode):
         if next(tensors_in(args), None) is None:
             self._made.append(result)
         if not self.inside:
-            self._see(func._schema.name, result)
+            self._see(func._schema.name, result, numbers_in(func, (args, kwargs)))
         return result
 
     def ended(self, module: nn.Module, result: Any) -> None:
         """Hear of a module that is an operator by itself."""
-        self._see(name_of(module), result)
+        self._see(name_of(module), result, [])
 
-    def _see(self, name: str, result: Any) -> None:
+    def _see(self, name: str, result: Any, numbers: list[float]) -> None:
+        self.numbers.append(numbers)
         self.seen.append((name, tuple(tuple(t.shape) for t in tensors_in(result))))
 
 
@@ -303,9 +307,10 @@ def runs_as_planned(
 ) -> bool:
     """Whether the module runs these operators, each with the shapes that the plan implies.
 
-    With ``shapes`` it is run as it was recorded, on shapes without values. Code that keeps what it
-    has computed (anchors, masks) computes it again when widths have changed: where other operators
-    are met in a first pass, a second one decides.
+    With ``shapes`` it is run as it was recorded, on shapes without values; a number that is not as
+    it was recorded then comes from a width, and should not have changed with it. Code that keeps
+    what it has computed (anchors, masks) computes it again when widths have changed: where other
+    operators are met in a first pass, a second one decides.
     """
     inputs = outlined(example) if shapes else example
     known = list(itertools.takewhile(_known_size, operations))
@@ -318,7 +323,12 @@ def runs_as_planned(
                     result = run(module, inputs, forward_fn)
                 returned.append([tensor.shape for tensor in tensors_in(result)])
                 if _same_operators(watch.seen, operations, known):
-                    return returned[0] == returned[-1] and _same_shapes(watch.seen, known, widths)
+                    same = not shapes or _same_numbers(watch.numbers, known)
+                    return (
+                        same
+                        and returned[0] == returned[-1]
+                        and _same_shapes(watch.seen, known, widths)
+                    )
     except Exception:  # noqa: BLE001  the user's code may fail in any way when widths change
         return False
     return False
@@ -343,6 +353,11 @@ def _same_shapes(seen: Seen, known: Sequence[Operation], widths: Widths) -> bool
         found == tuple(widths.shape(dims) for dims in operation.layouts)
         for (_, found), operation in pairs
     )
+
+
+def _same_numbers(seen: Sequence[list[float]], known: Sequence[Operation]) -> bool:
+    pairs = zip(seen, known, strict=False)
+    return all(found == numbers_in(one.func, (one.args, one.kwargs)) for found, one in pairs)
 
 
 def _known_size(operation: Operation) -> bool:
