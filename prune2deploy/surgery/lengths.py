@@ -5,21 +5,30 @@ Weight normalisation (Salimans and Kingma, "Weight Normalization", NIPS 2016) co
 by as much as the norm does, and each kept weight is what it was. That holds for lengths over the
 first dimension, the default, which torch records as one operator; over others, kept weights are
 stretched to the length that the whole had.
+
+Spectral normalisation (Miyato et al., "Spectral Normalization for Generative Adversarial Networks",
+ICLR 2018) divides a weight by ``u · (W v)``, with stored vectors that training follows up. What is
+left of them gives less, so ``u`` grows by as much, until training estimates both anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
-from prune2deploy.graph.recording import Operation, Recording, refs_in
+from prune2deploy.graph.recording import Operation, Recording, Ref, refs_in
+from prune2deploy.surgery.flows import FLOWS
 
 Kept = Mapping[str, list[npt.NDArray[np.int64] | None]]
 NORMALISING = frozenset({"aten::_weight_norm_interface", "aten::_weight_norm"})
+INNER = frozenset({"aten::dot", "aten::vdot"})
+MOVING = frozenset(name for name, flow in FLOWS.items() if flow.moves)
 
 
 def rescaled(stored: Mapping[str, Tensor], recording: Recording, kept: Kept) -> dict[str, Tensor]:
@@ -42,6 +51,12 @@ def rescaled(stored: Mapping[str, Tensor], recording: Recording, kept: Kept) -> 
                 for whole in (stored[v], _left(stored[v], kept[v]))
             )
             found[g] = _ratio(*norms).view(stored[g].shape)
+    formulas = _Formulas(recording)
+    for weight, vector, length in formulas.divided():
+        if any(positions is not None for positions in kept[weight]):
+            whole = formulas.computed(length, stored.__getitem__)
+            left = formulas.computed(length, lambda name: _left(stored[name], kept[name]))
+            found[vector] = 1 / _ratio(whole, left).view(1)
     return found
 
 
@@ -64,3 +79,52 @@ def _left(tensor: Tensor, kept: list[npt.NDArray[np.int64] | None]) -> Tensor:
             gone = np.setdiff1d(np.arange(tensor.shape[dim]), positions)
             left.index_fill_(dim, torch.as_tensor(gone, device=tensor.device), 0)
     return left
+
+
+class _Formulas:
+    """How numbers are computed from stored tensors."""
+
+    def __init__(self, recording: Recording) -> None:
+        self._operations = recording.operations
+        self._maker = {number: one for one in recording.operations for number in one.outputs}
+        self._names = {number: name for name, number in recording.stored.items()}
+        self._reads: Counter[int] = recording.reads()
+
+    def divided(self) -> Iterator[tuple[str, str, int]]:
+        """Weights that are divided by ``u · (W v)``: their name, that of ``u``, and that number."""
+        for operation in self._operations:
+            refs = refs_in(operation.args)
+            if operation.name != "aten::div" or len(refs) != 2 or refs[0].number not in self._names:
+                continue
+            inner = self._maker.get(refs[1].number)
+            if inner is None or inner.name not in INNER:
+                continue
+            for u, product in (refs_in(inner.args), refs_in(inner.args)[::-1]):
+                made = self._maker.get(product.number)
+                if made is None or made.name != "aten::mv":
+                    continue
+                matrix, v = (self._source(ref.number) for ref in refs_in(made.args))
+                vector, weight = self._source(u.number, alone=True), self._names[refs[0].number]
+                if vector is not None and v is not None and matrix == weight:
+                    yield weight, vector, refs[1].number
+
+    def _source(self, number: int, *, alone: bool = False) -> str | None:
+        """The stored tensor whose entries a value holds; if ``alone``, nothing else reads it."""
+        while not alone or self._reads[number] == 1:
+            if number in self._names:
+                return self._names[number]
+            operation = self._maker.get(number)
+            refs = [] if operation is None else refs_in(operation.args)
+            if operation is None or operation.name not in MOVING or len(refs) != 1:
+                return None
+            number = refs[0].number
+        return None
+
+    def computed(self, number: int, stored: Callable[[str], Tensor]) -> Tensor:
+        """The value that stored tensors give."""
+        if number in self._names:
+            return stored(self._names[number]).detach().double()
+        operation = self._maker[number]
+        args = tree_map_only(Ref, lambda ref: self.computed(ref.number, stored), operation.args)
+        result: Tensor = operation.func(*args, **operation.kwargs)
+        return result
