@@ -9,12 +9,13 @@ replaced by the recorded operators (``rewrite``).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import nn
 
 from prune2deploy.errors import PruneError, TraceError
@@ -27,8 +28,15 @@ from prune2deploy.plan.plan import Plan
 from prune2deploy.pruning.decode import merged
 from prune2deploy.pruning.rewrite import is_rewritten, rewrite, with_batch
 from prune2deploy.surgery.checking import check_outputs, runs_as_planned
-from prune2deploy.surgery.lengths import Kept, shrinkage
-from prune2deploy.surgery.slicing import kept_positions, slice_tensors, update_attributes
+from prune2deploy.surgery.compensation import compensation
+from prune2deploy.surgery.lengths import Kept
+from prune2deploy.surgery.scales import kept_alike, spelt
+from prune2deploy.surgery.slicing import (
+    kept_positions,
+    picked,
+    slice_tensors,
+    update_attributes,
+)
 from prune2deploy.surgery.widths import Widths
 
 Channels = npt.NDArray[np.int64]
@@ -89,6 +97,7 @@ class Live:
         self._wide = False
         self.graph = trace(self.model, self.example, forward_fn=self.forward_fn)
         self.alive = {axis.name: np.arange(axis.size) for axis in self.graph.axes}
+        self._traced = self.graph
 
     def follow(self) -> None:
         """Trace again if somebody else changed the model's shapes since."""
@@ -130,15 +139,28 @@ class Live:
         if self._backup is None:
             self._backup, self._before = _Backup.of(self.model), self.graph
             self._alive_before = dict(self.alive)
-        plan = self._plan(removal)
-        kept = self._customized(kept_positions(self.graph, plan), customized or {})
-        slice_tensors(self.model, kept, shrinkage(self.model, self.graph.recording, kept))
+        plan, before = self._plan(removal), self.alive
+        left = {name: before[name][list(channels)] for name, channels in plan.kept.items()}
+        self.alive = before | left
+        planned, factors = kept_positions(self.graph, plan), self._factors(before)
+        kept = self._customized(planned, customized or {})
+        for name in factors:
+            if kept[name] is not planned[name]:  # the tensor has been sliced already
+                factors[name] = picked(factors[name], planned[name])
+        slice_tensors(self.model, kept, factors)
         update_attributes(self.model, self.graph.recording, Widths(self.graph, plan))
         self.graph = shrink(self.graph, plan)
-        for name, channels in plan.kept.items():
-            self.alive[name] = self.alive[name][list(channels)]
         if not self._deferred:
             self.settle()
+
+    def _factors(self, before: Mapping[str, Channels]) -> dict[str, torch.Tensor]:
+        """What stored tensors are multiplied by, as they are before they are sliced."""
+        held, stays = (_left_of(self._traced, alive) for alive in (before, self.alive))
+        places = kept_positions(self._traced, held)
+        stored = _Spread(self.model, self._traced, places)
+        kept = kept_positions(self._traced, stays)
+        found = compensation(self._traced, stored, kept, stays, held)
+        return {name: picked(factor, places[name]) for name, factor in found.items()}
 
     def _customized(self, kept: Kept, calls: Mapping[str, Call]) -> Kept:
         """Run the user's functions; what they have sliced is not sliced again."""
@@ -189,7 +211,7 @@ class Live:
             PruneError: it does not run either way; the model is put back as it was before the
                 removals that were not verified yet.
         """
-        backup, before = self._backup, self._before
+        backup, before, traced = self._backup, self._before, self._traced
         if backup is None or before is None:
             return
         self._backup = self._before = None
@@ -199,7 +221,7 @@ class Live:
             self._rewrite(backup, before)
         except (PruneError, TraceError) as error:
             backup.restore()
-            self.graph, self.alive = before, self._alive_before
+            self.graph, self.alive, self._traced = before, self._alive_before, traced
             raise PruneError(
                 f"{type(self.model).__name__} cannot be pruned in place: {error} The model was "
                 "put back as it was; prune2deploy.prune gives a pruned copy where that is "
@@ -211,7 +233,7 @@ class Live:
 
     def _runs(self) -> bool:
         recording = self.graph.recording
-        if is_rewritten(self.model):
+        if is_rewritten(self.model) or spelt(recording, self._widths()):
             return False
         return runs_as_planned(
             self.model, recording.operations, self._widths(), recording.example, self.forward_fn,
@@ -228,16 +250,20 @@ class Live:
             backup.restore()
             wide = with_batch(self.model, before)
             now.restore()
-            self.graph = replace(self.graph, recording=wide.recording, _by_name={})
-            self.alive = {
-                name: np.flatnonzero(np.isin(self._alive_before[name], channels))
-                for name, channels in self.alive.items()
-            }
+            alike = kept_alike(before.recording, wide.recording, self._widths())
+            if wide is not before and alike:
+                self.graph = replace(self.graph, recording=wide.recording, _by_name={})
+                self.alive = {
+                    name: np.flatnonzero(np.isin(self._alive_before[name], channels))
+                    for name, channels in self.alive.items()
+                }
+                self._traced = wide
             self._wide = True
         if not is_rewritten(self.model):
             warnings.warn(
-                f"the code of {type(self.model).__name__} holds widths as constants: its forward "
-                "was replaced by the operators that were recorded, in the pruned widths. "
+                f"the code of {type(self.model).__name__} holds widths as constants, or scales by "
+                "them: its forward was replaced by the operators that were recorded, in the "
+                "pruned widths. "
                 "prune2deploy.prune gives the same as a module of its own",
                 UserWarning,
                 stacklevel=4,
@@ -246,6 +272,40 @@ class Live:
         check_outputs(
             self.model, self.graph.recording, self._widths(), self.graph.recording.example
         )
+
+
+class _Spread(Mapping[str, torch.Tensor]):
+    """Stored tensors in the shapes of the trace, zero where nothing is left."""
+
+    def __init__(self, model: nn.Module, traced: Graph, places: Kept) -> None:
+        self._model, self._places = model, places
+        self._shapes = traced.shapes({})
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = _stored(self._model, name).detach()
+        for dim, held in enumerate(self._places[name]):
+            if held is not None:
+                size = self._shapes[name][dim]
+                wide = tensor.new_zeros(*tensor.shape[:dim], size, *tensor.shape[dim + 1 :])
+                index = torch.as_tensor(held, device=tensor.device)
+                tensor = wide.index_copy_(dim, index, tensor)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
+def _left_of(traced: Graph, alive: Mapping[str, Channels]) -> Plan:
+    return Plan(
+        {
+            name: tuple(map(int, channels))
+            for name, channels in alive.items()
+            if len(channels) < traced[name].size
+        }
+    )
 
 
 def _stored(model: nn.Module, name: str) -> Any:

@@ -38,6 +38,7 @@ from prune2deploy.recover.contractions import Contraction, contraction, last_wei
 from prune2deploy.recover.distance import apart, outputs
 from prune2deploy.recover.least_squares import correction
 from prune2deploy.recover.rescaling import adjustable, restore_lengths
+from prune2deploy.surgery.compensation import Factors, compensation
 from prune2deploy.surgery.lengths import Kept
 from prune2deploy.surgery.slicing import kept_positions
 
@@ -153,7 +154,9 @@ def _fit(
     sizes = graph.sizes(plan.counts)
     width = sum(layer.out_width(sizes) for layer in graph.without(plan.removed).layers)
     rows = min(ROWS[1], MEMORY // (4 * max(width, 1)))
-    listening = _Listening(original, kept_positions(graph, plan), samples, rows)
+    kept = kept_positions(graph, plan)
+    factors = compensation(graph, dict(stored_tensors(original)), kept, plan)
+    listening = _Listening(original, kept, factors, samples, rows)
     with quiet(original), listening:
         run(original, inputs, forward)
     correcting = _Correcting(module, listening.once(), samples, short)
@@ -267,12 +270,14 @@ class _Watch(TorchDispatchMode):
 
 
 class _Listening(_Watch):
-    """Notes what the layers of the original give."""
+    """Notes what the layers of the original give, as the pruned ones are to give it."""
 
-    def __init__(self, module: nn.Module, kept: Kept, samples: int, rows: int) -> None:
+    def __init__(
+        self, module: nn.Module, kept: Kept, factors: Factors, samples: int, rows: int
+    ) -> None:
         super().__init__(module, samples)
         self._stored = dict(stored_tensors(module))
-        self._kept, self._rows = kept, rows
+        self._kept, self._factors, self._rows = kept, factors, rows
         self._noted: dict[str, _Noted] = {}
         self._dice = torch.Generator().manual_seed(0)
 
@@ -290,6 +295,9 @@ class _Listening(_Watch):
         some = min(count, math.ceil(min(wanted, self._rows) / self.samples))
         positions = torch.randperm(count, generator=self._dice)[:some].to(made.device)
         given = call.rows_out(made, self.samples, positions)
+        if name in self._factors:  # the pruned layer gives so many times as much
+            factor = self._factors[name].movedim(dim, 0).flatten(1)[:, 0]
+            given = given * factor.to(given)
         kept = self._kept[name][dim]
         if kept is not None:
             given = given[..., torch.as_tensor(kept, device=made.device)]

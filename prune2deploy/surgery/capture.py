@@ -38,6 +38,7 @@ from prune2deploy.graph.whole import WholeModule
 from prune2deploy.plan.plan import Plan
 from prune2deploy.surgery.answers import check_answers
 from prune2deploy.surgery.folding import PREFIX, fold
+from prune2deploy.surgery.scales import kept_alike, spelt
 from prune2deploy.surgery.spellings import FIRST_ONLY, POOLS, SPELLINGS, Argument, as_recorded
 from prune2deploy.surgery.widths import Widths
 from prune2deploy.surgery.writes import make_functional
@@ -63,8 +64,12 @@ def capture(
     _check_inputs(graph.recording)
     check_answers(source, graph.recording, plan.removed)
     if free_batch:
-        graph = with_batch(source, graph)
-    writer = _Writer(pruned, graph.recording, Widths(graph, plan))
+        wider = with_batch(source, graph)
+        if kept_alike(graph.recording, wider.recording, Widths(graph, plan)):
+            graph = wider
+    widths = Widths(graph, plan)
+    scales = spelt(graph.recording, widths, plan.removed)
+    writer = _Writer(pruned, graph.recording, widths, scales)
     return writer.write(source, plan.removed)
 
 
@@ -85,10 +90,17 @@ def with_batch(source: nn.Module, graph: Graph) -> Graph:
 class _Writer:
     """Turns a recording into an ``fx.Graph``, value by value."""
 
-    def __init__(self, pruned: nn.Module, recording: Recording, widths: Widths) -> None:
+    def __init__(
+        self,
+        pruned: nn.Module,
+        recording: Recording,
+        widths: Widths,
+        scales: Mapping[int, float],
+    ) -> None:
         self.pruned = pruned
         self.recording = recording
         self.widths = widths
+        self.scales = scales
         self.graph = fx.Graph()
         self.nodes: dict[int, Argument] = {}
         self.names = {number: name for name, number in reversed(recording.stored.items())}

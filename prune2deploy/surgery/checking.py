@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from prune2deploy.errors import PruneError
 from prune2deploy.graph.calling import Forward, quiet, run, tensors_in
@@ -97,9 +98,10 @@ def runs_as_planned(
 ) -> bool:
     """Whether the module runs these operators, each with the widths that the plan implies.
 
-    With ``shapes`` it is run as it was recorded, on shapes without values. Code that keeps what it
-    has computed (anchors, masks) computes it again when widths have changed: where other operators
-    are met in a first pass, a second one decides.
+    With ``shapes`` it is run as it was recorded, on shapes without values; a number that is not as
+    it was recorded then comes from a width, and should not have changed with it. Code that keeps
+    what it has computed (anchors, masks) computes it again when widths have changed: where other
+    operators are met in a first pass, a second one decides.
     """
     inputs = outlined(example) if shapes else example
     known = list(itertools.takewhile(_known_size, operations))
@@ -112,7 +114,11 @@ def runs_as_planned(
                     result = run(module, inputs, forward_fn)
                 returned.append([tensor.shape for tensor in tensors_in(result)])
                 if _same_operators(watch.seen, operations, known):
-                    return returned[0] == returned[-1] and _same_widths(watch.seen, known, widths)
+                    return (
+                        returned[0] == returned[-1]
+                        and _same_widths(watch.seen, known, widths)
+                        and (not shapes or _same_factors(watch.seen, known))
+                    )
     except Exception:  # noqa: BLE001  the user's code may fail in any way when widths change
         return False
     return False
@@ -149,6 +155,22 @@ def _same_numbers(found: Seen, operation: Operation, widths: Widths) -> bool:
         if (tuple(number) != sizes) if isinstance(number, list | tuple) else number != sum(sizes):
             return False
     return True
+
+
+def _same_factors(seen: Sequence[Seen], known: Sequence[Operation]) -> bool:
+    """Whether operators compute with the numbers that they were recorded with."""
+    return all(
+        found.func is None
+        or _factors(found.func, (found.args, found.kwargs))
+        == _factors(operation.func, (operation.args, operation.kwargs))
+        for found, operation in zip(seen, known, strict=False)
+    )
+
+
+def _factors(func: Any, arguments: Any) -> list[float]:
+    """Numbers that an operator computes with, in order; whole ones may be sizes and positions."""
+    kinds = (int, float) if torch.Tag.pointwise in func.tags else (float,)
+    return [entry for entry in tree_leaves(arguments) if type(entry) in kinds]
 
 
 def _known_size(operation: Operation) -> bool:

@@ -1,44 +1,62 @@
-"""Weights that are stored as a direction and a length keep the length of what stays of them.
+"""Weights that are stored with their length apart keep the values of what stays of them.
 
 Weight normalisation (Salimans and Kingma, "Weight Normalization", NIPS 2016) computes a weight as
 ``g * v / |v|``. Taking entries out of ``v`` alone would stretch those that stay, so ``g`` shrinks
 by as much as the norm does, and each kept weight is what it was. That holds for lengths over the
 first dimension, the default, which torch records as one operator; over others, kept weights are
 stretched to the length that the whole had.
+
+Spectral normalisation (Miyato et al., "Spectral Normalization for Generative Adversarial Networks",
+ICLR 2018) divides a weight by ``u · (W v)``, with stored vectors that training follows up. What is
+left of them gives less, so ``u`` grows by as much, until training estimates both anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
-from prune2deploy.graph.calling import stored_tensors
-from prune2deploy.graph.recording import Operation, Recording, refs_in
+from prune2deploy.graph.recording import Operation, Recording, Ref, refs_in
+from prune2deploy.surgery.flows import FLOWS
 
 Kept = Mapping[str, list[npt.NDArray[np.int64] | None]]
 NORMALISING = frozenset({"aten::_weight_norm_interface", "aten::_weight_norm"})
+INNER = frozenset({"aten::dot", "aten::vdot"})
+MOVING = frozenset(name for name, flow in FLOWS.items() if flow.moves)
 
 
-def shrinkage(module: nn.Module, recording: Recording, kept: Kept) -> dict[str, torch.Tensor]:
-    """What each stored length is multiplied by, in its own shape before it is sliced.
+def rescaled(stored: Mapping[str, Tensor], recording: Recording, kept: Kept) -> dict[str, Tensor]:
+    """What stored lengths and vectors are multiplied by, in their shapes before they are sliced.
 
     Args:
-        module: As it is before its tensors are sliced.
-        recording: Its forward pass.
+        stored: Every stored tensor, in the shape that it had in the recording.
+        recording: The forward pass.
         kept: Per stored tensor and dimension, the positions that stay (``None``: all).
     """
-    stored = dict(stored_tensors(module))
-    found: dict[str, torch.Tensor] = {}
+    found: dict[str, Tensor] = {}
     for operation in recording.operations:
         if operation.name not in NORMALISING:
             continue
         v, g = (recording.values[ref.number].weight for ref in refs_in(operation.args)[:2])
         if v is not None and g is not None and any(p is not None for p in kept[v]):
-            found[g] = _ratio(stored[v], kept[v], _dim(operation)).view_as(stored[g])
+            dim = _dim(operation)
+            norms = (
+                whole.detach().double().movedim(dim, 0).flatten(1).norm(dim=1)
+                for whole in (stored[v], _left(stored[v], kept[v]))
+            )
+            found[g] = _ratio(*norms).view(stored[g].shape)
+    formulas = _Formulas(recording)
+    for weight, vector, length in formulas.divided():
+        if any(positions is not None for positions in kept[weight]):
+            whole = formulas.computed(length, stored.__getitem__)
+            left = formulas.computed(length, lambda name: _left(stored[name], kept[name]))
+            found[vector] = 1 / _ratio(whole, left).view(1)
     return found
 
 
@@ -48,14 +66,65 @@ def _dim(operation: Operation) -> int:
     return next(iter(told), 0)
 
 
-def _ratio(v: torch.Tensor, kept: list[npt.NDArray[np.int64] | None], dim: int) -> torch.Tensor:
-    """Norm of what stays over the norm of all, per entry of ``dim``; one where all is zero."""
-    whole = left = v.detach().double().movedim(dim, 0)
-    order = [dim % v.dim(), *(d for d in range(v.dim()) if d != dim % v.dim())]
-    for place, old in enumerate(order[1:], start=1):
-        positions = kept[old]
+def _ratio(whole: Tensor, left: Tensor) -> Tensor:
+    """Of a length that is left to the whole; one where either is zero."""
+    return torch.where((whole != 0) & (left != 0), left / whole, 1.0)
+
+
+def _left(tensor: Tensor, kept: list[npt.NDArray[np.int64] | None]) -> Tensor:
+    """The tensor with zeros in place of what goes."""
+    left = tensor.detach().clone()
+    for dim, positions in enumerate(kept):
         if positions is not None:
-            left = left.index_select(place, torch.as_tensor(positions, device=v.device))
-    norm = whole.flatten(1).norm(dim=1)
-    ratio = left.flatten(1).norm(dim=1) / norm
-    return torch.where(norm > 0, ratio, 1.0).to(v.dtype)
+            gone = np.setdiff1d(np.arange(tensor.shape[dim]), positions)
+            left.index_fill_(dim, torch.as_tensor(gone, device=tensor.device), 0)
+    return left
+
+
+class _Formulas:
+    """How numbers are computed from stored tensors."""
+
+    def __init__(self, recording: Recording) -> None:
+        self._operations = recording.operations
+        self._maker = {number: one for one in recording.operations for number in one.outputs}
+        self._names = {number: name for name, number in recording.stored.items()}
+        self._reads: Counter[int] = recording.reads()
+
+    def divided(self) -> Iterator[tuple[str, str, int]]:
+        """Weights that are divided by ``u · (W v)``: their name, that of ``u``, and that number."""
+        for operation in self._operations:
+            refs = refs_in(operation.args)
+            if operation.name != "aten::div" or len(refs) != 2 or refs[0].number not in self._names:
+                continue
+            inner = self._maker.get(refs[1].number)
+            if inner is None or inner.name not in INNER:
+                continue
+            for u, product in (refs_in(inner.args), refs_in(inner.args)[::-1]):
+                made = self._maker.get(product.number)
+                if made is None or made.name != "aten::mv":
+                    continue
+                matrix, v = (self._source(ref.number) for ref in refs_in(made.args))
+                vector, weight = self._source(u.number, alone=True), self._names[refs[0].number]
+                if vector is not None and v is not None and matrix == weight:
+                    yield weight, vector, refs[1].number
+
+    def _source(self, number: int, *, alone: bool = False) -> str | None:
+        """The stored tensor whose entries a value holds; if ``alone``, nothing else reads it."""
+        while not alone or self._reads[number] == 1:
+            if number in self._names:
+                return self._names[number]
+            operation = self._maker.get(number)
+            refs = [] if operation is None else refs_in(operation.args)
+            if operation is None or operation.name not in MOVING or len(refs) != 1:
+                return None
+            number = refs[0].number
+        return None
+
+    def computed(self, number: int, stored: Callable[[str], Tensor]) -> Tensor:
+        """The value that stored tensors give."""
+        if number in self._names:
+            return stored(self._names[number]).detach().double()
+        operation = self._maker[number]
+        args = tree_map_only(Ref, lambda ref: self.computed(ref.number, stored), operation.args)
+        result: Tensor = operation.func(*args, **operation.kwargs)
+        return result

@@ -9,7 +9,7 @@ operators are handed back as a captured module instead (``capture``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,11 +27,11 @@ from prune2deploy.graph.whole import WholeModule
 from prune2deploy.plan.plan import Plan
 from prune2deploy.surgery.capture import capture
 from prune2deploy.surgery.checking import check_outputs, runs_as_planned
+from prune2deploy.surgery.compensation import Factors, compensation
 from prune2deploy.surgery.copying import copied
-from prune2deploy.surgery.lengths import Kept, shrinkage
+from prune2deploy.surgery.lengths import Kept
+from prune2deploy.surgery.scales import spelt
 from prune2deploy.surgery.widths import Widths
-
-Factors = Mapping[str, torch.Tensor]
 
 
 def apply(model: nn.Module, graph: Graph, plan: Plan, example_inputs: Any = None) -> nn.Module:
@@ -56,13 +56,14 @@ def apply(model: nn.Module, graph: Graph, plan: Plan, example_inputs: Any = None
     recording: Recording = graph.recording
     example = recording.example if example_inputs is None else example_inputs
     kept = kept_positions(graph, plan)
-    pruned = sliced_copy(source, kept, shrinkage(source, recording, kept))
+    factors = compensation(graph, dict(stored_tensors(source)), kept, plan)
+    pruned = sliced_copy(source, kept, factors)
     widths = Widths(graph, plan)
     update_attributes(pruned, recording, widths)
     for call in recording.spans(plan.removed).values():
         pruned.set_submodule(call.name, nn.Identity() if call.plain else Skipped())
     operations = recording.without(plan.removed)
-    if runs_as_planned(
+    if not spelt(recording, widths, plan.removed) and runs_as_planned(
         pruned, operations, widths, example, recording.forward_fn, shapes=recording.on_shapes
     ):
         return pruned
@@ -149,21 +150,22 @@ def sliced(
 ) -> torch.Tensor:
     """Keep the given positions of each dimension; a parameter stays one, its gradient follows.
 
-    With a ``factor`` of its shape the tensor is multiplied by that before.
+    With a ``factor``, which broadcasts to its shape, the tensor is multiplied by that before.
     """
     whole = tensor.detach()
-    result = _pick(whole if factor is None else whole * factor, dims)
+    result = picked(whole if factor is None else whole * factor.to(whole), dims)
     if not isinstance(tensor, nn.Parameter):
         return result
     parameter = nn.Parameter(result, requires_grad=tensor.requires_grad)
     if with_gradient and tensor.grad is not None:
-        parameter.grad = _pick(tensor.grad, dims)
+        parameter.grad = picked(tensor.grad, dims)
     return parameter
 
 
-def _pick(tensor: torch.Tensor, dims: list[npt.NDArray[np.int64] | None]) -> torch.Tensor:
+def picked(tensor: torch.Tensor, dims: Sequence[npt.NDArray[np.int64] | None]) -> torch.Tensor:
+    """The given positions of each dimension; one of size one stands for all positions."""
     for dim, positions in enumerate(dims):
-        if positions is not None:
+        if positions is not None and tensor.shape[dim] > 1:
             index = torch.as_tensor(positions, device=tensor.device)
             tensor = tensor.index_select(dim, index)
     return tensor.contiguous()

@@ -7,7 +7,7 @@ export to ONNX and have every width computed from the layouts instead of spelt o
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +27,7 @@ class Writer(Protocol):
     graph: fx.Graph
     recording: Recording
     reads: Counter[int]
+    scales: Mapping[int, float]
 
     def value(self, number: int) -> Argument:
         """The node of a recorded value."""
@@ -158,9 +159,10 @@ def _attention(writer: Writer, operation: Operation) -> fx.Node:
     mask = given(operation, "attn_mask")
     mask = given(operation, "attn_bias") if mask is None else mask
     q, k, v = (_every_head(writer, operation, place) for place in range(3))
+    scale = writer.scales.get(operation.outputs[0], given(operation, "scale"))
     return writer.call(
         F.scaled_dot_product_attention, q, k, v, mask, 0.0, bool(given(operation, "is_causal")),
-        scale=given(operation, "scale"),
+        scale=scale,
     )  # fmt: skip
 
 
@@ -305,6 +307,9 @@ _ATEN: dict[str, Callable[[Writer, Operation], Argument]] = {
 
 SPELLINGS = {**_ATEN, "prune2deploy::dropout": _dropout}
 """Operators written in the form that has gradients, exporters and size arguments."""
+
+ATTENTIONS = frozenset(f"aten::{name}" for name in _ATTENTIONS)
+"""Operators that compute a softmax over products of queries and keys."""
 
 POOLS = frozenset({"aten::max_pool2d_with_indices", "aten::max_pool3d_with_indices"})
 """Operators whose second result is there where something reads it."""
