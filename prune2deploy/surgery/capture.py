@@ -38,7 +38,7 @@ from prune2deploy.graph.whole import WholeModule
 from prune2deploy.plan.plan import Plan
 from prune2deploy.surgery.answers import check_answers
 from prune2deploy.surgery.folding import PREFIX, fold
-from prune2deploy.surgery.scales import kept_alike, spelt
+from prune2deploy.surgery.scales import renumbered, spelt
 from prune2deploy.surgery.spellings import FIRST_ONLY, POOLS, SPELLINGS, Argument, as_recorded
 from prune2deploy.surgery.widths import Widths
 from prune2deploy.surgery.writes import make_functional
@@ -63,13 +63,13 @@ def capture(
     """
     _check_inputs(graph.recording)
     check_answers(source, graph.recording, plan.removed)
+    scales = spelt(graph.recording, Widths(graph, plan), plan.removed)
     if free_batch:
         wider = with_batch(source, graph)
-        if kept_alike(graph.recording, wider.recording, Widths(graph, plan)):
-            graph = wider
-    widths = Widths(graph, plan)
-    scales = spelt(graph.recording, widths, plan.removed)
-    writer = _Writer(pruned, graph.recording, widths, scales)
+        moved = renumbered(scales, graph.recording, wider.recording)
+        if moved is not None:
+            graph, scales = wider, moved
+    writer = _Writer(pruned, graph.recording, Widths(graph, plan), scales)
     return writer.write(source, plan.removed)
 
 

@@ -43,10 +43,9 @@ class _Softmaxes:
 
     def __init__(self, recording: Recording) -> None:
         self.calls: dict[Node, list[Operation]] = {}
-        for operation in recording.operations:
-            if operation.name in ATTENTIONS and given(operation, "scale") is None:
-                width = recording.values[given(operation, "query").number].dims[-1]
-                self.calls.setdefault(find(width), []).append(operation)
+        for operation in _unscaled(recording):
+            width = recording.values[given(operation, "query").number].dims[-1]
+            self.calls.setdefault(find(width), []).append(operation)
         self._carriers = Carriers(recording) if self.calls else None
         self._known: dict[Node, tuple[_Kept, ...]] = {}
 
@@ -107,7 +106,7 @@ def spelt(recording: Recording, widths: Widths, removed: Sequence[str] = ()) -> 
     """The scale of each attention that no parameters keep, by the number of its result."""
     softmaxes, left = _softmaxes(recording), recording.without(removed)
     return {
-        operation.outputs[0]: width.size**-0.5
+        _result(operation): width.size**-0.5
         for width in softmaxes.calls
         if widths(width) != width.size
         for kept in softmaxes.kept(width)
@@ -115,6 +114,32 @@ def spelt(recording: Recording, widths: Widths, removed: Sequence[str] = ()) -> 
         for operation in kept.operations
         if operation in left
     }
+
+
+def renumbered(
+    scales: dict[int, float], one: Recording, other: Recording
+) -> dict[int, float] | None:
+    """Scales of the calls in one recording by the numbers in another of the same module.
+
+    ``None`` where the other does not have the same calls.
+    """
+    before, after = (list(map(_result, _unscaled(each))) for each in (one, other))
+    if len(before) != len(after):
+        return None
+    return {new: scales[old] for old, new in zip(before, after, strict=True) if old in scales}
+
+
+def _unscaled(recording: Recording) -> list[Operation]:
+    """The calls of attention that compute their scale from a width."""
+    return [
+        operation
+        for operation in recording.operations
+        if operation.name in ATTENTIONS and given(operation, "scale") is None
+    ]
+
+
+def _result(operation: Operation) -> int:
+    return operation.outputs[0]
 
 
 def kept_alike(one: Recording, other: Recording, widths: Widths) -> bool:
