@@ -1,16 +1,16 @@
-"""Which recorded operators read values that follow those of the inputs.
+"""Which recorded values follow those of the inputs, and where the code is told of them.
 
-In: operators in the order in which they ran. Out: those that tell the code something else than a
-tensor. What depends on no more than shapes does not follow; what is written into a tensor reaches
-every view of its memory.
+In: operators in the order in which they ran. Out: values, and the operators that tell the code
+something else than a tensor, by which it may decide what to do. What depends on no more than
+shapes does not follow; what is written into a tensor reaches every view of its memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
-from prune2deploy.graph.recording import Operation, refs_in
+from prune2deploy.graph.recording import Operation, Recording, refs_in
 
 SHAPED = frozenset(
     f"aten::{name}"
@@ -22,27 +22,52 @@ SHAPED = frozenset(
 """Operators that ask a tensor for its shape, type and device only."""
 
 
-def followers(operations: Iterable[Operation], inputs: Iterable[int]) -> list[Operation]:
-    """Operators that return no tensor and read what was computed from the inputs.
+class Followers(NamedTuple):
+    """What follows the inputs.
+
+    Attributes:
+        values: Numbers of values.
+        questions: Operators that read some of them and return no tensor.
+    """
+
+    values: set[int]
+    questions: list[Operation]
+
+
+def followers(operations: Iterable[Operation], inputs: Iterable[int]) -> Followers:
+    """What is computed from the inputs, and where the code is told of it.
 
     Args:
         operations: In order.
         inputs: Numbers of the values that are given.
     """
     memory: dict[int, int] = {}  # value → the one whose memory it lies in
-    following, found = set(inputs), []
+    found = Followers(set(inputs), [])
     for op in operations:
         given = [ref.number for ref in refs_in((op.args, op.kwargs))]
         read = [memory.get(number, number) for number in given]
         if read and _aliases(op.func):
             memory.update((number, read[0]) for number in op.outputs if number not in given)
-        if op.name in SHAPED or following.isdisjoint(read):
+        if op.name in SHAPED or found.values.isdisjoint(read):
             continue
         written = [ref.number for ref in refs_in(_written(op))]
-        following.update(memory.get(number, number) for number in (*written, *op.outputs))
+        found.values.update(memory.get(number, number) for number in (*written, *op.outputs))
         if not op.outputs and not written:
-            found.append(op)
+            found.questions.append(op)
     return found
+
+
+def decided_by_numbers(recording: Recording) -> list[Operation]:
+    """Questions about floating-point values, or what is computed from them, that follow the input.
+
+    Masks and sizes that are given as whole numbers, and checks of these, are none.
+    """
+    if recording.on_shapes:
+        return []
+    operations, kinds = recording.operations, recording.values
+    values = followers(operations, recording.inputs).values
+    numbers = (n for n in values if (kind := kinds[n].dtype) and kind.is_floating_point)
+    return followers(operations, numbers).questions
 
 
 def _aliases(func: Any) -> bool:

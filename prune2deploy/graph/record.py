@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from prune2deploy.errors import TraceError
 from prune2deploy.graph import layout as algebra
 from prune2deploy.graph import rules_layers, rules_pick, rules_shape, rules_space  # noqa: F401  fill the table
+from prune2deploy.graph.branches import keep_for_branches
 from prune2deploy.graph.calling import (
     PLAIN,
     Forward,
@@ -112,8 +113,10 @@ class Recorder(TorchDispatchMode):
         for tensor, dims, reason in self._if_read:
             if self.number(tensor) in self.used:
                 algebra.freeze(dims, reason)
-        for number in set(self.recording.stored.values()) - self.used:
+        unused = set(self.recording.stored.values()) - self.used
+        for number in unused:
             algebra.freeze(self.recording.values[number].dims, "not used in the forward pass")
+        keep_for_branches(self.recording, unused)
         algebra.settle_ties(self.recording.ties)
 
     def number(self, tensor: torch.Tensor) -> int:

@@ -105,6 +105,8 @@ class Recording:
         operations: Operator calls in order.
         calls: Module calls in the order in which they ended.
         inputs: Value numbers of the example inputs (tensors only, in tree order).
+        missed: Names of the parameters that were not used, where values of the input decide what
+            is; none where they have no say.
         carried: Value number of every tensor that came in as an attribute of an object and was
             used, and the object's class.
         outputs: The model's result with tensors replaced by ``Ref``.
@@ -124,6 +126,7 @@ class Recording:
     operations: list[Operation] = field(default_factory=list)
     calls: list[ModuleCall] = field(default_factory=list)
     inputs: tuple[int, ...] = ()
+    missed: tuple[str, ...] = ()
     carried: dict[int, str] = field(default_factory=dict)
     outputs: Any = None
     stored: dict[str, int] = field(default_factory=dict)

@@ -12,9 +12,9 @@ from prune2deploy import measure
 from prune2deploy.backends import registry
 from prune2deploy.calibration import check_form, check_labels, filled, require, serves
 from prune2deploy.config import ModelOptions, check_max_drop
-from prune2deploy.errors import ConfigError, MissingBackend, TraceError
+from prune2deploy.errors import ConfigError, MissingBackend
 from prune2deploy.exporting import export
-from prune2deploy.graph import keep, trace
+from prune2deploy.graph import keep, require_prunable, trace
 from prune2deploy.graph.calling import quiet
 from prune2deploy.measure import Measurement
 from prune2deploy.search import candidate
@@ -40,12 +40,7 @@ def open_workshop(
     if not there.usable:
         raise MissingBackend(f"target {target.name}: {there.reason}; {there.fix}")
     graph = keep(trace(job.module, job.example_inputs), options.keep)
-    if not graph.prunable:
-        reasons = sorted({str(axis.frozen) for axis in graph.axes if axis.frozen})
-        raise TraceError(
-            "the model has nothing to prune: every axis is frozen "
-            f"({', '.join(reasons)}); `prune2deploy inspect` lists them"
-        )
+    require_prunable(graph)
     if job.batches is not None:
         check_labels(job.batches, _output_shapes(job))
         _check_batch(job)

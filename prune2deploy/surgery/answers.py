@@ -41,12 +41,14 @@ def check_answers(source: nn.Module, recording: Recording, removed: Sequence[str
         recording: Its recording.
         removed: Names of the blocks that the captured graph is without.
     """
-    for operation in followers(recording.without(removed), recording.inputs):
+    for operation in followers(recording.without(removed), recording.inputs).questions:
         if operation.name == LEAVE:
             raise _left(operation)
+    if recording.missed:
+        raise _missed(source, recording.missed)
     asked = [op for op in recording.operations if not op.outputs and op.name != LEAVE]
     if not asked or (
-        recording.on_shapes and not followers(recording.operations, _whole(recording))
+        recording.on_shapes and not followers(recording.operations, _whole(recording)).questions
     ):
         return
     first = _answers(source, recording, recording.example)
@@ -56,6 +58,15 @@ def check_answers(source: nn.Module, recording: Recording, removed: Sequence[str
             if not _same(*pair):
                 at = asked[place].scope if len(first) == len(asked) else ""
                 raise _refusal(at or type(source).__name__, *pair)
+
+
+def _missed(source: nn.Module, names: Sequence[str]) -> FollowsInput:
+    return FollowsInput(
+        f"the code of {type(source).__name__} reads values that depend on the input, and for the "
+        f"example leaves {len(names)} parameters out ({names[0]}), while it holds widths as "
+        "constants, so that recorded operators would have to stand for it; they would leave them "
+        "out for every input. Trace with an example that uses all, or take widths from shapes"
+    )
 
 
 def _whole(recording: Recording) -> list[int]:

@@ -20,23 +20,21 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from prune2deploy.errors import PruneError, TraceError
+from prune2deploy.errors import PruneError
 from prune2deploy.graph.axes import Graph
-from prune2deploy.graph.build import build
 from prune2deploy.graph.calling import (
     device_of,
     is_record,
     nested,
     stored_tensors,
     tensors_in,
-    twice,
 )
 from prune2deploy.graph.layout import CAT, LEAF, VARYING, Layout, Node, find, leaves
-from prune2deploy.graph.record import record
 from prune2deploy.graph.recording import ModuleCall, Operation, Recording, Ref, Struct
 from prune2deploy.graph.whole import WholeModule
 from prune2deploy.plan.plan import Plan
 from prune2deploy.surgery.answers import check_answers
+from prune2deploy.surgery.doubling import with_batch
 from prune2deploy.surgery.folding import PREFIX, fold
 from prune2deploy.surgery.scales import renumbered, spelt
 from prune2deploy.surgery.spellings import FIRST_ONLY, POOLS, SPELLINGS, Argument, as_recorded
@@ -71,20 +69,6 @@ def capture(
             graph, scales = wider, moved
     writer = _Writer(pruned, graph.recording, Widths(graph, plan), scales)
     return writer.write(source, plan.removed)
-
-
-def with_batch(source: nn.Module, graph: Graph) -> Graph:
-    """Trace again with a doubled batch, unless that changes what is recorded."""
-    recording: Recording = graph.recording
-    doubled = twice(recording.example)
-    if doubled is recording.example:
-        return graph
-    try:
-        wider = build(record(source, doubled, recording.forward_fn))
-    except TraceError:
-        return graph
-    same = [(a.name, a.size) for a in wider.axes] == [(a.name, a.size) for a in graph.axes]
-    return wider if same else graph
 
 
 class _Writer:

@@ -1,0 +1,65 @@
+"""A pruned model runs on inputs that take another branch than the example."""
+
+import pytest
+import torch
+from torch import nn
+
+import prune2deploy
+from prune2deploy.errors import PruneError
+from prune2deploy.graph import trace
+from prune2deploy.plan.plan import Plan
+from prune2deploy.surgery.capture import capture
+from prune2deploy.surgery.copying import copied
+
+
+def block(inner):
+    return nn.Sequential(nn.Linear(8, inner), nn.ReLU(), nn.Linear(inner, 8))
+
+
+class Branching(nn.Module):
+    """One of two blocks, by the values of the input, its number of samples, or always the first."""
+
+    def __init__(self, by):
+        super().__init__()
+        self.first, self.low, self.high = nn.Linear(6, 8), block(12), block(20)
+        self.last = nn.Linear(8, 3)
+        self.by = by
+
+    def forward(self, x):
+        taken = self.high if self.by(x) else self.low
+        return self.last(taken(self.first(x)))
+
+
+BY_VALUE = {
+    "number": lambda x: float(x.mean()) > 0,
+    "comparison": lambda x: x.mean() > 0,
+    "whole number": lambda x: int((x > 0).sum()) > 3,
+}
+X = torch.rand(4, 6, generator=torch.Generator().manual_seed(0))
+"""Takes the upper branch."""
+
+
+@pytest.mark.parametrize("by", BY_VALUE)
+def test_what_a_branch_out_of_reach_may_meet_stays(by):
+    torch.manual_seed(0)
+    model = Branching(BY_VALUE[by]).eval()
+    graph = trace(model, X)
+    assert [axis.size for axis in graph.prunable] == [20]
+    assert graph["first"].frozen.startswith("may meet low.0.bias")
+    pruned = prune2deploy.prune(model, X, 0.5)
+    assert pruned.high[0].out_features == 10
+    with torch.no_grad():
+        torch.testing.assert_close(pruned(-X), model(-X))
+        assert pruned(X).shape == (4, 3)
+
+
+@pytest.mark.parametrize("by", [lambda x: True, lambda x: len(x) > 2, lambda x: x.dim() > 1])
+def test_parts_that_no_input_of_this_kind_reaches_hold_nothing_back(by):
+    graph = trace(Branching(by).eval(), X)
+    assert sorted(axis.size for axis in graph.prunable) == [8, 8, 20]
+
+
+def test_a_captured_form_does_not_stand_for_code_that_branches():
+    model = Branching(BY_VALUE["comparison"]).eval()
+    with pytest.raises(PruneError, match=r"leaves 4 parameters out \(low\.0\.bias\)"):
+        capture(copied(model, {}), model, trace(model, X), Plan({}))
