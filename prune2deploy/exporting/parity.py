@@ -158,15 +158,21 @@ def require(parity: Parity, stages: str) -> Parity:
     return parity
 
 
-def require_numbers(model: Runner, samples: Sequence[Mapping[str, Array]]) -> None:
-    """Raise ParityError where a model returns NaN: two stages that fail alike would agree."""
-    for name, output in model(samples[0]).items():
+def require_numbers(model: Runner, samples: Sequence[Mapping[str, Array]]) -> tuple[str, ...]:
+    """Raise ParityError where a model returns NaN: two stages that fail alike would agree.
+
+    Returns:
+        Names of outputs that hold nothing but zeros, of which agreement shows little.
+    """
+    outputs = model(samples[0])
+    for name, output in outputs.items():
         if np.issubdtype(output.dtype, np.floating) and np.isnan(output).any():
             raise ParityError(
                 f"output {name!r} of the model holds {int(np.isnan(output).sum())} NaN of "
                 f"{output.size} values on the example inputs, expected numbers; check the weights "
                 "and the range of the inputs"
             )
+    return tuple(name for name, output in outputs.items() if not output.any())
 
 
 def difference(expected: Array, found: Array) -> tuple[float, float]:

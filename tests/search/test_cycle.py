@@ -175,3 +175,12 @@ def test_a_bound_is_exact(ratio, size, step, least):
     curves = importance_curves(graph, scores)
     (choice,) = choices(graph, curves, multiple=step, least=1 - ratio)
     assert choice.options[0] == least == allowed(size, step, least, 100)[0]
+
+
+def test_outputs_of_zeros_are_told_since_their_agreement_shows_little(start):
+    net = chain(64, 96)
+    assert not any("parity" in note for note in start(net, "a", speedup=1.3).report.notes)
+    nn.init.zeros_(net[-1].weight)
+    nn.init.zeros_(net[-1].bias)
+    told = start(net, "b", speedup=1.3).report.notes
+    assert "parity shows little of output 'output': all its values are 0" in told
