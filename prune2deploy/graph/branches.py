@@ -2,7 +2,9 @@
 
 In: a recording whose axes are not named yet, and its unused tensors. Out: nothing; widths that
 such a part may meet are frozen, so that the pruned model runs on inputs that do reach it. What it
-would meet is not known: a width is one that its parameters have.
+would meet is not known: a width is one that its weights have. Single vectors (a token that stands
+for what is masked in training) are taken for no part: code that checks its input for numbers that
+are none, as much does, would else hold whole models back.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from prune2deploy.graph.recording import Recording
 def keep_for_branches(recording: Recording, unused: set[int]) -> None:
     """Freeze widths of what is computed that are widths of parameters out of reach."""
     stored = ((name, recording.stored[name]) for name in recording.parameters)
-    missed = {name: number for name, number in stored if number in unused}
+    missed = {n: number for n, number in stored if number in unused and _matrix(recording, number)}
     if not missed or not decided_by_numbers(recording):
         return
     recording.missed = tuple(sorted(missed))
@@ -29,3 +31,7 @@ def keep_for_branches(recording: Recording, unused: set[int]) -> None:
                 algebra.freeze(
                     (node,), f"may meet {recording.missed[0]}, which this input leaves out"
                 )
+
+
+def _matrix(recording: Recording, number: int) -> bool:
+    return sum(node.size > 1 for node in recording.values[number].dims) > 1
