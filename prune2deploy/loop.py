@@ -30,7 +30,7 @@ from prune2deploy.plan.plan import Plan
 from prune2deploy.rundir import WORK, RunDir
 from prune2deploy.search import accuracy, candidate, payoff
 from prune2deploy.search.cycle import Search
-from prune2deploy.search.job import Attempt, Job, Outcome, best
+from prune2deploy.search.job import Attempt, Job, Outcome
 from prune2deploy.search.opening import measure_baseline, open_workshop
 from prune2deploy.search.payoff import Payoff
 from prune2deploy.search.recovery import Told, recovered
@@ -86,7 +86,7 @@ def _recover(search: Search, paid: Payoff | None) -> Outcome:
     training, which may take hours, is left out.
     """
     job, shop, lessons = search.job, search.shop, search.lessons
-    found = best(search.attempts)
+    found = search.best()
     plan = found.built.plan
     module = apply_plan(shop.module, shop.graph, plan, shop.example_inputs)
     trains = job.finetune is not None and found.verdict != "missed"

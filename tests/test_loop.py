@@ -23,8 +23,10 @@ from prune2deploy.config import Budget
 from prune2deploy.errors import ConfigError, ExportError, ParityError
 from prune2deploy.journal import Journal
 from prune2deploy.measure import Comparison, LatencyStats
+from prune2deploy.plan.plan import Plan
 from prune2deploy.recover.distance import apart, outputs
 from prune2deploy.rundir import read_manifest
+from prune2deploy.search.candidate import Built
 from prune2deploy.search.job import Attempt, aim, best, judge
 
 ROOT = Path(__file__).parent.parent
@@ -567,12 +569,36 @@ def test_a_percentile_without_samples_enough_is_never_met():
     assert judge(few, Budget(latency_ms=1000, percentile=95))[-1] == "met"
 
 
-def test_the_best_is_the_largest_that_meets_else_the_fastest():
-    base = Attempt(None, (), seen(9, 20), 9.0, Budget(speedup=2), 10.0, 9.0, 9.1, "met")
-    fuller = replace(base, value_ms=9.8)
-    slow, slower = (replace(base, value_ms=v, verdict="missed") for v in (10.5, 11.0))
-    assert best([slow, base, fuller, slower]) is fuller
+def attempt(number, value_ms, verdict, **kept):
+    """An attempt at a budget of 10 ms that keeps so many channels of each axis."""
+    plan = Plan({axis: tuple(range(count)) for axis, count in kept.items()})
+    built = Built(number, "correction", plan, 0, 0, 0, "", "", 0.0)
+    budget = Budget(speedup=2)
+    return Attempt(built, (), seen(9, 20), 9.0, budget, 10.0, value_ms, value_ms, verdict)
+
+
+def test_the_best_is_the_worthiest_that_meets_else_the_fastest():
+    fast, full = attempt(1, 9.0, "met", a=8, b=4), attempt(2, 9.8, "met", a=4, b=8)
+    slow, slower = attempt(3, 10.5, "missed", a=16, b=8), attempt(4, 11.0, "missed", a=17, b=8)
     assert best([slower, slow]) is slow
+
+    def worth(plan):
+        return {8: 1.0, 4: 0.98, 16: 9.0}[plan.counts["a"]]
+
+    assert best([slow, fast, full, slower], worth) is fast
+    assert best([slow, fast, full, slower], worth, near=0.01) is fast
+    assert best([slow, fast, full, slower], worth, near=0.03) is full
+
+
+def test_a_plan_that_another_one_is_wider_than_is_not_the_best():
+    narrow, wide = attempt(1, 9.8, "met", a=4, b=8), attempt(2, 9.2, "met", b=8)
+    assert best([narrow, wide], near=1.0) is wide
+    assert wide.built.plan.wider(narrow.built.plan)
+    assert not narrow.built.plan.wider(wide.built.plan)
+    assert not wide.built.plan.wider(wide.built.plan)
+    other = attempt(3, 9.0, "met", a=8, b=4).built.plan
+    assert not other.wider(narrow.built.plan) and not narrow.built.plan.wider(other)
+    assert Plan({"a": (0,)}).wider(Plan({"a": (0,)}, removed=("block",)))
 
 
 def test_the_aim_leaves_room_for_the_interval():

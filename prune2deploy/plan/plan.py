@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -28,6 +29,13 @@ class Plan:
     def counts(self) -> dict[str, int]:
         """Number of kept channels per axis name."""
         return {name: len(channels) for name, channels in self.kept.items()}
+
+    def wider(self, other: Plan) -> bool:
+        """Whether this plan keeps all that ``other`` keeps, by number, and more."""
+        mine, theirs = self.counts, other.counts
+        blocks, others = set(self.removed), set(other.removed)
+        as_wide = all(count >= theirs.get(axis, math.inf) for axis, count in mine.items())
+        return blocks <= others and as_wide and (mine != theirs or blocks != others)
 
     def check(self, graph: Graph) -> None:
         """Raise PlanError, naming the axis, unless the plan fits ``graph``."""

@@ -114,11 +114,14 @@ def run_text(report: RunReport) -> str:
 
 
 def gains(report: RunReport) -> tuple[str, ...]:
-    """What a later deadline would buy, predicted; nothing where the curve does not reach."""
+    """What a later deadline would buy, predicted; nothing where the curve does not reach.
+
+    Both figures are of the best plans for their budgets; the one that is shipped may be another.
+    """
     if len(report.curve) < 2:
         return ()
     at, worth = zip(*report.curve, strict=True)
-    here = report.final.p50_ms
+    here = report.budget_ms
     before = float(np.interp(here, at, worth))
     found = []
     tenth = 0.1 * here
@@ -126,8 +129,8 @@ def gains(report: RunReport) -> tuple[str, ...]:
         if here >= at[0] and here + more <= at[-1]:
             after = float(np.interp(here + more, at, worth))
             found.append(
-                f"{milliseconds(more)} ms more would keep {after:.1%} instead of {before:.1%} "
-                f"of {WORTH}"
+                f"a budget of {milliseconds(more)} ms more would keep {after:.1%} instead of "
+                f"{before:.1%} of {WORTH}"
             )
     return tuple(found)
 

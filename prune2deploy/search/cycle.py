@@ -21,6 +21,7 @@ from prune2deploy.importance import score
 from prune2deploy.measure import Comparison, Goal
 from prune2deploy.plan.allocate import Curve, channels
 from prune2deploy.plan.choices import Choice, Problem, choices
+from prune2deploy.plan.filling import NEAR
 from prune2deploy.plan.latency_model import LatencyModel
 from prune2deploy.plan.plan import Plan
 from prune2deploy.plan.probes import probes
@@ -31,6 +32,7 @@ from prune2deploy.search.job import (
     Baseline,
     Job,
     aim,
+    best,
     expected_half_width,
     judge,
     percentile_ms,
@@ -221,6 +223,26 @@ class Search:
         caps = params, self.options.max_macs
         return Problem(self.graph, self.model, self.choices, self._limit(), *caps)
 
+    def best(self) -> Attempt:
+        """The attempt to go on with, of those that lack the fewest blocks if any meets the budget.
+
+        Plans are told apart by their loss where the run has data for it, else by what their widths
+        are worth.
+        """
+        met = [a for a in self.attempts if a.verdict == "met"]
+        fewest = min((len(a.built.plan.removed) for a in met), default=0)
+        among = [a for a in met if len(a.built.plan.removed) == fewest] or self.attempts
+        if len(among) == 1 or not met:
+            return best(among)
+        least, most = self.problem().ends
+        return best(among, self._worth_of, 0.0 if self.rank else NEAR * (most - least))
+
+    def _worth_of(self, plan: Plan) -> float:
+        if self.rank is not None:
+            return -self.rank(plan)
+        axes, counts = self.shop.graph.without(plan.removed).prunable, plan.counts
+        return sum(float(self.worth.curves[a.name][counts.get(a.name, a.size)]) for a in axes)
+
     def correct(self) -> None:
         """Allocate, build, measure and learn until the budget is met and filled."""
         while not self.done and self.builds_left > 0:
@@ -241,7 +263,7 @@ class Search:
         self.model = self.lessons.fit()
         self.notes += self.lessons.timings.notes
         if not self.done:
-            self.notes += unfilled(self.attempts, self.builds_left, self.options.max_builds)
+            self.notes += unfilled(self.best(), self.builds_left, self.options.max_builds)
         if self.ranked:
             self.notes.append(
                 f"{self.ranked} plans of nearly equal worth were compared by their loss on "

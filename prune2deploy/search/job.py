@@ -19,6 +19,7 @@ from prune2deploy.graph import Graph
 from prune2deploy.measure import Comparison, LatencyStats, Measurement
 from prune2deploy.plan.allocate import Gap
 from prune2deploy.plan.latency_model import LatencyModel
+from prune2deploy.plan.plan import Plan
 from prune2deploy.progress import Progress, silent
 from prune2deploy.recover import Finetuned
 from prune2deploy.rundir import RunDir
@@ -203,19 +204,32 @@ def half_width(interval: tuple[float, float]) -> float:
     return (high - low) / (high + low)
 
 
-def best(attempts: Sequence[Attempt]) -> Attempt:
-    """The slowest that meets the budget, since it kept most; else the fastest there is."""
-    met = [a for a in attempts if a.verdict == "met"]
-    if met:
-        return max(met, key=lambda a: a.share)
-    return min(attempts, key=lambda a: a.share)
-
-
-def unfilled(attempts: Sequence[Attempt], left: int, most: int) -> tuple[str, ...]:
-    """Why a search ended although the budget is not filled, where it can be said.
+def best(
+    attempts: Sequence[Attempt], worth: Callable[[Plan], float] = lambda _: 0.0, near: float = 0.0
+) -> Attempt:
+    """The worthiest that meets the budget; else the fastest there is.
 
     Args:
         attempts: What was measured.
+        worth: What a plan is worth; higher is better.
+        near: Worths that differ by no more tell plans apart no better than the budget that they
+            use: the slowest of these is taken. It is none that another one is wider than.
+    """
+    met = [a for a in attempts if a.verdict == "met"]
+    if not met:
+        return min(attempts, key=lambda a: a.share)
+    widest = [a for a in met if not any(b.built.plan.wider(a.built.plan) for b in met)]
+    found = {a.built.number: worth(a.built.plan) for a in widest} if len(widest) > 1 else {}
+    top = max(found.values(), default=0.0)
+    close = [a for a in widest if found.get(a.built.number, top) >= top - near]
+    return max(close, key=lambda a: a.share)
+
+
+def unfilled(found: Attempt, left: int, most: int) -> tuple[str, ...]:
+    """Why a search ended although the budget is not filled, where it can be said.
+
+    Args:
+        found: The best that was measured.
         left: Builds that were left.
         most: Builds that were allowed.
     """
@@ -224,11 +238,10 @@ def unfilled(attempts: Sequence[Attempt], left: int, most: int) -> tuple[str, ..
             f"all {most} builds are used; more of them (--max-builds) may come nearer to the "
             "budget",
         )
-    met = [attempt for attempt in attempts if attempt.verdict == "met"]
-    if not met:
+    if found.verdict != "met":
         return ()
     return (
-        f"{100 * best(met).share:.1f} % of the budget is used: no other widths that this run may "
+        f"{100 * found.share:.1f} % of the budget is used: no other widths that this run may "
         "choose are predicted to fit into the rest and to be worth as much",
     )
 
