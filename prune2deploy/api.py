@@ -5,7 +5,7 @@ In: a module and example inputs. Out: new values; the module that was given is n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -278,10 +278,10 @@ def _inputs(example: object, finetune: object) -> tuple[Tensor, ...]:
 
 def _names(what: str, given: Sequence[str] | None) -> tuple[str, ...]:
     """Names that the caller gave; a lone string is one name, not its letters."""
-    names = (given,) if isinstance(given, str) else tuple(given or ())
-    if not all(isinstance(name, str) for name in names):
+    names = (given,) if isinstance(given, str) else given or ()
+    if not isinstance(names, Iterable) or not all(isinstance(name, str) for name in names):
         raise ConfigError(f"{what}: found {names!r}, expected names as text")
-    return names
+    return tuple(names)
 
 
 def _options(
@@ -313,7 +313,7 @@ def carry_out(job: Job, options: RunOptions, name: str) -> Result:
     job.run.journal.open_session()
     outcome = loop.prune_to_budget(job, options)
     report = summary.finish(job, outcome, job.run.journal.seconds(), name)
-    if report.met and not outcome.starved:  # else --resume with more builds goes on from them
+    if not outcome.starved:  # else --resume with more builds goes on from them
         job.run.clear_work()
     return Result(
         outcome.module,

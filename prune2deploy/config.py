@@ -100,6 +100,8 @@ class ModelOptions:
     def __post_init__(self) -> None:
         if not self.model.strip():
             raise ConfigError("--model: found an empty name, expected one such as resnet50")
+        if not all(name.strip() for name in self.keep):
+            raise ConfigError("--keep: found an empty name, expected that of a layer")
         at_least("--batch", self.batch, 1)
         at_least("--seed", self.seed, 0)
         if self.seed > MOST_SEED:

@@ -30,7 +30,7 @@ from prune2deploy.plan.plan import Plan
 from prune2deploy.rundir import WORK, RunDir
 from prune2deploy.search import accuracy, candidate, payoff
 from prune2deploy.search.cycle import Search
-from prune2deploy.search.job import Attempt, Job, Outcome
+from prune2deploy.search.job import Attempt, Job, Outcome, bounded
 from prune2deploy.search.opening import measure_baseline, open_workshop
 from prune2deploy.search.payoff import Payoff
 from prune2deploy.search.recovery import Told, recovered
@@ -96,6 +96,8 @@ def _recover(search: Search, paid: Payoff | None) -> Outcome:
         module, found = _recovered(search, module, found, trains=trains)
         search.attempts.append(found)
     unreachable = found.verdict == "missed" and search.out_of_reach
+    if unreachable:
+        search.notes += bounded(search.options)
     return Outcome(
         "unreachable" if unreachable else found.verdict,
         module,

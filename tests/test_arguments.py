@@ -61,7 +61,9 @@ def test_none_stands_for_names_that_are_not_given(net, call):
         ({"max_drop": "0.1"}, "max-drop: found '0.1', expected a fraction"),
         ({"speedup": "2"}, "speedup: found '2', expected a finite number"),
         ({"importance": None}, "importance: found None; expected one of"),
-        ({"keep": [1]}, r"keep: found \(1,\), expected names as text"),
+        ({"keep": 3}, r"keep: found 3, expected names as text"),
+        ({"keep": ""}, r"keep: found an empty name"),
+        ({"keep": [1]}, r"keep: found \[1\], expected names as text"),
     ],
 )
 def test_values_of_other_types_are_told(call, wrong, said):

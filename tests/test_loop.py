@@ -117,6 +117,15 @@ def test_inputs_and_outputs_are_named_in_the_file(target, tmp_path, given, names
         run(net, target, speedup=1.2, run_dir=tmp_path / "r", resume=True, input_names=("c", "d"))
 
 
+@pytest.mark.parametrize(
+    "names", [{"input_names": ("a", "a")}, {"input_names": ("a", "b"), "output_names": "a"}]
+)
+def test_a_name_that_is_given_twice_is_an_error(target, tmp_path, names):
+    net = Masked().eval(), (torch.randn(1, 3, 8, 8), torch.ones(1, 1, 8, 8))
+    with pytest.raises(ExportError, match="found the name 'a' more than once"):
+        run(net, target, speedup=1.2, run_dir=tmp_path / "r", **names)
+
+
 def test_too_few_names_are_an_error(net, target, tmp_path):
     with pytest.raises(ExportError, match="2 input names for 1 input"):
         run(net, target, speedup=1.2, run_dir=tmp_path / "r", input_names=("a", "b"))

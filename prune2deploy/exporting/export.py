@@ -95,6 +95,7 @@ def to_onnx(
         example_inputs = tuple(_at_least_two(tensor) for tensor in example_inputs)
     with _unfused(), evaluating(module), scratch(path.parent) as folder:
         outputs = _output_names(module, example_inputs, options.get("output_names"))
+        _require_distinct([*names, *outputs])
         file = folder / path.name
         with _plain_call(module), fixed.told_by_tracer() as told:
             _run_exporter(module, example_inputs, file, (names, outputs), options)
@@ -118,6 +119,15 @@ def _input_names(inputs: tuple[Tensor, ...], given: Sequence[str] | None) -> lis
             f"{len(names)} input names for {len(inputs)} input tensors: give one each"
         )
     return names
+
+
+def _require_distinct(names: Sequence[str]) -> None:
+    twice = sorted({name for name in names if list(names).count(name) > 1})
+    if twice:
+        raise ExportError(
+            f"found the name {twice[0]!r} more than once among inputs and outputs "
+            f"({', '.join(names)}), expected one of its own for each"
+        )
 
 
 def input_names(count: int, module: nn.Module | None = None) -> tuple[str, ...]:

@@ -122,11 +122,18 @@ def _unpack(made: Any, name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
     fits = isinstance(module, nn.Module) and isinstance(inputs, (tuple, list))
     if fits and all(isinstance(one, Tensor) for one in inputs):
         return module, tuple(inputs)
-    found = [type(part).__name__ for part in made] if isinstance(made, tuple) else type(made)
     raise ModelError(
-        f"{name!r} returned {found}; expected a torch.nn.Module, or (module, example_inputs) "
-        "with example_inputs a tensor or a tuple of tensors"
+        f"{name!r} returned {_told(made)}; expected a torch.nn.Module, or (module, example_inputs) "
+        "with example_inputs a tensor or a tuple of tensors (a module of your own may put others "
+        "together from tensors)"
     )
+
+
+def _told(made: Any) -> str:
+    """The types of nested tuples and lists."""
+    if isinstance(made, (tuple, list)):
+        return f"({', '.join(map(_told, made))})"
+    return type(made).__name__
 
 
 def _inputs(inputs: tuple[Tensor, ...], request: Request) -> tuple[Tensor, ...]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from prune2deploy import measure
 from prune2deploy.calibration import serves
-from prune2deploy.config import FILL, Budget
+from prune2deploy.config import FILL, Budget, RunOptions
 from prune2deploy.graph import Graph
 from prune2deploy.measure import Comparison, LatencyStats, Measurement
 from prune2deploy.plan.allocate import Gap
@@ -244,6 +244,16 @@ def unfilled(found: Attempt, left: int, most: int) -> tuple[str, ...]:
         f"{100 * found.share:.1f} % of the budget is used: no other widths that this run may "
         "choose are predicted to fit into the rest and to be worth as much",
     )
+
+
+def bounded(options: RunOptions) -> tuple[str, ...]:
+    """What of the options keeps the smallest plan from being smaller."""
+    ratio, keep = options.max_pruning_ratio, options.model.keep
+    by = [] if ratio is None else [f"--max-pruning-ratio {ratio:g}"]
+    by += [f"--keep {name}" for name in keep]
+    if not by:
+        return ()
+    return (f"the smallest plan is as large as it is because of {', '.join(by)}",)
 
 
 def aim(limit_ms: float, half_width: float) -> float:

@@ -144,6 +144,8 @@ def test_blocks_go_where_the_smallest_widths_miss_unless_layers_are_bounded(star
     assert gone.met and gone.plan.removed
     bounded = start(net, "bounded", step=32, speedup=1.9, max_pruning_ratio=0.5)
     assert bounded.verdict == "unreachable" and not bounded.plan.removed
+    assert any("because of --max-pruning-ratio 0.5" in note for note in bounded.report.notes)
+    assert not (bounded.run_dir / "builds").exists()  # no more builds would help
 
 
 @pytest.mark.parametrize("cap", [{"max_size_mb": 0.0075}, {"max_size_mb": 0.006}])
