@@ -14,7 +14,7 @@ from prune2deploy.plan.plan import Plan
 from prune2deploy.pruning.live import Live
 from prune2deploy.recover.reconstruct import reconstruct
 from prune2deploy.surgery.capture import capture
-from prune2deploy.surgery.scales import factors, kept_by, spelt
+from prune2deploy.surgery.scales import factors
 from prune2deploy.surgery.slicing import apply
 from prune2deploy.surgery.widths import Widths
 
@@ -225,11 +225,36 @@ def test_only_rows_of_queries_are_multiplied():
         assert torch.equal(factor.flatten(), wanted)
 
 
-def test_a_norm_of_queries_keeps_it():
-    made = lambda n, x: (n.norm(apart(n, x)[0]), *apart(n, x)[1:])  # noqa: E731
-    graph = trace(strong(lambda: Heads(made, **three(norm=nn.LayerNorm(8)))), X)
-    assert kept_by(graph.recording) == [("norm.bias", "norm.weight")]
-    assert not spelt(graph.recording, Widths(graph, narrow(graph)))
+class ByHand(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-12) * self.weight
+
+
+NORMS = {"a module": lambda: nn.RMSNorm(8, eps=1e-12), "by hand": ByHand}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("sides", ["q", "k", "qk"])
+def test_what_was_divided_by_the_root_of_a_mean_counts(norm, sides):
+    """Fewer channels make shorter queries: as much as the scale would, for one side of the two."""
+
+    def made(net, x):
+        q, k, v = apart(net, x)
+        q = net.of_q(q) if "q" in sides else q
+        return q, net.of_k(k) if "k" in sides else k, v
+
+    parts = {f"of_{side}": NORMS[norm]() for side in sides}
+    model = strong(lambda: Heads(made, **three(**parts)))
+    graph = trace(model, X)
+    plan = narrow(graph)
+    wanted = emptied(model, graph, plan)
+    pruned = apply(wanted, graph, plan)
+    assert type(pruned) is Heads
+    torch.testing.assert_close(pruned(X), wanted(X), rtol=1e-7, atol=1e-7)
 
 
 @pytest.mark.filterwarnings("ignore:the code of Heads")
