@@ -146,6 +146,14 @@ class Recording:
         trees = [(op.args, op.kwargs) for op in self.operations]
         return Counter(ref.number for tree in (*trees, self.outputs) for ref in refs_in(tree))
 
+    def makers(self) -> dict[int, list[Operation]]:
+        """The operators that give each value, or write to it, in order."""
+        found: dict[int, list[Operation]] = {}
+        for operation in self.operations:
+            for number in operation.outputs:
+                found.setdefault(number, []).append(operation)
+        return found
+
     def mark(self) -> tuple[int, ...]:
         """Where the lists of the program end now, for ``rewind``."""
         return (len(self.operations), len(self.calls), len(self.contractions))

@@ -230,10 +230,10 @@ class Search:
         are worth.
         """
         met = [a for a in self.attempts if a.verdict == "met"]
-        fewest = min((len(a.built.plan.removed) for a in met), default=0)
-        among = [a for a in met if len(a.built.plan.removed) == fewest] or self.attempts
-        if len(among) == 1 or not met:
-            return best(among)
+        if len(met) < 2:
+            return best(self.attempts)
+        fewest = min(len(a.built.plan.removed) for a in met)
+        among = [a for a in met if len(a.built.plan.removed) == fewest]
         least, most = self.problem().ends
         return best(among, self._worth_of, 0.0 if self.rank else NEAR * (most - least))
 

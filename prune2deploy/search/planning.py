@@ -78,22 +78,23 @@ def propose(question: Question) -> Wanted | None:
         PlanError: A cap on parameters or multiply-accumulates cannot be kept.
     """
     whole, aim_ms = question.problem, question.aim_ms
+    floor = smallest(whole)
     if not whole.choices:  # blocks have gone, and the rest stays as it is
-        return _untried(question, smallest(whole))
+        return _untried(question, floor)
     for _ in range(NUDGES):
         if whole.model.operator_budget_ms(aim_ms) <= 0:  # what no operator takes is too long
-            return _untried(question, smallest(whole))
+            return _untried(question, floor)
         problem = replace(whole, budget_ms=aim_ms)
         try:
             found = allocate(problem)
-        except SmallestMisses as floor:
-            return _untried(question, Wanted(floor.counts, floor.floor_ms, floor=True))
+        except SmallestMisses as missed:
+            return _untried(question, Wanted(missed.counts, missed.floor_ms, floor=True))
         among = _among(question, problem, found)
         best = among[0] if question.rank is None else min(among, key=_ranking(question.rank))
         wanted = Wanted(
             best.counts,
             best.predicted_ms,
-            floor=best.counts == smallest(whole).counts,
+            floor=best.counts == floor.counts,
             curve=retained(problem, found.curve),
             ranked=1 if question.rank is None else len(among),
         )

@@ -51,6 +51,8 @@ def rescaled(stored: Mapping[str, Tensor], recording: Recording, kept: Kept) -> 
                 for whole in (stored[v], _left(stored[v], kept[v]))
             )
             found[g] = _ratio(*norms).view(stored[g].shape)
+    if not any(operation.name in INNER for operation in recording.operations):
+        return found
     formulas = _Formulas(recording)
     for weight, vector, length in formulas.divided():
         if any(positions is not None for positions in kept[weight]):
@@ -86,7 +88,7 @@ class _Formulas:
 
     def __init__(self, recording: Recording) -> None:
         self._operations = recording.operations
-        self._maker = {number: one for one in recording.operations for number in one.outputs}
+        self._maker = {number: made[-1] for number, made in recording.makers().items()}
         self._names = {number: name for name, number in recording.stored.items()}
         self._reads: Counter[int] = recording.reads()
 

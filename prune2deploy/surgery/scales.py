@@ -76,8 +76,9 @@ class _Softmaxes:
 
     def __init__(self, recording: Recording) -> None:
         self.calls: dict[_Kind, list[Operation]] = {}
-        makers = _makers(recording)
-        for operation in _unscaled(recording):
+        unscaled = _unscaled(recording)
+        makers = recording.makers() if unscaled else {}
+        for operation in unscaled:
             sides = [given(operation, name).number for name in ("query", "key")]
             width = find(recording.values[sides[0]].dims[-1])
             norms = (_normalised(recording, makers, side, width) for side in sides)
@@ -172,15 +173,6 @@ def _normalised(
             stack += [ref for ref in refs if ref not in seen]
             seen.update(refs)
     return None
-
-
-def _makers(recording: Recording) -> dict[int, list[Operation]]:
-    """The operators that give each value, or write to it."""
-    makers: dict[int, list[Operation]] = {}
-    for operation in recording.operations:
-        for out in operation.outputs:
-            makers.setdefault(out, []).append(operation)
-    return makers
 
 
 def _along_the_last(recording: Recording, operation: Operation) -> bool:

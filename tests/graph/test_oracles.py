@@ -3,7 +3,6 @@
 import copy
 import random
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,6 +15,7 @@ from prune2deploy.surgery.capture import capture
 from prune2deploy.surgery.slicing import apply
 
 from .random_nets import network
+from .zeroed import zeroed
 
 SEEDS = st.integers(0, 10_000)
 DEPTHS = st.integers(1, 5)
@@ -34,19 +34,8 @@ def random_plan(graph, seed, least=1):
     return Plan(kept)
 
 
-def with_consumers_zeroed(model, graph, plan):
-    """The model as it was, with zeros where weights consume a channel that the plan removes."""
-    model = copy.deepcopy(model)
-    tensors = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, channels in plan.kept.items():
-            for member in graph[name].members:
-                if member.role == "in":
-                    gone = (member.channel >= 0) & ~np.isin(member.channel, channels)
-                    tensors[member.tensor].index_fill_(
-                        member.dim, torch.from_numpy(np.flatnonzero(gone)), 0.0
-                    )
-    return model
+def consumes(member):
+    return member.role == "in"
 
 
 @given(seed=SEEDS, depth=DEPTHS)
@@ -56,7 +45,7 @@ def test_pruned_model_equals_original_with_the_consumers_zeroed(seed, depth):
     graph = trace(model, x)
     plan = random_plan(graph, seed)
     pruned = apply(model, graph, plan)
-    expected = with_consumers_zeroed(model, graph, plan)(x)
+    expected = zeroed(model, graph, plan, consumes)(x)
     torch.testing.assert_close(pruned(x), expected, rtol=1e-9, atol=1e-9)
     assert sum(p.numel() for p in pruned.parameters()) < sum(p.numel() for p in model.parameters())
 

@@ -2,7 +2,6 @@
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,6 +11,8 @@ from prune2deploy.graph import trace
 from prune2deploy.plan.plan import Plan
 from prune2deploy.surgery.capture import capture
 from prune2deploy.surgery.slicing import apply
+
+from .zeroed import zeroed
 
 TOKENS = torch.randn(2, 5, 6)
 
@@ -45,24 +46,12 @@ def halves(graph):
     return Plan({axis.name: tuple(range(1, axis.size, 2)) for axis in graph.prunable})
 
 
-def without(model, graph, plan):
-    """The model with zeros where its tensors hold a channel that the plan removes."""
-    model = copy.deepcopy(model)
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for name, channels in plan.kept.items():
-        for member in graph[name].members:
-            gone = (member.channel >= 0) & ~np.isin(member.channel, channels)
-            places = torch.from_numpy(np.flatnonzero(gone))
-            tensors[member.tensor].data.index_fill_(member.dim, places, 0)
-    return model
-
-
 def assert_equal_without(model, example, kept):
     """Prune half of every axis; the layers named keep so many outputs, and results are equal."""
     model.eval()
     graph = trace(model, example)
     plan = halves(graph)
-    before = without(model, graph, plan)
+    before = zeroed(model, graph, plan)
     pruned = apply(before, graph, plan)
     shapes = graph.shapes(plan.counts)
     assert {name: shapes[name] for name in kept} == kept

@@ -9,7 +9,8 @@ from prune2deploy.models import load
 from prune2deploy.plan.plan import Plan
 from prune2deploy.surgery.slicing import apply
 
-from .test_oracles import random_plan, with_consumers_zeroed
+from .test_oracles import consumes, random_plan
+from .zeroed import zeroed
 
 pytestmark = [
     pytest.mark.zoo,
@@ -62,9 +63,9 @@ def test_a_real_pruned_network_equals_the_original_with_the_consumers_zeroed(nam
     model, (x,) = loaded.module.double().eval(), loaded.example_inputs
     graph = trace(model, x.double())
     plan = random_plan(graph, 1)
-    pruned, zeroed = apply(model, graph, plan), with_consumers_zeroed(model, graph, plan)
+    pruned, expected = apply(model, graph, plan), zeroed(model, graph, plan, consumes)
     with torch.no_grad():
-        pairs = zip(tensors_in(pruned(x.double())), tensors_in(zeroed(x.double())), strict=True)
+        pairs = zip(tensors_in(pruned(x.double())), tensors_in(expected(x.double())), strict=True)
     for found, wanted in pairs:
         torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-8)
 

@@ -1,8 +1,5 @@
 """What a sliced copy is checked against: operators, shapes, and numbers that are widths."""
 
-import copy
-
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,6 +8,8 @@ from torch.nn import functional as F
 from prune2deploy.graph import trace
 from prune2deploy.plan.plan import Plan
 from prune2deploy.surgery.slicing import apply
+
+from ..graph.zeroed import zeroed
 
 X = torch.randn(2, 3, 6, 6)
 
@@ -26,18 +25,6 @@ class Through(nn.Module):
 
     def forward(self, x):
         return self.last(self._middle(self, self.first(x)))
-
-
-def without(model, graph, plan):
-    """The model with zeros where its tensors hold a channel that the plan removes."""
-    model = copy.deepcopy(model)
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for name, channels in plan.kept.items():
-        for member in graph[name].members:
-            gone = (member.channel >= 0) & ~np.isin(member.channel, channels)
-            places = torch.from_numpy(np.flatnonzero(gone))
-            tensors[member.tensor].data.index_fill_(member.dim, places, 0)
-    return model
 
 
 def from_the_end(net, x):
@@ -69,7 +56,7 @@ def test_numbers_that_constants_in_the_code_left_as_they_were_are_found_out(name
     graph = trace(model, X)
     plan = Plan({axis.name: tuple(range(1, axis.size, 2)) for axis in graph.prunable})
     assert graph.shapes(plan.counts)["first.weight"][0] <= 8
-    before = without(model, graph, plan)
+    before = zeroed(model, graph, plan)
     pruned = apply(before, graph, plan)
     assert type(pruned).__name__ == "Through" and isinstance(pruned, kind)
     torch.testing.assert_close(pruned(X), before(X))

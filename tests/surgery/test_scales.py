@@ -18,6 +18,8 @@ from prune2deploy.surgery.scales import factors
 from prune2deploy.surgery.slicing import apply
 from prune2deploy.surgery.widths import Widths
 
+from ..graph.zeroed import zeroed
+
 X = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0)).double()
 
 
@@ -152,18 +154,8 @@ def narrow(graph):
 
 
 def emptied(model, graph, plan):
-    """The model with zeros in what the plan removes."""
-    model = copy.deepcopy(model)
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    with torch.no_grad():
-        for name, channels in plan.kept.items():
-            for member in graph[name].members:
-                gone = (member.channel >= 0) & ~np.isin(member.channel, channels)
-                if not member.tensor.endswith("original1"):  # a direction cannot be zero
-                    tensors[member.tensor].index_fill_(
-                        member.dim, torch.from_numpy(np.flatnonzero(gone)), 0.0
-                    )
-    return model
+    """The model with zeros in what the plan removes, but for directions, which cannot be zero."""
+    return zeroed(model, graph, plan, lambda member: not member.tensor.endswith("original1"))
 
 
 def both_forms(make, x):
