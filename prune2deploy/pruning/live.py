@@ -235,10 +235,7 @@ class Live:
         recording = self.graph.recording
         if is_rewritten(self.model) or spelt(recording, self._widths()):
             return False
-        return runs_as_planned(
-            self.model, recording.operations, self._widths(), recording.example, self.forward_fn,
-            shapes=recording.on_shapes,
-        )  # fmt: skip
+        return runs_as_planned(self.model, recording, self._widths(), recording.example)
 
     def _rewrite(self, backup: _Backup, before: Graph) -> None:
         if self.forward_fn is not None:

@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from prune2deploy.errors import PruneError
-from prune2deploy.graph.calling import Forward, quiet, run, tensors_in
+from prune2deploy.graph.calling import quiet, run, tensors_in
 from prune2deploy.graph.layout import VARYING, Node, leaves
 from prune2deploy.graph.recording import Operation, Recording, refs_in
-from prune2deploy.graph.rules import argument
+from prune2deploy.graph.rules import Value, argument
 from prune2deploy.graph.shapes import on_shapes, outlined
 from prune2deploy.graph.whole import name_of, watched
 from prune2deploy.surgery.widths import Widths
@@ -89,20 +89,19 @@ def _shapes(result: Any) -> tuple[tuple[int, ...], ...]:
 
 def runs_as_planned(
     module: nn.Module,
-    operations: Sequence[Operation],
+    recording: Recording,
     widths: Widths,
     example: Any,
-    forward_fn: Forward | None = None,
-    *,
-    shapes: bool = False,
+    removed: Sequence[str] = (),
 ) -> bool:
-    """Whether the module runs these operators, each with the widths that the plan implies.
+    """Whether the module runs the recorded operators, each with the widths that the plan implies.
 
-    With ``shapes`` it is run as it was recorded, on shapes without values; a number that is not as
-    it was recorded then comes from a width, and should not have changed with it. Code that keeps
-    what it has computed (anchors, masks) computes it again when widths have changed: where other
-    operators are met in a first pass, a second one decides.
+    It is run as it was recorded. On shapes without values, a number that is not as it was recorded
+    comes from a width, and should not have changed with it. Code that keeps what it has computed
+    (anchors, masks) computes it again when widths have changed: where other operators are met in
+    a first pass, a second one decides.
     """
+    operations, shapes = recording.without(removed), recording.on_shapes
     inputs = outlined(example) if shapes else example
     known = list(itertools.takewhile(_known_size, operations))
     returned: list[list[torch.Size]] = []
@@ -111,13 +110,13 @@ def runs_as_planned(
             for _ in range(2):
                 watch = _Watch()
                 with watched(module, watch.inside, watch.ended), watch:
-                    result = run(module, inputs, forward_fn)
+                    result = run(module, inputs, recording.forward_fn)
                 returned.append([tensor.shape for tensor in tensors_in(result)])
                 if _same_operators(watch.seen, operations, known):
                     return (
                         returned[0] == returned[-1]
                         and _same_widths(watch.seen, known, widths)
-                        and (not shapes or _same_factors(watch.seen, known))
+                        and (not shapes or _same_factors(watch.seen, known, recording.values))
                     )
     except Exception:  # noqa: BLE001  the user's code may fail in any way when widths change
         return False
@@ -157,14 +156,31 @@ def _same_numbers(found: Seen, operation: Operation, widths: Widths) -> bool:
     return True
 
 
-def _same_factors(seen: Sequence[Seen], known: Sequence[Operation]) -> bool:
-    """Whether operators compute with the numbers that they were recorded with."""
+def _same_factors(
+    seen: Sequence[Seen], known: Sequence[Operation], values: Sequence[Value]
+) -> bool:
+    """Whether operators compute with the numbers and constants that they were recorded with."""
     return all(
         found.func is None
-        or _factors(found.func, (found.args, found.kwargs))
-        == _factors(operation.func, (operation.args, operation.kwargs))
+        or (
+            _factors(found.func, (found.args, found.kwargs))
+            == _factors(operation.func, (operation.args, operation.kwargs))
+            and _same_constants(found, operation, values)
+        )
         for found, operation in zip(seen, known, strict=False)
     )
+
+
+def _same_constants(found: Seen, operation: Operation, values: Sequence[Value]) -> bool:
+    """Whether the tensors that code has made from numbers are those that were recorded."""
+    for ref, tensor in zip(
+        refs_in((operation.args, operation.kwargs)), tensors_in((found.args, found.kwargs)),
+        strict=True,
+    ):  # fmt: skip
+        constant = values[ref.number].constant
+        if constant is not None and not torch.equal(constant, tensor):
+            return False
+    return True
 
 
 def _factors(func: Any, arguments: Any) -> list[float]:

@@ -62,9 +62,8 @@ def apply(model: nn.Module, graph: Graph, plan: Plan, example_inputs: Any = None
     update_attributes(pruned, recording, widths)
     for call in recording.spans(plan.removed).values():
         pruned.set_submodule(call.name, nn.Identity() if call.plain else Skipped())
-    operations = recording.without(plan.removed)
     if not spelt(recording, widths, plan.removed) and runs_as_planned(
-        pruned, operations, widths, example, recording.forward_fn, shapes=recording.on_shapes
+        pruned, recording, widths, example, plan.removed
     ):
         return pruned
     return _captured(pruned, source, graph, plan, example)

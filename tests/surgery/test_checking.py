@@ -92,3 +92,21 @@ def test_tensors_that_are_made_like_others_are_no_reason_to_capture(name, on_val
     for plan in (Plan({}), Plan({"first": (1, 2, 9)})):
         pruned = apply(model, graph, plan)
         assert type(pruned) is Through and pruned(X).shape == (2, 2, 6, 6)
+
+
+FROM_A_WIDTH = {
+    "number": lambda x: x / x.shape[1] ** 0.5,
+    "tensor": lambda x: x / torch.sqrt(torch.tensor(x.shape[1], dtype=x.dtype)),
+    "tensor like another": lambda x: x * x.new_tensor([x.shape[1], 1.0]).mean(),
+    "tensor of one number": lambda x: x / torch.full((), float(x.shape[1])),
+}
+
+
+@pytest.mark.parametrize("name", FROM_A_WIDTH)
+def test_what_code_computes_from_a_width_stays_what_it_was(name):
+    model = Through(lambda net, x: FROM_A_WIDTH[name](x)).eval()
+    graph = trace(model, X)
+    plan = Plan({"first": (1, 2, 9)})
+    pruned = apply(model, graph, plan)
+    assert isinstance(pruned, torch.fx.GraphModule)
+    torch.testing.assert_close(pruned(X), zeroed(model, graph, plan)(X))
