@@ -144,8 +144,9 @@ def test_budget_below_the_floor_says_floor_and_fixed_share():
 
 
 def test_cap_below_the_floor_and_unknown_methods_are_errors():
-    with pytest.raises(PlanError, match="a cap of 10 parameters"):
-        allocate(problem(chain((64, 64)), 0.9, max_params=10))
+    for share in (0.9, 0.01):
+        with pytest.raises(PlanError, match="a cap of 10 parameters"):
+            allocate(problem(chain((64, 64)), share, max_params=10))
     with pytest.raises(PlanError, match="choose from lagrangian"):
         allocate(problem(chain((64, 64)), 0.9), "best")
 
