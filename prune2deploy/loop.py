@@ -45,6 +45,7 @@ def prune_to_budget(job: Job, options: RunOptions) -> Outcome:
             become narrower.
         TraceError: The model does not run or has nothing to prune.
         MissingBackend: The target is not usable here.
+        PlanError: A cap on size or multiply-accumulates cannot be kept.
         ParityError: A build gives other outputs than the pruned module.
         BackendError: A build failed.
         MeasureError: A measurement failed.

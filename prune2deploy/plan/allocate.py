@@ -19,7 +19,7 @@ import numpy.typing as npt
 from prune2deploy.errors import BudgetUnreachable, PlanError
 from prune2deploy.graph.axes import Counts, Graph
 from prune2deploy.plan.baselines import BASELINES
-from prune2deploy.plan.choices import Ints, Problem
+from prune2deploy.plan.choices import Choice, Ints, Problem
 from prune2deploy.plan.evaluate import Evaluator
 from prune2deploy.plan.milp import solve
 from prune2deploy.plan.plan import Plan
@@ -217,19 +217,38 @@ def _require(problem: Problem, method: str) -> None:
         )
 
 
-def _require_floor(problem: Problem, evaluator: Evaluator) -> None:
-    smallest(evaluator)
-    over = evaluator.totals > evaluator.limits + 1e-9
-    if over[0]:
-        raise SmallestMisses(problem, evaluator.chosen, evaluator.kept)
-    names = [f"{v} {n}" for v, n in ((problem.max_params, "parameters"),
-             (problem.max_macs, "multiply-accumulates")) if v is not None]  # fmt: skip
-    for name, is_over, total in zip(names, over[1:], evaluator.totals[1:], strict=True):
-        if is_over:
+def require_caps(
+    graph: Graph, offered: Sequence[Choice], max_params: int | None, max_macs: int | None
+) -> None:
+    """Check that the narrowest widths keep the caps.
+
+    Args:
+        graph: The model, without the blocks that may go.
+        offered: The widths allowed.
+        max_params: Upper limit of the number of parameters, if any.
+        max_macs: Upper limit of the multiply-accumulates, if any.
+
+    Raises:
+        CapTooTightError: They do not.
+    """
+    counts = {axis: int(choice.options[0]) for choice in offered for axis in choice.axes}
+    for what, cap, least in (
+        ("parameters", max_params, graph.params(counts)),
+        ("multiply-accumulates", max_macs, graph.macs(counts)),
+    ):
+        if cap is not None and least > cap:
             raise CapTooTightError(
-                f"a cap of {name} was asked for, but the narrowest allowed plan has {total:.0f}; "
-                "raise the cap or allow narrower layers"
+                f"a cap of {cap} {what} was asked for, but the narrowest allowed plan has "
+                f"{least}; raise the cap or allow narrower layers"
             )
+
+
+def _require_floor(problem: Problem, evaluator: Evaluator) -> None:
+    left = problem.graph.without([block.name for block in problem.blocks])
+    require_caps(left, problem.choices, problem.max_params, problem.max_macs)
+    smallest(evaluator)
+    if evaluator.totals[0] > evaluator.limits[0] + 1e-9:
+        raise SmallestMisses(problem, evaluator.chosen, evaluator.kept)
 
 
 def _exact(problem: Problem, evaluator: Evaluator, found: Found, seconds: float) -> Allocation:

@@ -176,8 +176,7 @@ def grid(graph: Graph, multiple: int) -> dict[str, int]:
     """
     steps = {axis.name: 1 for axis in graph.axes}
     sizes = {axis.name: axis.size for axis in graph.axes}
-    sides = [w for layer in graph.layers for w in (layer.in_width, layer.out_width)]
-    products = [(c, axes) for f in dict.fromkeys([*graph.widths, *sides]) for c, axes in f.terms]
+    products = _products(graph)
     widest = {axes: max(axes, key=lambda name: (sizes[name], name)) for _, axes in products if axes}
     free = {name for axes, wide in widest.items() for name in axes if name != wide}
     for coefficient, axes in products:
@@ -185,6 +184,40 @@ def grid(graph: Graph, multiple: int) -> dict[str, int]:
             need = multiple // math.gcd(multiple, abs(coefficient))
             steps[widest[axes]] = math.lcm(steps[widest[axes]], need)
     return steps
+
+
+def _products(graph: Graph) -> list[tuple[int, tuple[str, ...]]]:
+    """Coefficient and axes of every term of the widths that layers read, write or hand on."""
+    sides = [w for layer in graph.layers for w in (layer.in_width, layer.out_width)]
+    return [term for width in dict.fromkeys([*graph.widths, *sides]) for term in width.terms]
+
+
+def floors(graph: Graph, steps: Mapping[str, int], least: float) -> dict[str, float]:
+    """Fraction of its channels that every prunable axis keeps, so that every width keeps ``least``.
+
+    The axes of a product (heads times channels per head) share what may go: the narrowest takes
+    an equal part of it, and what its steps leave of that is for the others.
+
+    Args:
+        graph: The traced model.
+        steps: Step of every axis, from ``grid``.
+        least: Smallest fraction of its channels that any layer keeps.
+    """
+    sizes = {axis.name: axis.size for axis in graph.prunable}
+    found = dict.fromkeys(sizes, least)
+    for _, axes in _products(graph):
+        mine = sorted((name for name in axes if name in sizes), key=lambda name: sizes[name])
+        left = least
+        for place, name in enumerate(mine):
+            found[name] = max(found[name], left ** (1 / (len(mine) - place)))
+            narrowest = allowed(sizes[name], steps[name], _least(found[name], sizes[name]), 2)[0]
+            left = min(1.0, left * sizes[name] / int(narrowest))
+    return found
+
+
+def _least(fraction: float, size: int) -> int:
+    """The fewest channels that are at least a fraction of ``size``."""
+    return max(1, math.ceil(fraction * size - 1e-9))
 
 
 def allowed(size: int, step: int, least: int, limit: int) -> Ints:
@@ -301,10 +334,11 @@ def choices(
         graph: The traced model.
         curves: Axis name to worth by number of kept channels, float array (size + 1,).
         multiple: Channel multiple of the target.
-        least: Smallest fraction of its channels that an axis may keep.
+        least: Smallest fraction of its channels that a layer may keep.
         limit: Most options of one choice.
     """
     steps = grid(graph, multiple)
+    shares = floors(graph, steps, least)
     tied = graph.ties
     alone = {axis.name for axis in graph.prunable} - {name for tie in tied for name in tie}
     units = [*tied, *((axis.name,) for axis in graph.prunable if axis.name in alone)]
@@ -312,7 +346,7 @@ def choices(
     for axes in units:
         size = min(graph[name].size for name in axes)
         step = math.lcm(*(steps[name] for name in axes))
-        options = allowed(size, step, max(1, math.ceil(least * size - 1e-9)), limit)
+        options = allowed(size, step, _least(max(shares[name] for name in axes), size), limit)
         if len({graph[name].size for name in axes}) > 1:
             raise PlanError(f"tied axes must have equal sizes, found {axes}")
         by_axis = np.array([curves[name][options] for name in axes])

@@ -19,7 +19,7 @@ from prune2deploy.errors import ConfigError
 from prune2deploy.graph.axes import Block, Graph
 from prune2deploy.importance import score
 from prune2deploy.measure import Comparison, Goal
-from prune2deploy.plan.allocate import Curve, channels
+from prune2deploy.plan.allocate import Curve, channels, require_caps
 from prune2deploy.plan.choices import Choice, Problem, choices
 from prune2deploy.plan.filling import NEAR
 from prune2deploy.plan.latency_model import LatencyModel
@@ -81,10 +81,15 @@ class Search:
 
     def _within_caps(self) -> bool:
         """Whether the model as it is keeps the caps on size and multiply-accumulates."""
-        params, macs = self.options.max_params(self.shop.target.precision), self.options.max_macs
+        params, macs = self._caps
         return (params is None or self.graph.params() <= params) and (
             macs is None or self.graph.macs() <= macs
         )
+
+    @property
+    def _caps(self) -> tuple[int | None, int | None]:
+        """Most parameters and multiply-accumulates."""
+        return self.options.max_params(self.shop.target.precision), self.options.max_macs
 
     @property
     def graph(self) -> Graph:
@@ -116,6 +121,7 @@ class Search:
         self.rank = worth.ranking(self.shop, self.scores, self.worth)
         self.choices = self._offer(self.graph)
         self._require_choices()
+        require_caps(self.graph, self.choices, *self._caps)
         self.notes += [note for note in (self.worth.note, lessons.recall()) if note]
         known = len({tuple(sorted(b.counts.items())) for b in lessons.recalled.builds})
         wanted = max(0, min(self.options.probes - known, self.builds_left - 1))
@@ -219,9 +225,7 @@ class Search:
     def problem(self) -> Problem:
         """The present allocation problem, for the budget as it is."""
         assert self.model is not None
-        params = self.options.max_params(self.shop.target.precision)
-        caps = params, self.options.max_macs
-        return Problem(self.graph, self.model, self.choices, self._limit(), *caps)
+        return Problem(self.graph, self.model, self.choices, self._limit(), *self._caps)
 
     def best(self) -> Attempt:
         """The attempt to go on with, of those that lack the fewest blocks if any meets the budget.

@@ -212,7 +212,7 @@ class Loss:
         return self.of(channels(self._shop.graph, self._scores, counts))
 
     def of(self, plan: Plan) -> float:
-        """Loss of the model pruned by a plan."""
+        """Loss of the model pruned by a plan; infinite where its outputs are no numbers."""
         shop = self._shop
         module = apply_plan(shop.module, shop.graph, plan, shop.example_inputs)
         reestimate_batchnorm(module, self._batches)
@@ -222,7 +222,7 @@ class Loss:
             size = len(found[0])
             total += size * _loss(found, wanted, labels)
             samples += size
-        return total / max(samples, 1)
+        return math.inf if math.isnan(total) else total / max(samples, 1)
 
 
 def _loss(found: list[Tensor], wanted: list[Tensor], labels: Tensor | None) -> float:

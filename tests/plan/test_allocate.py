@@ -1,6 +1,7 @@
 """Allocators against brute force, and against each other."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -143,8 +144,9 @@ def test_budget_below_the_floor_says_floor_and_fixed_share():
 
 
 def test_cap_below_the_floor_and_unknown_methods_are_errors():
-    with pytest.raises(PlanError, match="a cap of 10 parameters"):
-        allocate(problem(chain((64, 64)), 0.9, max_params=10))
+    for share in (0.9, 0.01):
+        with pytest.raises(PlanError, match="a cap of 10 parameters"):
+            allocate(problem(chain((64, 64)), share, max_params=10))
     with pytest.raises(PlanError, match="choose from lagrangian"):
         allocate(problem(chain((64, 64)), 0.9), "best")
 
@@ -174,6 +176,26 @@ def test_grid_lets_the_widest_axis_of_a_product_carry_the_multiple():
     graph = graph_of({"heads": 12, "dim": 64, "out": 768}, [made])
     steps = grid(graph, 16)
     assert steps == {"heads": 1, "dim": 16, "out": 16}
+
+
+@pytest.mark.parametrize("least", [0.8, 0.5, 0.25, 0.0])
+@pytest.mark.parametrize("heads", [3, 8, 12])
+def test_the_narrowest_product_of_axes_keeps_the_least_share_of_a_layer(heads, least):
+    inner, both = width("heads") * width("dim"), width("heads") * width("other")
+    layers = [
+        layer("qk", width("stem"), inner, 1, 1),
+        layer("v", width("stem"), both, 1, 1),
+        layer("proj", both, const(10), 1, 1),
+    ]
+    sizes = {"stem": 64, "heads": heads, "dim": 64, "other": 32}
+    graph = graph_of(sizes, layers)
+    curves = {name: np.arange(size + 1.0) for name, size in sizes.items()}
+    offered = choices(graph, curves, multiple=8, least=least)
+    counts = {**sizes, **{c.axes[0]: int(c.options[0]) for c in offered}}
+    for one in layers:
+        share = one.out_width(counts) / one.out_width(sizes)
+        assert least <= share <= max(2 * least, 0.1) or share == 1
+    assert counts["stem"] == max(8, 8 * math.ceil(8 * least))
 
 
 def test_allowed_widths_hold_the_full_one_and_the_least():

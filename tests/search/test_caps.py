@@ -1,5 +1,7 @@
 """Caps on size and arithmetic, and the curve of what more time would buy."""
 
+import shutil
+
 import pytest
 import torch
 from torch import nn
@@ -60,6 +62,16 @@ def test_a_cap_out_of_reach_is_an_error(run):
     for cap in ({"max_size_mb": 0.0}, {"max_size_mb": float("nan")}, {"max_macs": -1}):
         with pytest.raises(ConfigError, match="above 0"):
             RunOptions(Budget(speedup=2), "ort", **cap)
+
+
+@pytest.mark.parametrize("speedup", [1.1, 30.0])
+def test_a_cap_out_of_reach_is_told_before_anything_is_built(run, tmp_path, speedup):
+    """Whether or not the latency is out of reach too: a model beyond a cap is never shipped."""
+    for cap in ({"max_macs": 10}, {"max_size_mb": 1e-7}):
+        with pytest.raises(PlanError, match="a cap of"):
+            run("r", speedup=speedup, **cap)
+        assert [one.name for one in (tmp_path / "r/builds").iterdir()] == ["00-baseline"]
+        shutil.rmtree(tmp_path / "r")
 
 
 def test_no_layer_loses_more_than_it_may(run):

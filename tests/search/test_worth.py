@@ -237,6 +237,38 @@ class Residual(nn.Module):
         return x + self.up(self.down(x).relu())
 
 
+class Softmax(Twice):
+    """Overflows to not a number unless the first block undoes what the stem makes."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.no_grad():
+            self.stem.weight.mul_(0).add_(1e4)
+            self.one.down.weight.copy_(torch.eye(16)[..., None, None])
+            self.one.up.weight.copy_(-torch.eye(16)[..., None, None])
+
+    def forward(self, x):
+        made = super().forward(x.abs()).mean((2, 3)).abs().exp()
+        return made / made.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("labels", [torch.arange(8) % 4, None])
+def test_a_block_without_which_nothing_is_a_number_is_the_last_to_go(tmp_path, labels):
+    torch.manual_seed(0)
+    model, x = Softmax().eval(), torch.randn(1, 3, 4, 4)
+    graph, journal = trace(model, x), Journal(tmp_path / "journal.jsonl")
+    shop = SimpleNamespace(
+        module=model,
+        graph=graph,
+        example_inputs=(x,),
+        run=SimpleNamespace(journal=journal),
+        batches=[((torch.randn(8, 3, 4, 4),), labels)],
+        say=lambda *_: None,
+    )
+    lost = worth.of_blocks(shop, {}, worth.Worth({}, "", samples=8, data=True))
+    assert lost["one"] == np.inf and 0 <= lost["two"] < np.inf
+
+
 def test_what_is_lost_with_a_block_beside_the_worth_of_its_axes(tmp_path):
     graph = trace(Twice().eval(), torch.randn(1, 3, 4, 4))
     journal = Journal(tmp_path / "journal.jsonl")
