@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class PrecisionReport:
         passed: Whether the wanted limit was kept.
         bytes_before: Size of the file that came in.
         bytes_after: Size of ``path``.
+        samples: Rows of data that ranges come from; 0 for fp16.
     """
 
     path: Path
@@ -59,6 +60,7 @@ class PrecisionReport:
     passed: bool
     bytes_before: int
     bytes_after: int
+    samples: int = 0
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,8 @@ def to_int8(
     open_names = [name for kind in kinds.values() for name in kind]
     cheap = [k for operator, k in kinds.items() if k and operator not in quantize.CONTRACTIONS]
     found = keeping.search(out, convert, judge, open_names, cheap)
-    return _report(path, "int8", found, (*fixed, *found.kept))
+    report = _report(path, "int8", found, (*fixed, *found.kept))
+    return replace(report, samples=ranges.samples)
 
 
 def _report(path: Path, precision: str, found: Found, kept: Sequence[str]) -> PrecisionReport:
