@@ -175,6 +175,14 @@ def test_a_module_read_for_inference_is_trained_and_a_frozen_part_stays():
     assert not torch.equal(done[3].weight, partly[3].weight)
 
 
+def test_parameters_of_whole_numbers_are_left_as_they_are():
+    module = student()
+    module.table = nn.Parameter(torch.tensor([3]), requires_grad=False)
+    done = finetune(module.requires_grad_(False), None, blobs(), CPU).module
+    assert done.table.tolist() == [3]
+    assert evaluate(done, blobs(seed=7)).top1 > 0.9
+
+
 def test_tied_weights_are_averaged_once():
     class Tied(nn.Module):
         def __init__(self):
