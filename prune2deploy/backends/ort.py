@@ -303,6 +303,7 @@ class OrtSession(Session):
         self._on_gpu = str(target.option("provider", CPU)) in ON_GPU
         self._device_id = devices.device_index(target) if self._on_gpu else 0
         self._binding: Any = None
+        self._values: dict[str, Any] = {}  # bound; older versions' bindings do not keep them
         self.inputs = _specs(session.get_inputs())
         self.outputs = _specs(session.get_outputs())
 
@@ -322,10 +323,11 @@ class OrtSession(Session):
         require(self.inputs, feeds)
         device = "cuda" if self._on_gpu else "cpu"
         self._binding = self._session.io_binding()
+        make = onnxruntime.OrtValue.ortvalue_from_numpy  # on the CPU it reads the array's memory
         with _running():
-            for name, value in feeds.items():
-                bound = onnxruntime.OrtValue.ortvalue_from_numpy(value, device, self._device_id)
-                self._binding.bind_ortvalue_input(name, bound)
+            self._values = {n: make(given, device, self._device_id) for n, given in feeds.items()}
+            for name, value in self._values.items():
+                self._binding.bind_ortvalue_input(name, value)
             for spec in self.outputs:
                 self._binding.bind_output(spec.name, device, self._device_id)
 
@@ -343,4 +345,5 @@ class OrtSession(Session):
     def close(self) -> None:
         """Drop the session and what it bound."""
         self._binding = None
+        self._values = {}
         self._session = None

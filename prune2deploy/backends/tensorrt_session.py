@@ -54,7 +54,7 @@ class TensorRtSession(Session):
         self._transfers = bool(target.option("transfers", False))
         self._use_graph = bool(target.option("cuda_graph", True))
         self._logger = trt.Logger(trt.Logger.ERROR)
-        if hasattr(trt, "init_libnvinfer_plugins"):  # tensorrt_rtx has none
+        if hasattr(trt, "init_libnvinfer_plugins"):  # not in every tensorrt_rtx
             trt.init_libnvinfer_plugins(self._logger, "")  # ONNX operators may have become plugins
         self._runtime = trt.Runtime(self._logger)  # must outlive the engine
         self._engine = self._runtime.deserialize_cuda_engine(engine.read_bytes())

@@ -232,9 +232,10 @@ class TorchSession(Session):
         from torch.utils import _pytree as pytree
 
         with self._running():
-            results = pytree.tree_leaves(self._call(*self._upload(feeds)))
+            leaves = pytree.tree_leaves(self._call(*self._upload(feeds)))
+        results = [leaf for leaf in leaves if isinstance(leaf, self._torch.Tensor)]
         return {
-            spec.name: np.asarray(value.float().cpu().numpy())
+            spec.name: (value.float() if value.is_floating_point() else value).cpu().numpy()
             for spec, value in zip(self.outputs, results, strict=True)
         }
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from prune2deploy.calibration.preprocessing import Preprocessing
 from prune2deploy.calibration.readers import Array, Reader, SequenceReader, open_reader
-from prune2deploy.calibration.recipe import LABELLED, PURPOSES, Recipe, load_recipe
+from prune2deploy.calibration.recipe import LABELLED, PICTURES, PURPOSES, Recipe, load_recipe
 from prune2deploy.errors import ConfigError
 
 Batch = tuple[tuple[Tensor, ...], Tensor | None]
@@ -185,6 +185,8 @@ def open_recipe(path_or_name: str | Path, model: ForModel) -> Batches:
     """
     recipe = load_recipe(path_or_name)
     how, notices = _preprocessing(recipe, model)
+    if recipe.reader in PICTURES:
+        _check_channels(recipe, how)
     reader = open_reader(recipe, how, model.example_inputs)
     for purpose in recipe.purposes if recipe.purposes_given else ():
         if purpose in LABELLED and not reader.labelled:
@@ -297,7 +299,11 @@ def _preprocessing(recipe: Recipe, model: ForModel) -> tuple[Preprocessing, tupl
             )
     if given.get("channel_order") == "gray":
         own = replace(own, mean=own.mean[:1], std=own.std[:1])
-    how = replace(own, **given)
+    return replace(own, **given), notices
+
+
+def _check_channels(recipe: Recipe, how: Preprocessing) -> None:
+    """Raise ConfigError unless there are as many means and deviations as a picture has channels."""
     channels = 1 if how.channel_order == "gray" else 3
     for key, values in (("mean", how.mean), ("std", how.std)):
         if len(values) not in (1, channels):
@@ -305,7 +311,6 @@ def _preprocessing(recipe: Recipe, model: ForModel) -> tuple[Preprocessing, tupl
                 f"{recipe.path}:preprocessing.{key}: found {len(values)} numbers for "
                 f"{channels} channels ({how.channel_order})"
             )
-    return how, notices
 
 
 def _shown(shapes: tuple[tuple[int, ...], ...]) -> str:

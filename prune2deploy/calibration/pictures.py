@@ -39,18 +39,31 @@ def read(path: Path, how: Preprocessing) -> Pixels:
     """Read and preprocess one picture file.
 
     Raises:
-        ConfigError: The file is missing, corrupt or not a picture; names it.
+        ConfigError: The file is missing, corrupt, not a picture, or of 32 bits per pixel; names it.
     """
     image = pillow()
     unreadable = (OSError, ValueError, SyntaxError, image.DecompressionBombError)
     try:
         with image.open(path) as picture:
-            loaded = picture.convert("L" if how.channel_order == "gray" else "RGB")
+            loaded = _eight_bits(picture).convert("L" if how.channel_order == "gray" else "RGB")
     except (*unreadable, ImportError) as error:  # ultralytics' open imports decoders for the rest
         raise ConfigError(
             f"{path}: cannot be read as a picture ({error}); remove the file or replace it"
         ) from error
     return prepare(loaded, how)
+
+
+def _eight_bits(picture: Any) -> Any:
+    """A grey picture of 16 bits by its upper eight, as Pillow reads colours; of 8 bits as it is.
+
+    Raises:
+        ValueError: It has 32 bits per pixel, whose range nothing tells.
+    """
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"mode {picture.mode!r}, 32 bits per pixel; save it with 8 or 16")
+    if not picture.mode.startswith("I;16"):
+        return picture
+    return pillow().fromarray((np.asarray(picture) >> 8).astype(np.uint8))
 
 
 def from_bytes(pixels: npt.NDArray[np.uint8], how: Preprocessing) -> Pixels:

@@ -28,6 +28,7 @@ READERS: Mapping[str, tuple[str, ...]] = {  # reader to the options that it know
     "digits": ("split",),
     "random": (),
 }
+PICTURES = ("class-folders", "images", "digits")  # readers that preprocess pictures
 _NEEDS_PATH = ("class-folders", "images", "arrays")
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from prune2deploy.exporting.parity import Array, Runner, onnx_runner
+from prune2deploy.exporting.parity import Array, Runner, onnx_runner, rms
 
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 
@@ -108,29 +108,49 @@ def with_outputs(model: Any, names: Sequence[str]) -> Any:
     return copy
 
 
-def with_extremes(model: Any, names: Sequence[str]) -> Any:
+def with_extremes(model: Any, names: Sequence[str], *, finite: bool = False) -> Any:
     """Copy ``model`` so that it gives the least and largest value of each tensor of ``names``.
 
     Outputs are ``NAME/min`` and ``NAME/max``, scalars: however large the tensors are, they are
-    reduced inside the graph and nothing of them is kept.
+    reduced inside the graph and nothing of them is kept. Where ``finite`` is asked for, infinite
+    values count as zero.
     """
     copy = with_outputs(model, [])
     values = (*model.graph.input, *model.graph.value_info, *model.graph.output)
     kinds = {v.name: v.type.tensor_type.elem_type for v in values}
     for name in names:
+        masked = finite and kinds[name] == TensorProto.FLOAT
+        source = _finite(copy.graph, name) if masked else name
         for suffix, reduction in (("min", "ReduceMin"), ("max", "ReduceMax")):
             output = f"{name}/{suffix}"
-            copy.graph.node.append(helper.make_node(reduction, [name], [output], keepdims=0))
+            copy.graph.node.append(helper.make_node(reduction, [source], [output], keepdims=0))
             copy.graph.output.append(helper.make_tensor_value_info(output, kinds[name], []))
     return copy
 
 
-def extremes(path: Path, samples: Iterable[Mapping[str, Array]]) -> dict[str, tuple[float, float]]:
-    """Least and largest value of every floating-point tensor over all samples."""
+def _finite(graph: Any, name: str) -> str:
+    """Add a float32 tensor that has zeros where ``name`` is infinite; return its name."""
+    zero, infinite, masked = (f"{name}/{part}" for part in ("zero", "infinite", "finite"))
+    graph.initializer.append(helper.make_tensor(zero, TensorProto.FLOAT, [], [0.0]))
+    graph.node.append(helper.make_node("IsInf", [name], [infinite]))
+    graph.node.append(helper.make_node("Where", [infinite, zero, name], [masked]))
+    return masked
+
+
+def extremes(
+    path: Path, samples: Iterable[Mapping[str, Array]], *, finite: bool = False
+) -> dict[str, tuple[float, float]]:
+    """Least and largest value of every floating-point tensor over all samples.
+
+    Args:
+        path: The ONNX file.
+        samples: Inputs by name.
+        finite: Have infinite values, such as those that mask attention, count as zero.
+    """
     model = load_named(path)
     names = float_tensors(model)
     found = dict.fromkeys(names, (np.inf, -np.inf))
-    with opened(with_extremes(model, names)) as run:
+    with opened(with_extremes(model, names, finite=finite)) as run:
         for feeds in samples:
             values = run(feeds)
             for name, (low, high) in found.items():
@@ -145,7 +165,7 @@ def error_jumps(
     """By how much each node of ``reference`` raises the error of ``candidate``.
 
     The error of a tensor is the root mean square of its difference over that of its reference
-    values (infinite where the candidate is not finite). A node's jump is the error of its worst
+    values (infinite where only one of them is finite). A node's jump is the error of its worst
     output less that of its worst input, averaged over the samples: a node that only passes on
     what came in has none.
 
@@ -159,7 +179,7 @@ def error_jumps(
         for feeds in samples:
             expected, found = a(feeds), b(feeds)
             for name in common:
-                total[name] += _relative_rms(expected[name], found[name])
+                total[name] += rms(expected[name], found[name])
     jumps = {}
     for node in first.graph.node:
         outputs = [total[o] for o in node.output if o in total]
@@ -168,12 +188,3 @@ def error_jumps(
             before = max(inputs, default=0.0)
             jumps[node.name] = max(outputs) - before if np.isfinite(before) else 0.0
     return dict(sorted(jumps.items(), key=lambda item: -item[1]))
-
-
-def _relative_rms(expected: Array, found: Array) -> float:
-    a, b = expected.astype(np.float64), found.astype(np.float64)
-    scale = float(np.sqrt(np.mean(a * a))) if a.size else 0.0
-    if not np.isfinite(b).all():
-        return float("inf")
-    error = float(np.sqrt(np.mean((a - b) ** 2))) if a.size else 0.0
-    return error / max(scale, 1e-12)

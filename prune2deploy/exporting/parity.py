@@ -50,8 +50,8 @@ class Parity:
         tolerance: Error up to which the stages agree.
         passed: Whether they do.
         samples: How many inputs were compared.
-        vacuous: Outputs that were zero everywhere on the reference side: agreeing on them
-            proves nothing.
+        vacuous: Outputs that were zero or not finite everywhere on the reference side: agreeing
+            on them proves nothing.
         rms_rel: Root mean square of the differences over that of the reference, worst output.
         judged: ``max_rel`` or ``rms_rel``: which of the two is held against the tolerance.
         precision: Of the less precise side.
@@ -123,7 +123,7 @@ def compare(
 def _errors(
     reference: Runner, candidate: Runner, samples: Iterable[Mapping[str, Array]]
 ) -> tuple[dict[str, dict[str, float]], dict[str, bool], int]:
-    """Largest error of each kind per output, whether its reference was all zero, and a count."""
+    """Largest error of each kind per output, whether its reference told nothing, and a count."""
     errors: dict[str, dict[str, float]] = {}
     zero: dict[str, bool] = {}
     count = 0
@@ -134,7 +134,7 @@ def _errors(
             now = {"max_abs": absolute, "max_rel": relative, "rms_rel": rms(expected, found)}
             top = errors.setdefault(name, now)
             errors[name] = {kind: max(top[kind], now[kind]) for kind in now}
-            zero[name] = zero.get(name, True) and not np.any(expected)
+            zero[name] = zero.get(name, True) and not telling(expected)
     return errors, zero, count
 
 
@@ -162,7 +162,7 @@ def require_numbers(model: Runner, samples: Sequence[Mapping[str, Array]]) -> tu
     """Raise ParityError where a model returns NaN: two stages that fail alike would agree.
 
     Returns:
-        Names of outputs that hold nothing but zeros, of which agreement shows little.
+        Names of outputs that hold nothing but zeros and infinity, of which agreement shows little.
     """
     outputs = model(samples[0])
     for name, output in outputs.items():
@@ -172,7 +172,12 @@ def require_numbers(model: Runner, samples: Sequence[Mapping[str, Array]]) -> tu
                 f"{output.size} values on the example inputs, expected numbers; check the weights "
                 "and the range of the inputs"
             )
-    return tuple(name for name, output in outputs.items() if not output.any())
+    return tuple(name for name, output in outputs.items() if not telling(output))
+
+
+def telling(output: Array) -> bool:
+    """Whether an output holds any value that agreeing on shows something: finite and not zero."""
+    return bool((np.isfinite(output) & (output != 0)).any())
 
 
 def difference(expected: Array, found: Array) -> tuple[float, float]:

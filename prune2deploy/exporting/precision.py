@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
@@ -48,6 +49,7 @@ class PrecisionReport:
         passed: Whether the wanted limit was kept.
         bytes_before: Size of the file that came in.
         bytes_after: Size of ``path``.
+        samples: Rows of data that ranges come from; 0 for fp16.
     """
 
     path: Path
@@ -58,6 +60,7 @@ class PrecisionReport:
     passed: bool
     bytes_before: int
     bytes_after: int
+    samples: int = 0
 
 
 @dataclass(frozen=True)
@@ -134,8 +137,9 @@ def to_int8(
 ) -> PrecisionReport:
     """Quantise ``path`` statically to int8 with pairs of Q and DQ, written to ``out``.
 
-    Layers that raise the error most stay in fp32 until the limit of ``options`` is kept, as far
-    as ``keeping`` finds them; the report says which, and whether it was.
+    Nodes with infinite values stay in fp32, and then layers that raise the error most, until the
+    limit of ``options`` is kept, as far as ``keeping`` finds them; the report says which, and
+    whether it was.
 
     Args:
         path: The fp32 file; simplified, with normalisations folded.
@@ -149,16 +153,22 @@ def to_int8(
     chosen = options or Int8Options()
     ranges = calibrate(path, batches, chosen.method, data=chosen.data, store=chosen.store)
     samples = [sample for sample, _ in zip(feeds(path, batches), range(COMPARED), strict=False)]
+    unbounded = quantize.unbounded(path, ranges, chosen.recipe)
+    fixed = list(dict.fromkeys([*unbounded, *chosen.keep]))
 
     def convert(target: Path, kept: Collection[str]) -> None:
-        quantize.quantize(path, target, ranges, chosen.recipe, [*chosen.keep, *kept])
+        quantize.quantize(path, target, ranges, chosen.recipe, [*fixed, *kept])
 
     judge = Judge(path, samples, "int8", (chosen.max_error, chosen.accuracy))
-    kinds = quantize.kinds(path, chosen.recipe)
-    names = [name for kind in kinds.values() for name in kind]
-    cheap = [kind for operator, kind in kinds.items() if operator not in quantize.CONTRACTIONS]
-    found = keeping.search(out, convert, judge, names, cheap)
-    return _report(path, "int8", found, (*chosen.keep, *found.kept))
+    kinds = {
+        operator: [name for name in names if name not in set(fixed)]
+        for operator, names in quantize.kinds(path, chosen.recipe).items()
+    }
+    open_names = [name for kind in kinds.values() for name in kind]
+    cheap = [k for operator, k in kinds.items() if k and operator not in quantize.CONTRACTIONS]
+    found = keeping.search(out, convert, judge, open_names, cheap)
+    report = _report(path, "int8", found, (*fixed, *found.kept))
+    return replace(report, samples=ranges.samples)
 
 
 def _report(path: Path, precision: str, found: Found, kept: Sequence[str]) -> PrecisionReport:
@@ -175,15 +185,18 @@ def _report(path: Path, precision: str, found: Found, kept: Sequence[str]) -> Pr
 
 
 def _overflowing(path: Path, samples: Sequence[Mapping[str, Array]]) -> list[str]:
-    """Nodes with an input, an output or a weight outside fp16, or whose squares are."""
+    """Nodes with an input, an output or a weight outside fp16, or whose squares are.
+
+    Infinity is within: fp16 has it.
+    """
     limit = LARGEST_HALF * HEADROOM
-    ends = extremes(path, samples)
+    ends = extremes(path, samples, finite=True)
     tops = {name: max(abs(low), abs(high)) for name, (low, high) in ends.items()}
     model = load_named(path)
     for tensor in model.graph.initializer:
         array = numpy_helper.to_array(tensor)
-        if tensor.data_type == TensorProto.FLOAT and array.size:
-            tops[tensor.name] = float(abs(array).max())
+        if tensor.data_type == TensorProto.FLOAT:
+            tops[tensor.name] = float(abs(array[np.isfinite(array)]).max(initial=0.0))
     found = []
     for node in model.graph.node:
         top = max((tops.get(name, 0.0) for name in (*node.input, *node.output)), default=0.0)

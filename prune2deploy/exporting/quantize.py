@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from onnx import TensorProto, numpy_helper
 
 from prune2deploy.atomic import replacing
 from prune2deploy.errors import ExportError
@@ -95,6 +96,20 @@ def kinds(path: Path, recipe: str) -> dict[str, list[str]]:
         if node.op_type in operators:
             found.setdefault(node.op_type, []).append(node.name)
     return found
+
+
+def unbounded(path: Path, ranges: Ranges, recipe: str) -> list[str]:
+    """Names of nodes that the recipe quantises although they read or make infinite values.
+
+    No scale holds those; what masks attention is such a value.
+    """
+    model = load_named(path)
+    floats = [t for t in model.graph.initializer if t.data_type == TensorProto.FLOAT]
+    found = {t.name for t in floats if not np.isfinite(numpy_helper.to_array(t)).all()}
+    found |= {name for name, ends in ranges.ranges.items() if not np.isfinite(ends).all()}
+    wanted = {name for kind in kinds(path, recipe).values() for name in kind}
+    touching = (n.name for n in model.graph.node if found & {*n.input, *n.output})
+    return [name for name in touching if name in wanted]
 
 
 def _with_pairs(model: Any, ranges: Ranges, recipe: Recipe, keep: Collection[str]) -> Any:

@@ -53,7 +53,7 @@ class Ranges:
         data: Name or hash of the calibration data that the caller gives.
         method: One of ``METHODS``.
         samples: Rows of data that were seen.
-        ranges: Tensor name to its lower and upper end.
+        ranges: Tensor name to its lower and upper end; not finite where the tensor was not.
     """
 
     onnx_sha256: str
@@ -180,9 +180,12 @@ def _thresholds(
     ends: Mapping[str, tuple[float, float]],
     method: str,
 ) -> dict[str, float]:
-    """Second pass: a histogram of magnitudes per tensor, over the range that the first saw."""
+    """Second pass: a histogram of magnitudes per tensor, over the range that the first saw.
+
+    A tensor that was infinite somewhere has no threshold.
+    """
     model = load_named(path)
-    names = float_tensors(model)
+    names = [name for name in float_tensors(model) if np.isfinite(ends[name]).all()]
     tops = {name: max(abs(ends[name][0]), abs(ends[name][1]), 1e-12) for name in names}
     counts = {name: np.zeros(BINS, np.int64) for name in names}
     with opened(with_outputs(model, names)) as run:
@@ -197,7 +200,8 @@ def _thresholds(
 def _clip(
     ends: Mapping[str, tuple[float, float]], limits: Mapping[str, float]
 ) -> dict[str, tuple[float, float]]:
-    return {n: (max(low, -limits[n]), min(high, limits[n])) for n, (low, high) in ends.items()}
+    clipped = {n: (max(ends[n][0], -top), min(ends[n][1], top)) for n, top in limits.items()}
+    return {**ends, **clipped}
 
 
 def _counted(batches: Iterable[Batch], counter: list[int]) -> Iterator[Batch]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prune2deploy.errors import ModelError
 from prune2deploy.models import (
@@ -98,7 +98,8 @@ def load(
     _require_size(loaded, input_size)
     if weights is not None:
         load_weights(loaded.module, weights)
-    return replace(loaded, module=_settled(loaded.module), spec=spec)
+    module, inputs = _settled(loaded.module, loaded.example_inputs)
+    return replace(loaded, module=module, example_inputs=inputs, spec=spec)
 
 
 def _require(spec: str, input_size: tuple[int, int] | None, batch: int) -> None:
@@ -124,9 +125,12 @@ def _require_size(loaded: LoadedModel, input_size: tuple[int, int] | None) -> No
     )
 
 
-def _settled(module: nn.Module) -> nn.Module:
-    """Return the module in eval mode, on the CPU, with its floating-point tensors as float32."""
+def _settled(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """Return the module in eval mode; it and its inputs on the CPU, floating point as float32."""
     let_switch(module)
     if isinstance(module.eval(), torch.fx.GraphModule):
-        return module  # its operators may have device and precision written into them
-    return module.to(device="cpu", dtype=torch.float32)
+        return module, inputs  # its operators may have device and precision written into them
+    moved = tuple(
+        one.to("cpu", torch.float32 if one.is_floating_point() else one.dtype) for one in inputs
+    )
+    return module.to(device="cpu", dtype=torch.float32), moved

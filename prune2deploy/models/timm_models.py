@@ -63,9 +63,10 @@ def _options(timm: Any, request: Request) -> dict[str, Any]:
 
 def _preprocessing(data: dict[str, Any], size: tuple[int, int], channels: int) -> Preprocessing:
     interpolation = data["interpolation"]
+    squashed = data.get("crop_mode") == "squash"  # whatever the proportions, mostly uncut
     return Preprocessing(
         size=size,
-        resize=math.floor(min(size) / data["crop_pct"]),
+        resize=None if squashed else math.floor(min(size) / data["crop_pct"]),
         mean=tuple(data["mean"]),
         std=tuple(data["std"]),
         channel_order="gray" if channels == 1 else "rgb",

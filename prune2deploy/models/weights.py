@@ -36,7 +36,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
     """
     state = read_state_dict(path)
     own = module.state_dict()
-    state = _without_prefix(state, own.keys())
+    state = _with_ties(_without_prefix(state, own.keys()), module)
     _check_fits(own, state, path)
     module.load_state_dict({**own, **{k: v for k, v in state.items() if k in own}})
 
@@ -102,6 +102,20 @@ def _without_prefix(state: dict[str, Tensor], names: Any) -> dict[str, Tensor]:
             if len(wanted & candidate.keys()) > len(wanted & best.keys()):
                 best = candidate
     return best
+
+
+def _with_ties(state: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """Add the other names of tensors that ``module`` stores under several.
+
+    Files of safetensors hold such a tensor once.
+    """
+    stored = [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]
+    given = {id(tensor): state[name] for name, tensor in stored if name in state}
+    ties = {name: given[id(tensor)] for name, tensor in stored if id(tensor) in given}
+    return {**ties, **state}
 
 
 def _check_fits(own: Mapping[str, Any], state: Mapping[str, Tensor], path: Path) -> None:

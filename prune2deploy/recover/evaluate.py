@@ -59,6 +59,11 @@ def logits_of(outputs: object) -> Tensor:
     )
 
 
+def numbers(labels: Tensor) -> Tensor:
+    """Return labels of whole numbers as int64, which torch's losses want; others as they are."""
+    return labels if labels.is_floating_point() else labels.long()
+
+
 def evaluate(module: nn.Module, batches: Iterable[Batch]) -> Accuracy:
     """Measure top-1 accuracy in eval mode; the module's mode is as before afterwards.
 
@@ -77,7 +82,7 @@ def evaluate(module: nn.Module, batches: Iterable[Batch]) -> Accuracy:
                 raise ConfigError(
                     "accuracy needs labels, but the data has none; use a recipe with labels"
                 )
-            target = labels.to(device)
+            target = numbers(labels.to(device))
             logits = logits_of(module(*(one.to(device) for one in inputs))).float()
             right += int((logits.argmax(1) == target).sum())
             loss += float(nn.functional.cross_entropy(logits, target, reduction="sum"))

@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from prune2deploy.calibration import Batch, restarting
 from prune2deploy.errors import ConfigError
-from prune2deploy.recover.evaluate import logits_of
+from prune2deploy.recover.evaluate import logits_of, numbers
 from prune2deploy.surgery.copying import copied
 
 RATE = 0.02  # highest, where there are steps enough
@@ -213,7 +213,10 @@ class _Run:
         self.average = copied(student, {}) if options.ema else None
         self.device = next(student.parameters()).device
         if not any(p.requires_grad for p in student.parameters()):
-            student.requires_grad_(True)  # as read for inference; who freezes a part means it
+            for (
+                weight
+            ) in student.parameters():  # as read for inference; who freezes a part means it
+                weight.requires_grad_(weight.is_floating_point())
         weights = [p for p in student.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in weights if p.ndim > 1], "weight_decay": options.weight_decay},
@@ -243,7 +246,7 @@ def _epoch(run: _Run, batches: Iterable[Batch], progress: Progress | None) -> fl
 
 def _step(run: _Run, batch: Batch) -> float:
     inputs = tuple(one.to(run.device, non_blocking=True) for one in batch[0])
-    labels = None if batch[1] is None else batch[1].to(run.device, non_blocking=True)
+    labels = None if batch[1] is None else numbers(batch[1].to(run.device, non_blocking=True))
     for group in run.optimizer.param_groups:
         group["lr"] = run.highest * learning_rate(run.step, run.total, run.options.warmup)
     alone = len(inputs[0]) < 2
@@ -358,8 +361,8 @@ def _update_average(run: _Run) -> None:
     decay = min(run.options.ema, (1 + run.step) / (10 + run.step))  # follow quickly at first
     with torch.no_grad():
         for mean, value in zip(_tensors(run.average), _tensors(run.student), strict=True):
-            if value.is_floating_point():
-                mean.lerp_(value, 1 - decay)
+            if value.is_floating_point():  # what is equal may be infinite, such as masks
+                mean.copy_(torch.where(mean == value, value, mean.lerp(value, 1 - decay)))
             else:
                 mean.copy_(value)
 

@@ -149,12 +149,12 @@ def lower(path: Path, out: Path, wish: Wish) -> Lowered:
             tolerance=tolerance,
             accuracy=_accuracy(path, wish),
         )
-        return _described(path, report, wish, 0)
+        return _described(path, report, wish)
     if wish.batches is None:
         raise ConfigError("precision int8 needs calibration data: add --data RECIPE")
     batches = first(wish.batches, QUICK_SAMPLES) if wish.quick else wish.batches
     report = precision.to_int8(path, out, batches, _int8_options(path, wish))
-    return _described(path, report, wish, sum(len(inputs[0]) for inputs, _ in batches))
+    return _described(path, report, wish)
 
 
 def _int8_options(path: Path, wish: Wish) -> Int8Options:
@@ -186,7 +186,7 @@ def _evaluate(batches: Iterable[Batch]) -> Callable[[Path], float]:
     return accuracy
 
 
-def _described(path: Path, report: PrecisionReport, wish: Wish, samples: int) -> Lowered:
+def _described(path: Path, report: PrecisionReport, wish: Wish) -> Lowered:
     plain = None if wish.quick or wish.batches is None else top1(path, wish.batches)
     own = None if plain is None or wish.batches is None else top1(report.path, wish.batches)
     limit = parity.TOLERANCE[wish.precision] if wish.quick else report.parity.tolerance
@@ -197,7 +197,7 @@ def _described(path: Path, report: PrecisionReport, wish: Wish, samples: int) ->
         replace(report.parity, tolerance=limit, passed=passed),
         passed,
         wish.quick,
-        samples,
+        report.samples,
         plain[0] if plain else None,
         own[0] if own else None,
         own[1] if own else 0,

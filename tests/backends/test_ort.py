@@ -1,5 +1,7 @@
+import gc
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,6 +34,30 @@ def test_an_engine_computes_what_the_reference_does(ort, make_target, make_onnx,
         found = session.run(feeds)["y"]
     wanted = onnx_reference.ReferenceEvaluator(str(path)).run(None, feeds)[0]
     np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_what_is_bound_lives_as_long_as_the_session(
+    ort, make_target, make_onnx, tmp_path, monkeypatch
+):
+    """A binding of older versions does not keep the arrays that it reads from."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+
+    def bind(self, name, value):
+        self._iobinding.bind_ortvalue_input(name, value._ortvalue)
+
+    monkeypatch.setattr(onnxruntime.IOBinding, "bind_ortvalue_input", bind)
+    target = make_target()
+    engine = ort.build(make_onnx(), target, tmp_path / "out")
+    session = ort.open(engine, target)
+    feeds = random_feeds(session.inputs, seed=0)
+    alive = [weakref.ref(array) for array in feeds.values()]
+    session.prepare(feeds)
+    del feeds
+    gc.collect()
+    assert all(one() is not None for one in alive)
+    session.close()
+    gc.collect()
+    assert all(one() is None for one in alive)
 
 
 def test_timing_reports_wall_and_thread_time(ort, make_target, make_onnx, tmp_path):

@@ -6,6 +6,8 @@ import pytest
 from prune2deploy.backends import registry, torch_backend, torch_nodes
 from prune2deploy.backends.feeds import random_feeds
 from prune2deploy.errors import BackendError, BuildError, ConfigError
+from prune2deploy.exporting import export
+from prune2deploy.exporting import program as program_file
 
 torch = pytest.importorskip("torch")
 
@@ -43,6 +45,27 @@ def test_it_runs_the_program_beside_the_onnx_file(program, make_target, tmp_path
     timings = backend.profile(engine, target, feeds, runs=2)
     assert [t.kind for t in timings] == ["conv2d", "relu", "conv2d", "sigmoid"]
     assert timings[0].output_shapes == ((1, 16, 12, 12),)
+
+
+class Mixed(torch.nn.Module):
+    """Returns more than floating-point tensors."""
+
+    def forward(self, x):
+        return x * 2, 0.5, None, x.long() + (1 << 40)
+
+
+def test_outputs_are_the_tensors_alone_in_their_own_types(make_target, tmp_path):
+    example = (torch.ones(1, 3),)
+    path = export.to_onnx(Mixed(), example, tmp_path / "mixed.onnx")
+    program_file.save(Mixed(), example, path.with_suffix(".pt2"))
+    backend, target = registry.get("torch"), make_target("torch")
+    engine = backend.build(path, target, tmp_path / "out")
+    with backend.open(engine, target) as session:
+        found = session.run({"input": np.full((1, 3), 3, np.float32)})
+    assert list(found) == ["output_0", "output_3"]
+    assert found["output_0"].tolist() == [[6.0] * 3]
+    assert found["output_3"].tolist() == [[(1 << 40) + 3] * 3]
+    assert found["output_3"].dtype == np.int64
 
 
 def test_what_pytorch_raises_is_an_error_of_the_backend(program, make_target, tmp_path):

@@ -47,6 +47,18 @@ def test_channel_order_mean_and_std():
     assert np.allclose(bgr[:, 0, 0], [0.2, 0.0, 1.0])
 
 
+def test_grey_of_sixteen_bits_is_scaled_and_of_thirty_two_refused(tmp_path):
+    values = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    how = Preprocessing(size=(8, 8))
+    for name in ("deep.png", "deep.tif"):
+        Image.fromarray(values).save(tmp_path / name)
+        found = pictures.read(tmp_path / name, how)
+        np.testing.assert_allclose(found, np.stack([values >> 8] * 3) / 255, atol=1e-6)
+    Image.fromarray(values.astype(np.float32) / 64000).save(tmp_path / "float.tif")
+    with pytest.raises(ConfigError, match=r"float\.tif: .*32 bits per pixel"):
+        pictures.read(tmp_path / "float.tif", how)
+
+
 @pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"])
 def test_corrupt_picture_is_named(tmp_path, content):
     path = tmp_path / "broken.png"

@@ -63,6 +63,14 @@ def test_outputs_that_are_zero_are_reported_as_vacuous():
     assert found.vacuous == ("a",)
 
 
+@pytest.mark.parametrize("value", [0.0, np.inf, -np.inf, np.nan])
+def test_agreeing_on_what_is_no_finite_value_proves_nothing(value):
+    output = {"a": np.full((2, 3), value, np.float32), "b": np.array([[value, 1.0]])}
+    assert parity.compare(lambda _: output, lambda _: output, [{}]).vacuous == ("a",)
+    if not np.isnan(value):
+        assert parity.require_numbers(lambda _: output, [{}]) == ("a",)
+
+
 def test_different_outputs_and_shapes_are_named():
     with pytest.raises(ParityError, match="a against a, b"):
         parity.compare(gives(a=[1]), gives(a=[1], b=[1]), [X])

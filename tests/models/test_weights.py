@@ -59,6 +59,26 @@ def test_safetensors(tmp_path):
         load_weights(module, tmp_path / "w.safetensors")
 
 
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(6, 4), nn.Linear(4, 6, bias=False)
+        self.head.weight = self.embedding.weight
+
+
+def test_a_tensor_of_two_names_may_lie_in_the_file_under_one(tmp_path):
+    save_model = pytest.importorskip("safetensors.torch").save_model
+    wanted, module = Tied(), Tied()
+    save_model(wanted, str(tmp_path / "w.safetensors"))
+    load_weights(module, tmp_path / "w.safetensors")
+    assert torch.equal(module.embedding.weight, wanted.embedding.weight)
+    assert module.head.weight is module.embedding.weight
+    untied = Tied()
+    untied.head.weight = nn.Parameter(torch.zeros(6, 4))
+    with pytest.raises(ModelError, match="of the model is not in the file"):
+        load_weights(untied, tmp_path / "w.safetensors")
+
+
 class Evil:
     def __reduce__(self):
         return (os.system, ("touch " + os.environ["EVIL_PROOF"],))

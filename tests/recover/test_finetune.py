@@ -92,6 +92,35 @@ def test_moving_average_is_returned_where_asked_for():
     assert evaluate(mean, blobs(seed=7)).top1 > 0.9
 
 
+class Masked(nn.Module):
+    """Adds what a model of text masks with: zero or minus infinity."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = student()
+        self.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+
+    def forward(self, x):
+        return self.inner(x) + self.mask.softmax(0)[1]
+
+
+def test_infinite_buffers_survive_the_moving_average():
+    done = finetune(Masked(), None, blobs(60), replace(CPU, epochs=1, ema=0.9))
+    assert done.module.mask.tolist() == [0.0, -math.inf]
+    assert not torch.equal(done.module.inner[0].weight, student()[0].weight)
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.int16, torch.uint8])
+def test_labels_may_be_whole_numbers_of_any_type(kind):
+    narrow = [(inputs, labels.to(kind)) for inputs, labels in blobs(60)]
+    wide = [(inputs, labels) for inputs, labels in blobs(60)]
+    options = replace(CPU, epochs=1)
+    assert finetune(student(), None, narrow, options).losses == (
+        finetune(student(), None, wide, options).losses
+    )
+    assert evaluate(student(), narrow) == evaluate(student(), wide)
+
+
 def test_penalty_is_added_to_the_loss():
     small = finetune(
         student(), None, blobs(), CPU, penalty=lambda m: 0.1 * m[0].weight.abs().sum()
@@ -144,6 +173,14 @@ def test_a_module_read_for_inference_is_trained_and_a_frozen_part_stays():
     done = finetune(partly, None, blobs(), CPU).module
     assert torch.equal(done[0].weight, partly[0].weight)
     assert not torch.equal(done[3].weight, partly[3].weight)
+
+
+def test_parameters_of_whole_numbers_are_left_as_they_are():
+    module = student()
+    module.table = nn.Parameter(torch.tensor([3]), requires_grad=False)
+    done = finetune(module.requires_grad_(False), None, blobs(), CPU).module
+    assert done.table.tolist() == [3]
+    assert evaluate(done, blobs(seed=7)).top1 > 0.9
 
 
 def test_tied_weights_are_averaged_once():

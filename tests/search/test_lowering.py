@@ -301,6 +301,21 @@ def test_accuracy_is_part_of_what_is_told(small, tmp_path, batches):
     assert "top-1" in made.text() and "24 samples" in made.text()
 
 
+def test_data_without_labels_is_gone_through_once_for_its_ranges(small, tmp_path, batches):
+    class Counting:
+        read = 0
+
+        def __iter__(self):
+            for inputs, _ in batches:
+                self.read += 1
+                yield inputs, None
+
+    counting = Counting()
+    made = lower(small, tmp_path / "q.onnx", Wish("int8", "cpu", counting))
+    assert made.samples == 24 and made.top1 is None
+    assert len(batches) <= counting.read < 2 * len(batches)
+
+
 def test_max_drop_decides_in_place_of_the_outputs_difference(small, tmp_path, batches, monkeypatch):
     monkeypatch.setattr(parity, "TOLERANCE", {**parity.TOLERANCE, "int8": 1e-9})
     monkeypatch.setattr(keeping, "ROUNDS", 1)
