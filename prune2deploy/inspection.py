@@ -34,7 +34,7 @@ def text(name: str, graph: Graph) -> str:
     lines = [
         f"{name}: {len(graph.axes)} axes, {len(prunable)} of them prunable; "
         f"{readable(graph.params())} parameters, {readable(graph.macs())} MACs, "
-        f"{graph.operators} operators",
+        f"{len(graph.operators)} operators",
         "",
         table(["axis", "width", "params", "MACs", "tie", "state", "lives in"], rows, TEXT),
     ]
@@ -55,7 +55,7 @@ def document(name: str, graph: Graph) -> dict[str, Any]:
         "model": name,
         "params": graph.params(),
         "macs": graph.macs(),
-        "operators": graph.operators,
+        "operators": len(graph.operators),
         "axes": [_axis(graph, axis) for axis in graph.axes],
         "blocks": [block.name for block in graph.blocks],
         "unknown": dict(graph.unknown),

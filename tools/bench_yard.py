@@ -163,7 +163,7 @@ def correct(
     limit_ms = limit * yard.base_ms
     while len(trials) < most:
         problem = Problem(yard.graph, yard.fit(), among, limit_ms)
-        up = bool(trials) and trials[-1].share <= limit
+        up = any(trial.share <= limit for trial in trials)
         tried = [pruned(yard.graph, t.setting) for t in trials if isinstance(t.setting, Mapping)]
         found = propose(Question(problem, aim(limit_ms, NUDGE), tried, up, rank))
         if found is None:

@@ -135,7 +135,7 @@ def facts(graph: Graph) -> Result:
     total = max(sum(sizes.values()), 1)
     return {
         "share": sum(n for name, n in sizes.items() if name in cut) / total,
-        "operators": graph.operators,
+        "operators": len(graph.operators),
         "ranks": any(op.func._schema.name in RANKING for op in graph.recording.operations),
         "axes": len(graph.axes),
         "prunable": len(graph.prunable),

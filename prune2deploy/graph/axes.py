@@ -142,7 +142,7 @@ class Graph:
             matches the engine's shapes against these.
         unknown: Operators without a rule, with how often each was met (their axes are frozen).
         blocks: Removable units.
-        operators: Number of recorded operators.
+        operators: Names of the recorded operators, in order.
         recording: What the forward pass did, for the stage that applies plans; opaque here.
     """
 
@@ -153,7 +153,7 @@ class Graph:
     widths: tuple[Polynomial, ...]
     unknown: Mapping[str, int]
     blocks: tuple[Block, ...] = ()
-    operators: int = 0
+    operators: tuple[str, ...] = ()
     recording: Any = field(default=None, repr=False)
     _by_name: dict[str, Axis] = field(default_factory=dict, repr=False)
 

@@ -60,7 +60,7 @@ def build(recording: Recording) -> Graph:
         widths=_widths(recording, formulas),
         unknown=dict(recording.unknown),
         blocks=tuple(_blocks(recording)),
-        operators=len(recording.operations),
+        operators=tuple(operation.name for operation in recording.operations),
         recording=recording,
     )
 

@@ -109,12 +109,9 @@ def _with_ties(state: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]
 
     Files of safetensors hold such a tensor once.
     """
-    stored = [
-        *module.named_parameters(remove_duplicate=False),
-        *module.named_buffers(remove_duplicate=False),
-    ]
-    given = {id(tensor): state[name] for name, tensor in stored if name in state}
-    ties = {name: given[id(tensor)] for name, tensor in stored if id(tensor) in given}
+    own = module.state_dict(keep_vars=True)
+    given = {id(own[name]): tensor for name, tensor in state.items() if name in own}
+    ties = {name: given[id(held)] for name, held in own.items() if id(held) in given}
     return {**ties, **state}
 
 

@@ -64,10 +64,10 @@ class Context:
 
 
 def model_key(graph: Graph) -> str:
-    """Hash of a traced model: its axes, widths and the shapes of its layers."""
+    """Hash of a traced model: its axes, operators, and the shapes of its layers."""
     layers = [(y.operator, repr(y.in_width), repr(y.out_width), repr(y.macs)) for y in graph.layers]
     axes = [(axis.name, axis.size, axis.tie) for axis in graph.axes]
-    return hashlib.sha256(json.dumps([axes, layers]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([axes, layers, graph.operators]).encode()).hexdigest()
 
 
 class LatencyCache:

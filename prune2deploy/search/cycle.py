@@ -130,13 +130,14 @@ class Search:
         lessons.keep()
 
     def _require_choices(self) -> None:
-        """Raise ConfigError where ``--max-pruning-ratio`` leaves every layer as it is."""
-        if not self.choices:
-            raise ConfigError(
-                f"--max-pruning-ratio {self.options.max_pruning_ratio:g}: found no layer that may "
-                f"become narrower, since widths here are multiples of {self.lessons.multiple}; "
-                "expected a larger fraction"
-            )
+        """Raise ConfigError where the least widths leave every layer as it is."""
+        if self.choices:
+            return
+        ratio, multiple = self.options.max_pruning_ratio, self.lessons.multiple
+        found = f"found no layer that may become narrower in multiples of {multiple}"
+        if ratio is not None:
+            raise ConfigError(f"--max-pruning-ratio {ratio:g}: {found}; expected a larger fraction")
+        raise ConfigError(f"{found}; expected a smaller channel_multiple in the target")
 
     def _draw(self, wanted: int) -> None:
         """Build up to ``wanted`` probes; the last is spared where other models taught enough."""
@@ -305,7 +306,7 @@ class Search:
                 problem,
                 aim(problem.budget_ms, self._half_width()),
                 self.lessons.tried,
-                up=bool(self.attempts) and self.attempts[-1].verdict == "met",
+                up=any(attempt.verdict == "met" for attempt in self.attempts),
                 rank=rank and (lambda counts: rank(self._plan(counts))),
             )
         )

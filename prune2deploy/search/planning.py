@@ -59,7 +59,7 @@ class Question:
         problem: Its budget is the limit of the median, in baseline milliseconds.
         aim_ms: Where to aim below that, so that the measured interval will fit.
         tried: Counts of the plans measured so far, without the axes that keep all.
-        up: Whether the last one met the budget, so that the next may be larger.
+        up: Whether one of them met the budget, so that only larger ones are worth a build.
         rank: What widths lose together, e.g. the measured loss of the model that has them; lower
             is better. ``None`` leaves the decision to the objective.
     """

@@ -4,8 +4,11 @@ import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
+from torch import nn
 
 from prune2deploy.errors import ConfigError
+from prune2deploy.graph import trace
 from prune2deploy.plan.costs import Point
 from prune2deploy.plan.latency_cache import Context, LatencyCache, model_key
 from prune2deploy.plan.latency_model import fit, points_of
@@ -13,6 +16,7 @@ from prune2deploy.plan.probes import probes
 
 from .made import builds, chain
 
+X = torch.zeros(1, 3, 4, 4)
 HERE = Context("cpu-1", "ort 1.32", "fp32", 1)
 
 
@@ -67,6 +71,14 @@ def test_another_device_runtime_precision_or_thread_count_shares_nothing(tmp_pat
 def test_models_of_other_widths_have_other_keys():
     assert model_key(chain((64, 64))) == model_key(chain((64, 64)))
     assert model_key(chain((64, 64))) != model_key(chain((64, 32)))
+
+
+def test_models_of_other_activations_have_other_keys():
+    keys = {
+        model_key(trace(nn.Sequential(nn.Conv2d(3, 8, 1), act, nn.Conv2d(8, 2, 1)), X))
+        for act in (nn.ReLU(), nn.SiLU(), nn.ReLU())
+    }
+    assert len(keys) == 2
 
 
 def test_a_file_that_is_no_cache_is_named(tmp_path):
