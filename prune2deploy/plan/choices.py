@@ -233,13 +233,25 @@ def allowed(size: int, step: int, least: int, limit: int) -> Ints:
 
 
 def leaving_choice(graph: Graph, multiple: int) -> int:
-    """``multiple``, halved until some axis has more than one width: small models are narrow."""
-    while multiple > 1:
-        steps = grid(graph, multiple)
-        if any(len(allowed(a.size, steps[a.name], 1, 2)) > 1 for a in graph.prunable):
-            break
+    """``multiple``, halved until its narrowest widths save half of what any could.
+
+    What is saved is counted in multiply-accumulates. A step that only layers of little work can
+    follow leaves no budget within reach.
+    """
+    most = _saved(graph, 1)
+    while multiple > 1 and _saved(graph, multiple) < _REACH * most:
         multiple //= 2
     return multiple
+
+
+_REACH = 0.5  # of the multiply-accumulates that widths of any number save
+
+
+def _saved(graph: Graph, multiple: int) -> int:
+    """Multiply-accumulates that the narrowest widths on the grid of ``multiple`` save."""
+    steps = grid(graph, multiple)
+    least = {a.name: int(allowed(a.size, steps[a.name], 1, 2)[0]) for a in graph.prunable}
+    return graph.macs() - graph.macs(least)
 
 
 _BEND = 99.0  # log(1 + _BEND * share): straight below a share of 1 / _BEND, logarithmic above

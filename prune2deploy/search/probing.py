@@ -85,14 +85,14 @@ def multiple(
 def settle(shop: Workshop, timings: Timings) -> tuple[int, str]:
     """The width step of a run, decided once, and where it is from; see ``multiple``.
 
-    Where it leaves no axis of the model a choice, a finer one is taken.
+    Where it keeps most of the model as it is, a finer one is taken.
     """
 
     def work() -> tuple[int, str]:
         step, source = multiple(shop.target, shop.backend, timings, shop.progress)
         finer = leaving_choice(shop.graph, step)
         if finer < step:
-            source = f"{step}, {source}, leaves no axis a choice"
+            source = f"{step}, {source}, leaves too little to prune"
         return finer, source
 
     return shop.run.journal.once("channel multiple", tuple[int, str], work)

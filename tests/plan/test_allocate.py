@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from prune2deploy.errors import BudgetUnreachable, PlanError
 from prune2deploy.plan.allocate import METHODS, SmallestMisses, allocate, channels
-from prune2deploy.plan.choices import Problem, allowed, choices, grid, importance_curves
+from prune2deploy.plan.choices import (
+    Problem,
+    allowed,
+    choices,
+    grid,
+    importance_curves,
+    leaving_choice,
+)
 from prune2deploy.plan.evaluate import Evaluator
 from prune2deploy.plan.latency_model import fit
 from prune2deploy.plan.probes import probes
@@ -205,6 +212,16 @@ def test_allowed_widths_hold_the_full_one_and_the_least():
     thinned = allowed(2048, 16, 16, 8)
     assert len(thinned) == 8
     assert (thinned[0], thinned[-1]) == (16, 2048)
+
+
+@pytest.mark.parametrize(("work", "step"), [(64, 16), (1, 8)])
+def test_a_step_that_only_layers_of_little_work_can_follow_is_made_finer(work, step):
+    layers = [
+        layer("narrow", const(3), width("a"), 64),
+        layer("wide", width("a"), width("b"), work),
+        layer("last", width("b"), const(10), work),
+    ]
+    assert leaving_choice(graph_of({"a": 16, "b": 64}, layers), 16) == step
 
 
 def test_channels_keeps_the_best_and_checks_scores():

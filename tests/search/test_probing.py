@@ -113,4 +113,4 @@ def test_a_narrow_model_gets_a_finer_step(tmp_path, place):
     limits = result.report.limits
     assert result.met and set(result.plan.counts.values()) <= {8}
     assert limits.channel_multiple == 8
-    assert limits.multiple_source == "32, given by the target profile, leaves no axis a choice"
+    assert limits.multiple_source == "32, given by the target profile, leaves too little to prune"
