@@ -26,11 +26,11 @@ from prune2deploy.graph.calling import (
     carried,
     is_record,
     nested,
-    quiet,
     run,
     same_items,
     stored_tensors,
     tensors_in,
+    untouched,
 )
 from prune2deploy.graph.layout import Layout, leaf
 from prune2deploy.graph.recording import Contraction, ModuleCall, Operation, Recording, Ref, Struct
@@ -311,7 +311,7 @@ def _watch(model: nn.Module, recorder: Recorder) -> Any:
     recording = recorder.recording
     example = outlined(recording.example) if recording.on_shapes else recording.example
     recorder.enter_inputs(as_inputs(example))
-    with quiet(model), on_shapes(model, recording.on_shapes), recorder:
+    with untouched(model), on_shapes(model, recording.on_shapes), recorder:
         result = run(model, example, recording.forward_fn)
         recorder.note_attributes(model)
     return result
