@@ -380,6 +380,11 @@ STRUCTURES = {
         IMAGE,
         ["first", "mix"],
     ),
+    "masked by a value that is a tensor": (
+        _through(lambda n, x: x.masked_fill(x > 1, torch.tensor(0.5))),
+        IMAGE,
+        ["first"],
+    ),
     "matrix times vector": (
         _through(
             lambda n, x: x * torch.addmv(n.bias, n.matrix, n.vector)[:, None, None],
