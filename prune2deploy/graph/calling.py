@@ -108,12 +108,27 @@ def quiet(model: nn.Module) -> Iterator[None]:
     try:
         set_training(model, False)
         answers = _Answered() if _meta(modules) else nullcontext()
-        with torch.no_grad(), Visible(), answers:
+        # in inference mode torch shows operators before it takes them apart
+        with torch.inference_mode(False), torch.no_grad(), Visible(), answers:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for module, attributes in saved:
             attributes.restore(module)
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """As ``quiet``; what the forward pass writes into buffers is taken back too."""
+    saved = [(b, b.clone(), b._version) for b in model.buffers() if not b.is_inference()]
+    try:
+        with quiet(model):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, copied, version in saved:
+                if buffer._version != version:
+                    buffer.copy_(copied)
 
 
 class _Answered(TorchDispatchMode):

@@ -26,11 +26,11 @@ from prune2deploy.graph.calling import (
     carried,
     is_record,
     nested,
-    quiet,
     run,
     same_items,
     stored_tensors,
     tensors_in,
+    untouched,
 )
 from prune2deploy.graph.layout import Layout, leaf
 from prune2deploy.graph.recording import Contraction, ModuleCall, Operation, Recording, Ref, Struct
@@ -217,9 +217,18 @@ class Recorder(TorchDispatchMode):
         leads = isinstance(result, torch.Tensor) and isinstance((*args, None)[0], torch.Tensor)
         plain = isinstance(result, torch.Tensor) and len(args) == 1 and not kwargs
         hooked = bool(module._forward_hooks) or not same_items(args, taken)
+        hooked = hooked or self._lent(name, module)
         last = len(self.recording.operations)
         call = ModuleCall(name, module, given, made, first, last, plain, leads, hooked)
         self.recording.calls.append(call)
+
+    def _lent(self, path: str, module: nn.Module) -> bool:
+        """Whether a module without parts holds other tensors than its own while it runs."""
+        prefix = f"{path}." if path else ""
+        return not module._modules and any(
+            self.recording.stored.get(prefix + name) != self._numbers.get(id(tensor))
+            for name, tensor in stored_tensors(module)
+        )
 
     def _record_whole(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
         """Note a module call as one operation, by the rule of its class."""
@@ -311,7 +320,7 @@ def _watch(model: nn.Module, recorder: Recorder) -> Any:
     recording = recorder.recording
     example = outlined(recording.example) if recording.on_shapes else recording.example
     recorder.enter_inputs(as_inputs(example))
-    with quiet(model), on_shapes(model, recording.on_shapes), recorder:
+    with untouched(model), on_shapes(model, recording.on_shapes), recorder:
         result = run(model, example, recording.forward_fn)
         recorder.note_attributes(model)
     return result

@@ -81,8 +81,9 @@ class ModuleCall:
         last: The first operator after it.
         plain: Whether it takes one positional argument and returns one tensor.
         leads: Whether its first argument is a tensor and it returns one tensor.
-        hooked: Whether hooks of its own may change what it takes or returns: the inputs are what
-            they left, the outputs what they were given.
+        hooked: Whether hooks of its own may change what it takes or returns, so that the inputs
+            are what they left, the outputs what they were given; or whether it was lent other
+            tensors than its own (``torch.func.functional_call``).
     """
 
     name: str

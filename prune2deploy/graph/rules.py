@@ -326,7 +326,7 @@ UNTAGGED = (
     "aten::hardswish", "aten::hardswish_", "aten::relu6_", "aten::gelu_", "aten::mish_",
     "aten::log_sigmoid_forward", "aten::rrelu_with_noise", "aten::rrelu_with_noise_",
     "aten::threshold_", "aten::polar", "aten::complex", "aten::fill",
-    "aten::fake_quantize_per_tensor_affine", "aten::view_as",
+    "aten::fake_quantize_per_tensor_affine", "aten::view_as", "aten::masked_fill",
 )  # fmt: skip
 """Element-wise operators that PyTorch has not tagged as such."""
 rule(*UNTAGGED)(pointwise)

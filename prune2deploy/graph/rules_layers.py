@@ -179,9 +179,11 @@ def linear(call: Call) -> Layout:
 
 @rule("aten::mv", "aten::addmv")
 def mv(call: Call) -> Layout:
-    """Matrix times vector."""
+    """Matrix times vector, plus bias."""
     matrix = call.dims("self") if call.name == "aten::mv" else call.dims("mat")
     unify(matrix[1], call.dims("vec")[0])
+    if call.name == "aten::addmv":
+        broadcast([matrix[:1], call.dims("self")])
     return (matrix[0],)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from prune2deploy.graph.layout import Layout, cat, freeze, leaf, prod, regroup, unify
-from prune2deploy.graph.rules import ACROSS_GROUPS, KERNEL, Call, fresh, rule
+from prune2deploy.graph.rules import ACROSS_GROUPS, KERNEL, Call, broadcast, fresh, rule
 
 
 @rule("aten::constant_pad_nd", "aten::reflection_pad1d", "aten::reflection_pad2d",
@@ -37,7 +39,7 @@ def pad(call: Call) -> Layout:
     "aten::upsample_bicubic2d", "aten::upsample_trilinear3d", "aten::_upsample_nearest_exact1d",
     "aten::_upsample_nearest_exact2d", "aten::_upsample_nearest_exact3d",
     "aten::_upsample_bilinear2d_aa", "aten::_upsample_bicubic2d_aa",
-    "aten::adaptive_avg_pool3d", "aten::max_unpool2d",
+    "aten::adaptive_avg_pool3d",
 )  # fmt: skip
 def resample(call: Call) -> list[Layout]:
     """Batch and channels pass; positions in space are new."""
@@ -50,6 +52,13 @@ def resample(call: Call) -> list[Layout]:
         else x
         for t in call.outputs
     ]
+
+
+@rule("aten::max_unpool2d", "aten::max_unpool3d")
+def unpooled(call: Call) -> Layout | Sequence[Layout]:
+    """Each value goes where its own index says, so that values and indices share channels."""
+    broadcast([call.dims("self"), call.dims("indices")])
+    return resample(call)
 
 
 def _spatial_rank(name: str) -> int:
@@ -67,6 +76,7 @@ def shuffle(call: Call) -> Layout:
         call.symbols["groups"] = split_by[:1] if split_by else (leaf(groups),)
         mixed = prod([split_by[1], split_by[0]]) if split_by else leaf(shape[1], "shuffled")
         return (x[0], mixed, *x[2:])
+    freeze(x[-2:], "traded for channels")
     lead, space = x[:-3], fresh(shape[-2:], "spatial position")
     if "unshuffle" in call.name:
         factor = int(call["downscale_factor"]) ** 2
@@ -87,12 +97,14 @@ def columns(call: Call) -> Layout:
     taps = int(kernel[0]) * int(kernel[-1])
     if call.name == "aten::im2col":
         lead, channels = x[:-3], x[-3]
+        freeze(x[-2:], "read through a kernel")
         position = leaf(shape[-1], "spatial position")
         return (*lead, prod([channels, leaf(taps, KERNEL)]), position)
     pair = regroup([x[-2]], (shape[-3], taps), "columns cut across its channels")
     if pair is None:
         return (*x[:-2], *fresh(shape[-3:], "columns cut across its channels"))
     freeze([pair[1]], KERNEL)
+    freeze(x[-1:], "read through a kernel")
     return (*x[:-2], pair[0], *fresh(shape[-2:], "spatial position"))
 
 

@@ -8,15 +8,13 @@ cannot run this way (it wants labels, say) is left as the first pass showed it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from prune2deploy.graph import layout as algebra
-from prune2deploy.graph.calling import as_inputs, quiet, run, tensors_in, twice
+from prune2deploy.graph.calling import as_inputs, run, tensors_in, twice, untouched
 from prune2deploy.graph.recording import Recording
 from prune2deploy.graph.rules import Value
 from prune2deploy.graph.shapes import on_shapes, outlined
@@ -65,7 +63,7 @@ def _trained(model: nn.Module, recorder: Recorder, *, wanted: bool) -> Any:
     """The result of a pass in training mode, on shapes if wanted; ``None`` where it fails."""
     example = twice(recorder.recording.example)
     example = outlined(example) if wanted else example
-    with quiet(model), _buffers_kept(model), torch.random.fork_rng():
+    with untouched(model), torch.random.fork_rng():
         set_training(model, True)
         recorder.enter_inputs(as_inputs(example))
         try:
@@ -90,13 +88,3 @@ def _freeze_halfway(recording: Recording, unused: set[int]) -> None:
         own = [leaf for node in terms[number] for leaf in algebra.leaves(node)]
         alone = [leaf for leaf in own if id(leaf) not in shared]
         algebra.freeze(alone, "its branch cannot run in training on these inputs")
-
-
-@contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    saved = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, copy in saved:
-            buffer.copy_(copy)

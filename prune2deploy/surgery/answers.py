@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prune2deploy.errors import PruneError
-from prune2deploy.graph.calling import map_tensors, quiet, run
+from prune2deploy.graph.calling import map_tensors, run, untouched
 from prune2deploy.graph.following import followers
 from prune2deploy.graph.recording import Operation, Recording
 from prune2deploy.graph.visible import LEAVE
@@ -110,7 +110,7 @@ class _Answers(TorchDispatchMode):
 def _answers(source: nn.Module, recording: Recording, example: Any) -> list[Answer]:
     watch = _Answers()
     try:
-        with quiet(source), watch:
+        with untouched(source), watch:
             run(source, example, recording.forward_fn)
     except Exception:  # noqa: BLE001  a model may refuse the shuffled input; what it asked counts
         return watch.given

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from prune2deploy.errors import PruneError
-from prune2deploy.graph.calling import quiet, run, tensors_in
+from prune2deploy.graph.calling import run, tensors_in, untouched
 from prune2deploy.graph.layout import VARYING, Node, leaves
 from prune2deploy.graph.recording import Operation, Recording, refs_in
 from prune2deploy.graph.rules import Value, argument
@@ -106,7 +106,7 @@ def runs_as_planned(
     known = list(itertools.takewhile(_known_size, operations))
     returned: list[list[torch.Size]] = []
     try:
-        with quiet(module), on_shapes(module, shapes):
+        with untouched(module), on_shapes(module, shapes):
             for _ in range(2):
                 watch = _Watch()
                 with watched(module, watch.inside, watch.ended), watch:
@@ -218,7 +218,7 @@ def check_outputs(module: nn.Module, recording: Recording, widths: Widths, examp
 def _result(module: nn.Module, recording: Recording, example: Any) -> Any:
     """What the module returns, in shapes where the recording shows that these will do."""
     if recording.on_shapes:
-        with suppress(Exception), quiet(module), on_shapes(module, True):
+        with suppress(Exception), untouched(module), on_shapes(module, True):
             return run(module, outlined(example), recording.forward_fn)
-    with quiet(module):
+    with untouched(module):
         return run(module, example, recording.forward_fn)

@@ -34,6 +34,7 @@ from prune2deploy.surgery.scales import spelt
 from prune2deploy.surgery.widths import Widths
 
 
+@torch.inference_mode(False)  # what is made of the caller's tensors is to train
 def apply(model: nn.Module, graph: Graph, plan: Plan, example_inputs: Any = None) -> nn.Module:
     """Prune a copy of ``model`` as ``plan`` says.
 

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from prune2deploy.graph.layout import Layout, Node, factors, find, prod
+from prune2deploy.graph.layout import Layout, Node, factors, find, leaves, prod
 from prune2deploy.graph.recording import Operation, Recording, Ref
 from prune2deploy.graph.rules import argument
 
@@ -78,6 +78,15 @@ def _view(writer: Writer, operation: Operation) -> fx.Node:
         return as_recorded(writer, operation)
     sizes = writer.sizes(operation.layouts[0])
     return writer.call(torch.reshape, operation.args[0], sizes)
+
+
+def _squeezed(writer: Writer, operation: Operation) -> fx.Node:
+    """Dimensions that are one wide after pruning only stay."""
+    dims = writer.recording.values[operation.args[0].number].dims
+    free = [node for node in dims if not any(below.frozen for below in leaves(node))]
+    if any(writer.size(node) == 1 for node in free if find(node).size > 1):
+        return _view(writer, operation)
+    return as_recorded(writer, operation)
 
 
 def _expand(writer: Writer, operation: Operation) -> fx.Node:
@@ -281,6 +290,7 @@ _ATEN: dict[str, Callable[[Writer, Operation], Argument]] = {
     f"aten::{name}": spelling
     for names, spelling in (
         (("view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy"), _view),
+        (("squeeze",), _squeezed),
         (("expand",), _expand),
         (("arange",), _arange),
         (("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes"), _split),

@@ -47,13 +47,31 @@ def _chain(view: fx.Node) -> list[fx.Node]:
     return chain
 
 
+def _views(root: fx.Node, end: fx.Node) -> list[fx.Node]:
+    """The parts of a tensor, and parts of these, that were made before ``end``, in order."""
+    found, left = set[fx.Node](), [root]
+    while left:
+        users = {user for user in left.pop().users if user.target in PARTS and user < end} - found
+        found |= users
+        left += users
+    return sorted(found)
+
+
 def _is_own(chain: list[fx.Node], write: fx.Node) -> bool:
     """Whether memory is followed: made by the graph, and seen later through its parts only."""
     whole = all(node.args[4:] in ((), (1,)) for node in chain[:-1])  # no steps
     if not whole or not _is_made(chain[-1]):
         return False
-    seen = [user for node in chain for user in node.users if user < write and _aliases(user)]
-    return all(user in chain for user in seen if any(write < later for later in user.users))
+    left, parts = [chain[-1]], set(_views(chain[-1], write))
+    while left:
+        node = left.pop()
+        for user in node.users:
+            if user < write and (user in parts or _aliases(user)):
+                if user not in parts and any(write < later for later in user.users):
+                    return False
+                if user.op != "call_module":  # which may hand on its input, but no view of it
+                    left.append(user)
+    return True
 
 
 def _is_made(root: fx.Node) -> bool:
@@ -108,20 +126,29 @@ def _cast_to(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
 def _replace(
     graph: fx.Graph, write: fx.Node, chain: list[fx.Node], value: tuple[Any, tuple[Any, ...]]
 ) -> None:
-    """Make the new part, then every tensor that it is part of, for all that comes later."""
+    """Make the new part, then every tensor that it is part of, for all that comes later.
+
+    Parts that were read before the write are read again from the new tensor.
+    """
     new = graph.call_function(*value, dict(write.kwargs) if value[1] == write.args else {})
-    made = [new]
     for part, whole in itertools.pairwise(chain):
         new = graph.call_function(
             aten.cat.default, (list(_pieces(graph, part, whole, new)), _dim(part))
         )
-        made.append(new)
-    write.replace_all_uses_with(made[0])
+    again = {chain[-1]: new}
+    for view in _views(chain[-1], write):
+        source, *rest = view.args
+        assert isinstance(source, fx.Node)
+        again[view] = graph.call_function(view.target, (again[source], *rest), view.kwargs)  # type: ignore[arg-type]  # one of PARTS
+    last = next(reversed(again.values()))
+    write.replace_all_uses_with(again[chain[0]])
     graph.erase_node(write)
-    inserted = made[-1]
-    for old, fresh in zip(chain, made, strict=True):
-        for user in [user for user in old.users if inserted < user]:
+    for old, fresh in again.items():
+        for user in [user for user in old.users if last < user]:
             user.replace_input_with(old, fresh)
+    for fresh in reversed(list(again.values())):
+        if not fresh.users:
+            graph.erase_node(fresh)
 
 
 def _pieces(graph: fx.Graph, part: fx.Node, whole: fx.Node, new: fx.Node) -> Iterator[fx.Node]:

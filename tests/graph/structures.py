@@ -193,6 +193,17 @@ def unpooled(net, x):
     return F.max_unpool2d(y, places, 2)
 
 
+def unpooled_elsewhere(net, x):
+    """Maxima of another tensor go where those of this one were found, as in a decoder."""
+    y, places = F.max_pool2d(x, 2, return_indices=True)
+    return F.max_unpool2d(net.mix(y), places, 2)
+
+
+def grid(read):
+    """Adds what is read of a grid of learnt vectors."""
+    return lambda net, x: x + net.mix(read(net.grid).mean(2))[:, :, None, None]
+
+
 def windows(net, x):
     columns = F.unfold(x, 3, padding=1)
     return F.fold(columns, x.shape[-2:], 3, padding=1)
@@ -346,6 +357,44 @@ STRUCTURES = {
         [],
     ),
     "pooled and back": (_through(unpooled), IMAGE, ["first"]),
+    "pooled and back in a decoder": (
+        _through(unpooled_elsewhere, mix=nn.Conv2d(8, 8, 1)),
+        IMAGE,
+        ["first", "mix"],
+    ),
+    "windows of a learnt grid": (
+        _through(
+            grid(lambda g: F.unfold(g, 3)),
+            grid=nn.Parameter(torch.rand(1, 4, 6, 6)),
+            mix=nn.Linear(36, 8),
+        ),
+        IMAGE,
+        ["first", "mix"],
+    ),
+    "pixels of a learnt grid traded for channels": (
+        _through(
+            grid(lambda g: F.pixel_unshuffle(g, 2).flatten(2)),
+            mix=nn.Linear(16, 8),
+            grid=nn.Parameter(torch.rand(1, 4, 6, 6)),
+        ),
+        IMAGE,
+        ["first", "mix"],
+    ),
+    "masked by a value that is a tensor": (
+        _through(lambda n, x: x.masked_fill(x > 1, torch.tensor(0.5))),
+        IMAGE,
+        ["first"],
+    ),
+    "matrix times vector": (
+        _through(
+            lambda n, x: x * torch.addmv(n.bias, n.matrix, n.vector)[:, None, None],
+            bias=nn.Parameter(torch.rand(8)),
+            matrix=nn.Parameter(torch.rand(8, 6)),
+            vector=nn.Parameter(torch.rand(6)),
+        ),
+        IMAGE,
+        ["first"],
+    ),
     "index channels": (_through(lambda n, x: x[:, [1, 0, 3, 2, 5, 4, 7, 6]]), IMAGE, []),
     "repeat": (_through(lambda n, x: x.repeat(1, 2, 1, 1), after=16), IMAGE, ["first"]),
     "repeat interleave": (

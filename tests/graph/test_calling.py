@@ -111,3 +111,39 @@ def test_what_the_forward_pass_keeps_is_forgotten():
         assert not model.training and "new" in model.cache
     assert model.training and model.cache is cache and cache == {"old": 1}
     assert not hasattr(model, "seen")
+
+
+class Counting(nn.Module):
+    """Keeps count of its calls and a running mean, and asks for a value where it is told to."""
+
+    def __init__(self, asks):
+        super().__init__()
+        self.first, self.last, self.asks = nn.Linear(4, 8), nn.Linear(8, 2), asks
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x):
+        self.calls += 1
+        x = self.first(x)
+        if self.asks and self.calls < 0:
+            x = -x
+        self.mean.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)
+        return self.last(x - self.mean)
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_buffers_that_the_forward_pass_writes_to_hold_what_they_held(asks):
+    model = Counting(asks).eval()
+    pruned = prune2deploy.prune(model, torch.randn(2, 4), ratio=0.5)
+    assert (model.calls.item(), pruned.calls.item()) == (0, 0)
+    assert pruned.mean.tolist() == [0.0] * 4
+    assert not model.mean.any()
+
+
+def test_inference_mode_around_the_calls_changes_nothing():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Flatten(), nn.Linear(32, 2)).eval()
+    with torch.inference_mode():
+        pruned = prune2deploy.prune(model, torch.randn(1, 3, 2, 2), ratio=0.5)
+    assert pruned[0].out_channels == 4
+    pruned(torch.randn(1, 3, 2, 2)).sum().backward()
+    assert pruned[0].weight.grad is not None

@@ -86,6 +86,16 @@ def test_modules_that_work_in_place_are_kept():
     torch.testing.assert_close(captured(model, x)(x), model(x))
 
 
+def test_a_layer_that_is_lent_weights_is_not_called_with_its_own():
+    def lent(net, x):
+        weights = {"weight": net.inner.weight * net.scale, "bias": net.inner.bias}
+        return torch.func.functional_call(net.inner, weights, (x,))
+
+    model = Net(lent, inner=nn.Linear(8, 8), scale=nn.Parameter(torch.rand(8, 1))).eval()
+    x = torch.randn(4, 5, 6)
+    torch.testing.assert_close(captured(model, x)(x), model(x))
+
+
 def paste(model, x):
     """Write what was computed into new tables, and read those only through what is made of them."""
     tables = []

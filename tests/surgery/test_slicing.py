@@ -16,6 +16,8 @@ from prune2deploy.plan.plan import Plan
 from prune2deploy.pruning import DependencyGraph, prune_linear_out_channels
 from prune2deploy.surgery.slicing import apply, kept_positions, slice_tensors
 
+from ..graph.zeroed import zeroed
+
 X4 = torch.ones(1, 4)
 
 
@@ -480,3 +482,19 @@ def test_parameters_without_a_shape_are_refused_until_the_model_has_run():
         trace(model, x)
     model(x)
     assert [axis.size for axis in trace(model, x).prunable] == [8]
+
+
+def test_a_width_that_pruning_leaves_at_one_is_not_squeezed_away():
+    torch.manual_seed(0)
+    between = nn.Sequential(nn.Conv2d(3, 8, 6), Squeezed(), nn.Linear(8, 5)).eval()
+    x = torch.randn(2, 3, 6, 6)
+    graph = trace(between, x)
+    plan = Plan({axis.name: (3,) for axis in graph.prunable})
+    before = zeroed(between, graph, plan)
+    pruned = apply(before, graph, plan)
+    torch.testing.assert_close(pruned(x), before(x))
+
+
+class Squeezed(nn.Module):
+    def forward(self, x):
+        return x.squeeze()

@@ -54,13 +54,27 @@ def last(held, x):
     return held
 
 
-WRITES = [zeroed, picked, nested, read_before_and_after, returned, last]
+def twice(held, x):
+    part = held[1:5]
+    part.add_(x[:4]).mul_(0.5)
+    part[:2].sub_(1.0)
+    return held + part.sum()
 
 
-def sibling(held, x):
-    whole = held[1:5]
+def overlapping(held, x):
+    whole, steps = held[1:5], held[::2]
     held[2:4].zero_()
-    return whole.sum() + held
+    held[:3].add_(x[:3])
+    return whole.sum() + steps.sum() + held
+
+
+WRITES = [zeroed, picked, nested, read_before_and_after, returned, last, twice, overlapping]
+
+
+def viewed(held, x):
+    view = held.t()[None]
+    held[2:4].zero_()
+    return view.sum() + held
 
 
 def transposed(held, x):
@@ -94,7 +108,7 @@ def test_partial_writes_become_values(write, tmp_path):
     np.testing.assert_allclose(found, expected.detach().numpy(), atol=1e-6)
 
 
-@pytest.mark.parametrize("write", [sibling, transposed])
+@pytest.mark.parametrize("write", [viewed, transposed])
 def test_writes_to_memory_that_is_seen_otherwise_stay(write):
     module, x = captured(write), torch.randn(6, 4)
     expected = module(x)
