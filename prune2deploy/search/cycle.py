@@ -19,7 +19,7 @@ from prune2deploy.errors import ConfigError
 from prune2deploy.graph.axes import Block, Graph
 from prune2deploy.importance import score
 from prune2deploy.measure import Comparison, Goal
-from prune2deploy.plan.allocate import Curve, channels, require_caps
+from prune2deploy.plan.allocate import CapTooTightError, Curve, channels, require_caps
 from prune2deploy.plan.choices import Choice, Problem, choices
 from prune2deploy.plan.filling import NEAR
 from prune2deploy.plan.latency_model import LatencyModel
@@ -121,7 +121,8 @@ class Search:
         self.rank = worth.ranking(self.shop, self.scores, self.worth)
         self.choices = self._offer(self.graph)
         self._require_choices()
-        require_caps(self.graph, self.choices, *self._caps)
+        least = self.graph.without([block.name for block in self._removable])
+        require_caps(least, self.choices, *self._caps)
         self.notes += [note for note in (self.worth.note, lessons.recall()) if note]
         known = len({tuple(sorted(b.counts.items())) for b in lessons.recalled.builds})
         wanted = max(0, min(self.options.probes - known, self.builds_left - 1))
@@ -255,7 +256,12 @@ class Search:
                 break
             number = self.next
             self.model = self.lessons.fit()
-            wanted = self._wanted(number)
+            try:
+                wanted = self._wanted(number)
+            except CapTooTightError:
+                if not self._shorten():
+                    raise
+                continue
             if wanted is None:
                 break
             built = candidate.build(self.shop, number, "correction", self._plan(wanted.counts))
@@ -268,7 +274,7 @@ class Search:
         self.model = self.lessons.fit()
         self.notes += self.lessons.timings.notes
         if not self.done:
-            self.notes += unfilled(self.best(), self.builds_left, self.options.max_builds)
+            self.notes += unfilled(self.best(), self.builds_left, self.options)
         if self.ranked:
             self.notes.append(
                 f"{self.ranked} plans of nearly equal worth were compared by their loss on "

@@ -225,24 +225,27 @@ def best(
     return max(close, key=lambda a: a.share)
 
 
-def unfilled(found: Attempt, left: int, most: int) -> tuple[str, ...]:
+def unfilled(found: Attempt, left: int, options: RunOptions) -> tuple[str, ...]:
     """Why a search ended although the budget is not filled, where it can be said.
 
     Args:
         found: The best that was measured.
         left: Builds that were left.
-        most: Builds that were allowed.
+        options: What was asked for.
     """
     if left <= 0:
         return (
-            f"all {most} builds are used; more of them (--max-builds) may come nearer to the "
-            "budget",
+            f"all {options.max_builds} builds are used; more of them (--max-builds) may come "
+            "nearer to the budget",
         )
     if found.verdict != "met":
         return ()
+    caps = {"--max-size-mb": options.max_size_mb, "--max-macs": options.max_macs}
+    within = ", ".join(f"{name} {cap:g}" for name, cap in caps.items() if cap is not None)
     return (
         f"{100 * found.share:.1f} % of the budget is used: no other widths that this run may "
-        "choose are predicted to fit into the rest and to be worth as much",
+        f"choose {f'within {within} ' if within else ''}are predicted to fit into the rest and "
+        "to be worth as much",
     )
 
 

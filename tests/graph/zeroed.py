@@ -12,7 +12,8 @@ def zeroed(model, graph, plan, where=lambda member: True):
     ``where`` chooses among the members of each axis.
     """
     model = copy.deepcopy(model)
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    tensors.update(model.named_buffers(remove_duplicate=False))
     with torch.no_grad():
         for name, channels in plan.kept.items():
             for member in filter(where, graph[name].members):

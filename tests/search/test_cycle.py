@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import prune2deploy
-from prune2deploy.errors import ConfigError
+from prune2deploy.errors import ConfigError, PlanError
 from prune2deploy.plan.choices import allowed, choices, importance_curves
 from prune2deploy.rundir import read_manifest
 
@@ -146,6 +146,19 @@ def test_blocks_go_where_the_smallest_widths_miss_unless_layers_are_bounded(star
     assert bounded.verdict == "unreachable" and not bounded.plan.removed
     assert any("because of --max-pruning-ratio 0.5" in note for note in bounded.report.notes)
     assert not (bounded.run_dir / "builds").exists()  # no more builds would help
+
+
+@pytest.mark.parametrize("speedup", [1.05, 1.9])
+def test_blocks_go_where_widths_alone_cannot_keep_a_cap(start, speedup):
+    net = shortcuts()
+    narrowest = start(net, "free", step=32, speedup=50.0, keep=["0"])
+    assert narrowest.verdict == "unreachable" and len(narrowest.plan.removed) == 3
+    least = narrowest.report.final.macs
+    result = start(net, "capped", step=32, speedup=speedup, keep=["0"], max_macs=4 * least)
+    assert result.met and result.report.final.macs <= 4 * least and result.plan.removed
+    assert any(f"within --max-macs {4 * least}" in note for note in result.report.notes)
+    with pytest.raises(PlanError, match="a cap of"):
+        start(net, "beyond", step=32, speedup=speedup, keep=["0"], max_macs=least // 2)
 
 
 @pytest.mark.parametrize("cap", [{"max_size_mb": 0.0075}, {"max_size_mb": 0.006}])
