@@ -20,7 +20,7 @@ from torch import Tensor
 
 from prune2deploy.graph.recording import Operation, Recording, refs_in
 from prune2deploy.graph.whole import WholeModule
-from prune2deploy.surgery.flows import AS_IT_IS, FLOWS, MULTIPLIED, Flow, Wanted
+from prune2deploy.surgery.flows import AS_IT_IS, FLOWS, MULTIPLIED, Flow, Wanted, anywhere
 from prune2deploy.surgery.spellings import given
 
 Place = tuple[Operation, str]
@@ -103,12 +103,12 @@ class Carriers:
         found: dict[str, Tensor] = {}
         for number in self._before(targets):
             want = wanted[number] = self._wanted(number, targets, wanted)
-            if not want[MULTIPLIED].any():
+            if not _some(want[MULTIPLIED]):
                 continue
             if number not in self._able:
                 return None
             if number in self._names:
-                if want.all(0).any():
+                if _some(want[AS_IT_IS] & want[MULTIPLIED]):
                     return None
                 found |= dict.fromkeys(self._names[number], _compact(want[MULTIPLIED]))
         return found or None
@@ -173,6 +173,10 @@ def _places(operation: Operation, number: int) -> list[str]:
         for name in names
         if any(ref.number == number for ref in refs_in(given(operation, name)))
     ]
+
+
+def _some(mask: Tensor) -> bool:
+    return bool(anywhere(mask.flatten(), 0))
 
 
 def _as_it_is(shape: tuple[int, ...]) -> Wanted:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from prune2deploy.errors import PruneError
 from prune2deploy.graph.calling import run, tensors_in, untouched
@@ -160,33 +159,40 @@ def _same_factors(
     seen: Sequence[Seen], known: Sequence[Operation], values: Sequence[Value]
 ) -> bool:
     """Whether operators compute with the numbers and constants that they were recorded with."""
+    constants = {n: v.constant for n, v in enumerate(values) if v.constant is not None}
     return all(
         found.func is None
         or (
-            _factors(found.func, (found.args, found.kwargs))
-            == _factors(operation.func, (operation.args, operation.kwargs))
-            and _same_constants(found, operation, values)
+            _factors(found.func, found.args, found.kwargs or {})
+            == _factors(operation.func, operation.args, operation.kwargs)
+            and (not constants or _same_constants(found, operation, constants))
         )
         for found, operation in zip(seen, known, strict=False)
     )
 
 
-def _same_constants(found: Seen, operation: Operation, values: Sequence[Value]) -> bool:
+def _same_constants(
+    found: Seen, operation: Operation, constants: Mapping[int, torch.Tensor]
+) -> bool:
     """Whether the tensors that code has made from numbers are those that were recorded."""
-    for ref, tensor in zip(
-        refs_in((operation.args, operation.kwargs)), tensors_in((found.args, found.kwargs)),
-        strict=True,
-    ):  # fmt: skip
-        constant = values[ref.number].constant
-        if constant is not None and not torch.equal(constant, tensor):
-            return False
-    return True
+    refs = refs_in((operation.args, operation.kwargs))
+    if not any(ref.number in constants for ref in refs):
+        return True
+    tensors = tensors_in((found.args, found.kwargs))
+    return all(
+        ref.number not in constants or torch.equal(constants[ref.number], tensor)
+        for ref, tensor in zip(refs, tensors, strict=True)
+    )
 
 
-def _factors(func: Any, arguments: Any) -> list[float]:
+def _factors(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[float]:
     """Numbers that an operator computes with, in order; whole ones may be sizes and positions."""
     kinds = (int, float) if torch.Tag.pointwise in func.tags else (float,)
-    return [entry for entry in tree_leaves(arguments) if type(entry) in kinds]
+    found: list[float] = []
+    for entry in (*args, *kwargs.values()):
+        items = entry if isinstance(entry, list | tuple) else (entry,)
+        found += [item for item in items if type(item) in kinds]
+    return found
 
 
 def _known_size(operation: Operation) -> bool:
