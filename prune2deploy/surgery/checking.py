@@ -23,7 +23,7 @@ from prune2deploy.graph.calling import run, tensors_in, untouched
 from prune2deploy.graph.layout import VARYING, Node, leaves
 from prune2deploy.graph.recording import Operation, Recording, refs_in
 from prune2deploy.graph.rules import Value, argument
-from prune2deploy.graph.shapes import on_shapes, outlined
+from prune2deploy.graph.shapes import Outline, on_shapes, outlined
 from prune2deploy.graph.whole import name_of, watched
 from prune2deploy.surgery.widths import Widths
 
@@ -174,13 +174,18 @@ def _same_factors(
 def _same_constants(
     found: Seen, operation: Operation, constants: Mapping[int, torch.Tensor]
 ) -> bool:
-    """Whether the tensors that code has made from numbers are those that were recorded."""
+    """Whether the tensors that code has made from numbers are those that were recorded.
+
+    What it has made on shapes has no values to compare.
+    """
     refs = refs_in((operation.args, operation.kwargs))
     if not any(ref.number in constants for ref in refs):
         return True
     tensors = tensors_in((found.args, found.kwargs))
     return all(
-        ref.number not in constants or torch.equal(constants[ref.number], tensor)
+        ref.number not in constants
+        or isinstance(tensor, Outline)
+        or torch.equal(constants[ref.number], tensor)
         for ref, tensor in zip(refs, tensors, strict=True)
     )
 

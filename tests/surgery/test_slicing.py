@@ -356,7 +356,14 @@ def test_parameters_that_nothing_uses_stay_and_do_no_harm():
     assert pruned.idle.weight.shape == (3, 3)
 
 
-def test_code_that_keeps_what_it_computed_is_still_pruned_as_a_module():
+GRIDS = {
+    "from numbers": lambda x: torch.arange(x.shape[-1]).to(x.dtype) + 1,
+    "from features": lambda x: torch.ones_like(x[0, 0, 0]) + 1,
+}
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_code_that_keeps_what_it_computed_is_still_pruned_as_a_module(name):
     class Kept(nn.Module):
         """Makes its grid anew whenever the shape of its features changes."""
 
@@ -368,7 +375,7 @@ def test_code_that_keeps_what_it_computed_is_still_pruned_as_a_module():
         def forward(self, x):
             x = self.first(x)
             if self.shape != x.shape:
-                self.shape, self.grid = x.shape, torch.arange(x.shape[-1]).to(x.dtype) + 1
+                self.shape, self.grid = x.shape, GRIDS[name](x)
             return self.last(x * self.grid)
 
     model, x = Kept().eval(), torch.randn(1, 3, 8, 8)
