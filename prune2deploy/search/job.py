@@ -241,7 +241,7 @@ def unfilled(found: Attempt, left: int, options: RunOptions) -> tuple[str, ...]:
     if found.verdict != "met":
         return ()
     caps = {"--max-size-mb": options.max_size_mb, "--max-macs": options.max_macs}
-    within = ", ".join(f"{name} {cap:g}" for name, cap in caps.items() if cap is not None)
+    within = ", ".join(f"{name} {cap}" for name, cap in caps.items() if cap is not None)
     return (
         f"{100 * found.share:.1f} % of the budget is used: no other widths that this run may "
         f"choose {f'within {within} ' if within else ''}are predicted to fit into the rest and "
