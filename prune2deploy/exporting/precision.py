@@ -153,17 +153,15 @@ def to_int8(
     chosen = options or Int8Options()
     ranges = calibrate(path, batches, chosen.method, data=chosen.data, store=chosen.store)
     samples = [sample for sample, _ in zip(feeds(path, batches), range(COMPARED), strict=False)]
-    unbounded = quantize.unbounded(path, ranges, chosen.recipe)
-    fixed = list(dict.fromkeys([*unbounded, *chosen.keep]))
+    every = quantize.kinds(path, chosen.recipe)
+    names = {name for kind in every.values() for name in kind}
+    fixed = list(dict.fromkeys([*quantize.unbounded(path, ranges, names), *chosen.keep]))
 
     def convert(target: Path, kept: Collection[str]) -> None:
         quantize.quantize(path, target, ranges, chosen.recipe, [*fixed, *kept])
 
     judge = Judge(path, samples, "int8", (chosen.max_error, chosen.accuracy))
-    kinds = {
-        operator: [name for name in names if name not in set(fixed)]
-        for operator, names in quantize.kinds(path, chosen.recipe).items()
-    }
+    kinds = {kind: [name for name in of if name not in fixed] for kind, of in every.items()}
     open_names = [name for kind in kinds.values() for name in kind]
     cheap = [k for operator, k in kinds.items() if k and operator not in quantize.CONTRACTIONS]
     found = keeping.search(out, convert, judge, open_names, cheap)

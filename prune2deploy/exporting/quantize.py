@@ -98,8 +98,8 @@ def kinds(path: Path, recipe: str) -> dict[str, list[str]]:
     return found
 
 
-def unbounded(path: Path, ranges: Ranges, recipe: str) -> list[str]:
-    """Names of nodes that the recipe quantises although they read or make infinite values.
+def unbounded(path: Path, ranges: Ranges, wanted: Collection[str]) -> list[str]:
+    """Names of nodes among ``wanted`` that read or make infinite values.
 
     No scale holds those; what masks attention is such a value.
     """
@@ -107,7 +107,6 @@ def unbounded(path: Path, ranges: Ranges, recipe: str) -> list[str]:
     floats = [t for t in model.graph.initializer if t.data_type == TensorProto.FLOAT]
     found = {t.name for t in floats if not np.isfinite(numpy_helper.to_array(t)).all()}
     found |= {name for name, ends in ranges.ranges.items() if not np.isfinite(ends).all()}
-    wanted = {name for kind in kinds(path, recipe).values() for name in kind}
     touching = (n.name for n in model.graph.node if found & {*n.input, *n.output})
     return [name for name in touching if name in wanted]
 
