@@ -217,6 +217,17 @@ def _require(problem: Problem, method: str) -> None:
         )
 
 
+def over_caps(
+    graph: Graph, counts: Counts, max_params: int | None, max_macs: int | None
+) -> list[tuple[str, int, int]]:
+    """The caps that some widths do not keep: of what, the cap, and what there is instead."""
+    caps = (
+        ("parameters", max_params, graph.params(counts)),
+        ("multiply-accumulates", max_macs, graph.macs(counts)),
+    )
+    return [(what, cap, has) for what, cap, has in caps if cap is not None and has > cap]
+
+
 def require_caps(
     graph: Graph, offered: Sequence[Choice], max_params: int | None, max_macs: int | None
 ) -> None:
@@ -232,15 +243,11 @@ def require_caps(
         CapTooTightError: They do not.
     """
     counts = {axis: int(choice.options[0]) for choice in offered for axis in choice.axes}
-    for what, cap, least in (
-        ("parameters", max_params, graph.params(counts)),
-        ("multiply-accumulates", max_macs, graph.macs(counts)),
-    ):
-        if cap is not None and least > cap:
-            raise CapTooTightError(
-                f"a cap of {cap} {what} was asked for, but the narrowest allowed plan has "
-                f"{least}; raise the cap or allow narrower layers"
-            )
+    for what, cap, least in over_caps(graph, counts, max_params, max_macs):
+        raise CapTooTightError(
+            f"a cap of {cap} {what} was asked for, but the narrowest allowed plan has "
+            f"{least}; raise the cap or allow narrower layers"
+        )
 
 
 def _require_floor(problem: Problem, evaluator: Evaluator) -> None:

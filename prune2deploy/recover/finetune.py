@@ -213,9 +213,8 @@ class _Run:
         self.average = copied(student, {}) if options.ema else None
         self.device = next(student.parameters()).device
         if not any(p.requires_grad for p in student.parameters()):
-            for (
-                weight
-            ) in student.parameters():  # as read for inference; who freezes a part means it
+            # as read for inference; who freezes a part means it
+            for weight in student.parameters():
                 weight.requires_grad_(weight.is_floating_point())
         weights = [p for p in student.parameters() if p.requires_grad]
         groups = [

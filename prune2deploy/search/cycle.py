@@ -19,7 +19,13 @@ from prune2deploy.errors import ConfigError
 from prune2deploy.graph.axes import Block, Graph
 from prune2deploy.importance import score
 from prune2deploy.measure import Comparison, Goal
-from prune2deploy.plan.allocate import CapTooTightError, Curve, channels, require_caps
+from prune2deploy.plan.allocate import (
+    CapTooTightError,
+    Curve,
+    channels,
+    over_caps,
+    require_caps,
+)
 from prune2deploy.plan.choices import Choice, Problem, choices
 from prune2deploy.plan.filling import NEAR
 from prune2deploy.plan.latency_model import LatencyModel
@@ -81,10 +87,7 @@ class Search:
 
     def _within_caps(self) -> bool:
         """Whether the model as it is keeps the caps on size and multiply-accumulates."""
-        params, macs = self._caps
-        return (params is None or self.graph.params() <= params) and (
-            macs is None or self.graph.macs() <= macs
-        )
+        return not over_caps(self.graph, {}, *self._caps)
 
     @property
     def _caps(self) -> tuple[int | None, int | None]:
