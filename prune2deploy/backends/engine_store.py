@@ -22,7 +22,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import prune2deploy
 from prune2deploy import watched
 from prune2deploy.atomic import replacing, scratch, write_text
 from prune2deploy.backends import onnx_file
@@ -290,7 +289,7 @@ def run_builder(request: BuildRequest, folder: Path, seconds: float) -> dict[str
             stdin=subprocess.PIPE,
             stdout=file,
             stderr=subprocess.STDOUT,
-            env=_environment(),
+            env=watched.environment() | {"PYTHONUNBUFFERED": "1"},
             start_new_session=True,
         )
         try:
@@ -336,14 +335,6 @@ def _memory_hint(error: str) -> str:
 def command(order: Path) -> list[str]:
     """Command line of the builder's process."""
     return watched.command("prune2deploy.backends.engine_build", order)
-
-
-def _environment() -> dict[str, str]:
-    """This process's, with the package findable from wherever it was imported."""
-    home = str(Path(prune2deploy.__file__).resolve().parent.parent)
-    others = os.environ.get("PYTHONPATH")
-    path = os.pathsep.join([home, others]) if others else home
-    return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import prune2deploy
 from prune2deploy import errors, watched
 from prune2deploy.errors import MeasureError, Prune2DeployError
 
@@ -69,12 +68,8 @@ def run(
 
 
 def _environment(threads: int) -> dict[str, str]:
-    package = str(Path(prune2deploy.__file__).resolve().parent.parent)
-    old = os.environ.get("PYTHONPATH")
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([package, old] if old else [package])}
-    if threads:
-        env.update({name: str(threads) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")})
-    return env
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS") if threads else ()
+    return watched.environment() | dict.fromkeys(names, str(threads))
 
 
 def _listen(
