@@ -43,9 +43,13 @@ class TensorRtBackend(Backend):
         "build_seconds": 1800.0,
         "cache": "",  # folder of the engine cache; empty is the user's cache folder
         "cache_mb": 8192,
-        "memory": "auto",  # library for buffers and streams: pycuda, cuda or torch
+        "memory": "auto",  # library for buffers and streams
         "cuda_graph": True,
         "transfers": False,  # count copies to and from the GPU as part of the latency
+    }
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "module": tuple(INSTALL),
+        "memory": ("auto", *gpu_memory.PROVIDERS),
     }
     least: ClassVar[Mapping[str, float]] = {"workspace_mb": 0, "cache_mb": 0, "build_seconds": 1}
 
@@ -56,7 +60,6 @@ class TensorRtBackend(Backend):
         module, named = (_option_text(target, n) for n in ("module", "compute_capability"))
         sizes = _batch_sizes(target)
         checks = (
-            ("module", module in INSTALL, f"one of {', '.join(INSTALL)}"),
             (
                 "compute_capability",
                 not named or module == "tensorrt_rtx",

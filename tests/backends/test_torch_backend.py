@@ -1,3 +1,4 @@
+import re
 import time
 
 import numpy as np
@@ -206,12 +207,11 @@ def test_half_precision_is_exported_and_not_cast(make_onnx, make_target, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"options": {"mode": "fast"}}, "no mode 'fast'"),
-        ({"options": {"mode": "cudagraph"}}, "CUDA graphs need a GPU"),
+        ({"options": {"mode": "fast"}}, "options.mode: found 'fast', expected one of eager"),
+        ({"options": {"mode": "cudagraph"}}, "options.mode: found 'cudagraph' for device 'cpu'"),
+        ({"precision": "int8"}, "precision: found 'int8', expected one of fp32, fp16"),
     ],
 )
-def test_what_cannot_work_is_said_beforehand(make_target, changes, words):
-    found = registry.get("torch").availability(make_target("torch", **changes))
-    assert not found.usable
-    assert words in found.reason
-    assert found.fix
+def test_a_profile_that_cannot_work_is_wrong_input(make_target, changes, words):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        registry.for_target(make_target("torch", **changes))
