@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from prune2deploy.backends.base import TensorSpec
-from prune2deploy.errors import BuildError
+from prune2deploy.errors import BuildError, ConfigError
+from prune2deploy.exporting.companions import companions
 from prune2deploy.timing import Shape
 
 
@@ -58,7 +59,7 @@ def place(path: Path, out: Path) -> Path:
     Raises:
         BuildError: The folder cannot be written.
     """
-    for extra in external_files(path):
+    for extra in companions(path):
         place_file(path.parent / extra, (out / extra).parent)
     return place_file(path, out)
 
@@ -108,20 +109,6 @@ def _spec(value: Any) -> TensorSpec:
     kind = value.type.tensor_type
     dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
     return TensorSpec(value.name, tuple(d.dim_value or -1 for d in kind.shape.dim), dtype.name)
-
-
-def external_files(path: Path) -> tuple[str, ...]:
-    """Names of the files beside ``path`` that hold weights of it, sorted."""
-    import onnx
-
-    model = onnx.load(str(path), load_external_data=False)
-    names = {
-        entry.value
-        for tensor in model.graph.initializer
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-    return tuple(sorted(names))
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from prune2deploy.backends.base import Array, Availability, Backend, Engine, Ses
 from prune2deploy.backends.engine_build import BuildRequest
 from prune2deploy.backends.engine_store import Manifest
 from prune2deploy.errors import BackendError, BuildError, ConfigError, MissingBackend
+from prune2deploy.exporting import companions
 from prune2deploy.target import Option, Target
 from prune2deploy.timing import OperatorTiming
 
@@ -283,7 +284,7 @@ def _wanted(onnx: Path, target: Target, request: BuildRequest) -> Manifest:
         module=request.module,
         version=version(request.module),
         device=_device_text(target),
-        onnx_sha256=engine_store.hash_onnx(onnx),
+        onnx_sha256=companions.digest(onnx),
         engine_sha256="",
         settings={
             "workspace_mb": request.workspace_mb,

@@ -369,6 +369,14 @@ def test_ranges_are_kept_by_file_data_and_method(small, tmp_path):
     assert (
         ranges.calibrate(small, data(2), "percentile", data="other", store=store).method != "minmax"
     )
+    beside = tmp_path / "beside.onnx"
+    onnx.save_model(
+        onnx.load(str(small)), str(beside), save_as_external_data=True, location="weights"
+    )
+    ranges.calibrate(beside, data(2), data="mine", store=store)
+    weights = np.fromfile(tmp_path / "weights", np.float32)
+    (weights * 2).tofile(tmp_path / "weights")
+    assert ranges.calibrate(beside, data(2), data="mine", store=store).ranges != first.ranges
     store.write_text(json.dumps({"schema": 1, "ranges": 3}))
     assert ranges.calibrate(small, data(2), data="mine", store=store) == first
 
