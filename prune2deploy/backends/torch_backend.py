@@ -242,7 +242,7 @@ class TorchSession(Session):
             leaves = pytree.tree_leaves(self._call(*self._upload(feeds)))
         results = [leaf for leaf in leaves if isinstance(leaf, self._torch.Tensor)]
         return {
-            spec.name: (value.float() if value.is_floating_point() else value).cpu().numpy()
+            spec.name: (value.float() if value.is_floating_point() else value).numpy(force=True)
             for spec, value in zip(self.outputs, results, strict=True)
         }
 

@@ -22,9 +22,27 @@ FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 
 
 def load_named(path: Path) -> Any:
-    """Load a model with inner types inferred, constants stored as weights, every node named."""
-    model = onnx.shape_inference.infer_shapes(onnx.load(str(path)), data_prop=True)
+    """Load a model with inner types inferred, constants stored as weights, every node named.
+
+    Raises:
+        ExportError: It is too large for that, or its weights cannot be read.
+    """
+    size = sum(one.stat().st_size for one in (path, *companion_files(path)))
+    if size > SINGLE_FILE_BYTES:
+        raise ExportError(
+            f"{path}: found {size / 1e9:.1f} GB with its weights, expected at most "
+            f"{SINGLE_FILE_BYTES / 1e9:.1f} GB to convert to another precision; build it in fp32, "
+            "or convert it with the runtime's own tools and give that file"
+        )
+    try:
+        loaded = onnx.load(str(path))
+    except ValueError as error:
+        raise ExportError(
+            f"{path}: its weights cannot be read: {error}; copy them again"
+        ) from error
+    model = onnx.shape_inference.infer_shapes(loaded, data_prop=True)
     constants_as_initializers(model.graph)
+    _outputs_by_nodes(model.graph)
     seen: set[str] = set()
     for i, node in enumerate(model.graph.node):
         if not node.name or node.name in seen:
@@ -71,6 +89,19 @@ def constants_as_initializers(graph: Any) -> None:
             value.name = node.output[0]
             graph.initializer.append(value)
             graph.node.remove(node)
+
+
+def _outputs_by_nodes(graph: Any) -> None:
+    """Have a node make each output that is a stored tensor: converters follow nodes."""
+    wanted = {output.name for output in graph.output}
+    names = {t.name: f"{t.name}/stored" for t in graph.initializer if t.name in wanted}
+    for tensor in graph.initializer:
+        tensor.name = names.get(tensor.name, tensor.name)
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            node.input[place] = names.get(name, name)
+    for made, stored in names.items():
+        graph.node.insert(0, helper.make_node("Identity", [stored], [made]))
 
 
 def float_tensors(model: Any) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ keeps; the file that is shipped is calibrated on all samples.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -57,6 +57,7 @@ class Wish:
         max_drop: Largest top-1 accuracy to lose to the precision, as a fraction; without it the
             outputs' difference decides.
         store: File that keeps the int8 ranges, or ``None``.
+        samples: Inputs to judge fp16 by where there is no data; random ones unless told.
     """
 
     precision: str
@@ -66,6 +67,7 @@ class Wish:
     quick: bool = False
     max_drop: float | None = None
     store: Path | None = None
+    samples: Sequence[Mapping[str, parity.Array]] | None = None
 
 
 @dataclass(frozen=True)
@@ -136,15 +138,13 @@ def lower(path: Path, out: Path, wish: Wish) -> Lowered:
     """
     if wish.precision == "fp16":
         tolerance = math.inf if wish.quick else None
-        real = (
-            list(feeds(path, first(wish.batches, QUICK_SAMPLES)))
-            if wish.batches is not None
-            else None
-        )
+        samples = wish.samples
+        if wish.batches is not None:
+            samples = list(feeds(path, first(wish.batches, QUICK_SAMPLES)))
         report = precision.to_fp16(
             path,
             out,
-            samples=real,
+            samples=samples,
             keep=wish.keep,
             tolerance=tolerance,
             accuracy=_accuracy(path, wish),
