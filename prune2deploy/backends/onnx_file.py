@@ -94,20 +94,32 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def signature(path: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """Return inputs and outputs of the ONNX file at ``path``, in order."""
+    """Return inputs and outputs of the ONNX file at ``path``, in order.
+
+    Raises:
+        ConfigError: One of them is no tensor of numbers that numpy has.
+    """
     import onnx
 
     graph = onnx.load(str(path), load_external_data=False).graph
     weights = {i.name for i in graph.initializer}
-    inputs = tuple(_spec(value) for value in graph.input if value.name not in weights)
-    return inputs, tuple(_spec(value) for value in graph.output)
+    inputs = tuple(_spec(path, value) for value in graph.input if value.name not in weights)
+    return inputs, tuple(_spec(path, value) for value in graph.output)
 
 
-def _spec(value: Any) -> TensorSpec:
+def _spec(path: Path, value: Any) -> TensorSpec:
     import onnx
 
     kind = value.type.tensor_type
-    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
+    told = value.type.WhichOneof("value").replace("_type", "")
+    if kind.elem_type:
+        told = f"tensor of {onnx.TensorProto.DataType.Name(kind.elem_type).lower()}"
+        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
+    if not kind.elem_type or dtype.kind not in "fiub":
+        raise ConfigError(
+            f"{path}: found {value.name!r}, a {told}, among inputs and outputs, expected tensors "
+            "of numbers that numpy has; leave that part out of the model"
+        )
     return TensorSpec(value.name, tuple(d.dim_value or -1 for d in kind.shape.dim), dtype.name)
 
 

@@ -16,9 +16,13 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from prune2deploy.errors import ExportError
+from prune2deploy.exporting.companions import companion_files
+from prune2deploy.exporting.export import SINGLE_FILE_BYTES
 from prune2deploy.exporting.parity import Array, Runner, onnx_runner, rms
 
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
+IS_INF_OPSET = 10  # the first that has the operator
 
 
 def load_named(path: Path) -> Any:
@@ -123,7 +127,7 @@ def opened(model: Any) -> Iterator[Runner]:
     """Run a model that is in memory; large ones go through a file that is removed afterwards."""
     with tempfile.TemporaryDirectory(prefix="p2d-") as folder:
         path = Path(folder) / "model.onnx"
-        external = model.ByteSize() > 1_900_000_000
+        external = model.ByteSize() > SINGLE_FILE_BYTES
         onnx.save_model(model, str(path), save_as_external_data=external)
         yield onnx_runner(path)
 
@@ -144,13 +148,14 @@ def with_extremes(model: Any, names: Sequence[str], *, finite: bool = False) -> 
 
     Outputs are ``NAME/min`` and ``NAME/max``, scalars: however large the tensors are, they are
     reduced inside the graph and nothing of them is kept. Where ``finite`` is asked for, infinite
-    values count as zero.
+    values of float32 count as zero, if the file's operator set can tell them.
     """
     copy = with_outputs(model, [])
     values = (*model.graph.input, *model.graph.value_info, *model.graph.output)
     kinds = {v.name: v.type.tensor_type.elem_type for v in values}
+    opset = max(one.version for one in model.opset_import if one.domain in ("", "ai.onnx"))
     for name in names:
-        masked = finite and kinds[name] == TensorProto.FLOAT
+        masked = finite and kinds[name] == TensorProto.FLOAT and opset >= IS_INF_OPSET
         source = _finite(copy.graph, name) if masked else name
         for suffix, reduction in (("min", "ReduceMin"), ("max", "ReduceMax")):
             output = f"{name}/{suffix}"
@@ -177,9 +182,16 @@ def extremes(
         path: The ONNX file.
         samples: Inputs by name.
         finite: Have infinite values, such as those that mask attention, count as zero.
+
+    Raises:
+        ExportError: There is no such tensor.
     """
     model = load_named(path)
     names = float_tensors(model)
+    if not names:
+        raise ExportError(
+            f"{path}: found no tensor of fp32 to convert to another precision; export it in fp32"
+        )
     found = dict.fromkeys(names, (np.inf, -np.inf))
     with opened(with_extremes(model, names, finite=finite)) as run:
         for feeds in samples:

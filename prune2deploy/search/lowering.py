@@ -258,7 +258,8 @@ def file(path: Path, out: Path, wish: Wish, data: tuple[str | None, Progress]) -
         data: Calibration recipe by name or path (or ``None``), and who hears of its notices.
 
     Raises:
-        ConfigError: int8 without data for an fp32 file, or data where nothing is converted.
+        ConfigError: int8 without data for an fp32 file, data where nothing is converted, or an
+            input or output that is no tensor of numbers.
         ExportError: The model cannot be converted.
         ParityError: The outputs differ too much from those of the file that came in.
     """
@@ -271,13 +272,14 @@ def file(path: Path, out: Path, wish: Wish, data: tuple[str | None, Progress]) -
                 "data does nothing; leave it out, or give the fp32 file for another precision"
             )
         return LoweredFile(path)
+    _, outputs = onnx_file.signature(path)
     batches = open_recipe(recipe, BareFile.read(path)).need("int8") if recipe else None
     if wanted == "int8" and batches is None:
         raise ConfigError(
             f"{path}: found an fp32 file and no calibration data, expected --data RECIPE for int8 "
             "(or a file that holds quantised operators already)"
         )
-    check_labels(batches, [spec.shape for spec in onnx_file.signature(path)[1]])
+    check_labels(batches, [spec.shape for spec in outputs])
     tell(progress, notices(batches))
     made = out / f"{path.stem}.{wanted}.onnx"
     with scratch(out) as folder:  # takes its own name only when it is good enough
