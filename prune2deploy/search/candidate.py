@@ -199,8 +199,7 @@ def _assemble(shop: Workshop, name: tuple[int, str], plan: Plan, module: nn.Modu
         tell=told.append,
     )
     shop.say("simplifying", number)
-    samples = _random_samples(shop, exported)
-    report = simplify.simplify(exported, folder / "simplified.onnx", samples=samples)
+    report = _simplified(shop, exported)
     onnx, lowered = _lower(shop, report.path, name)
     shop.say("building", number)
     if shop.backend.takes_program:
@@ -225,6 +224,12 @@ def _assemble(shop: Workshop, name: tuple[int, str], plan: Plan, module: nn.Modu
         (*told, *_notes(report, lowered)),
         lowered,
     )
+
+
+def _simplified(shop: Workshop, exported: Path) -> SimplifyReport:
+    """Simplify a file, compared on an input that the model takes."""
+    samples = _random_samples(shop, exported)
+    return simplify.simplify(exported, exported.with_name("simplified.onnx"), samples=samples)
 
 
 def _notes(report: SimplifyReport, lowered: Lowered | None) -> tuple[str, ...]:
