@@ -33,6 +33,7 @@ from prune2deploy.errors import BackendError, BuildError, ConfigError
 from prune2deploy.target import Option, Target
 from prune2deploy.timing import OperatorTiming
 
+MODES = ("eager", "compile", "cudagraph")
 _KINDS = {"fp32": "float32", "fp16": "float16"}
 """Precision to the type of torch that its weights have."""
 
@@ -46,7 +47,7 @@ class TorchBackend(Backend):
         "mode": "eager",
         "channels_last": False,
     }
-    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {"mode": ("eager", "compile", "cudagraph")}
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {"mode": MODES}
 
     def check(self, target: Target) -> None:
         """See the base class; the device is the CPU or an NVIDIA GPU, the precision no int8."""
