@@ -24,7 +24,6 @@ from typing import Any
 
 from prune2deploy import watched
 from prune2deploy.atomic import replacing, scratch, write_text
-from prune2deploy.backends import onnx_file
 from prune2deploy.backends.engine_build import ANSWER, BuildRequest
 from prune2deploy.errors import BackendError, BuildError
 
@@ -117,24 +116,18 @@ def check_fits(engine: Path, manifest: Manifest, *, module: str, version: str, d
             )
 
 
-def sha256(*paths: Path) -> str:
-    """Hash of the contents of files, one after the other."""
+def sha256(path: Path) -> str:
+    """Hash of the contents of a file."""
     digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()
 
 
 def text_key(text: str) -> str:
     """Short file-name-safe key of a text."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def hash_onnx(path: Path) -> str:
-    """Hash of an ONNX file with its external weights."""
-    return sha256(path, *(path.parent / name for name in onnx_file.external_files(path)))
 
 
 def default_cache() -> Path:
