@@ -9,8 +9,10 @@ from torch import nn
 
 import prune2deploy
 from prune2deploy.errors import ConfigError, PlanError
+from prune2deploy.plan.allocate import SmallestMisses
 from prune2deploy.plan.choices import allowed, choices, importance_curves
 from prune2deploy.rundir import read_manifest
+from prune2deploy.search import planning
 
 FORMULA = """
 backend = "null"
@@ -71,6 +73,8 @@ def built(result):
     journal = (result.run_dir / "journal.jsonl").read_text().splitlines()
     keys = [json.loads(line)["key"] for line in journal]
     return [key for key in keys if key.endswith("/build") and not key.startswith("00-")]
+
+
 
 
 @pytest.mark.parametrize("data", [False, True])
@@ -146,6 +150,23 @@ def test_blocks_go_where_the_smallest_widths_miss_unless_layers_are_bounded(star
     assert bounded.verdict == "unreachable" and not bounded.plan.removed
     assert any("because of --max-pruning-ratio 0.5" in note for note in bounded.report.notes)
     assert not (bounded.run_dir / "builds").exists()  # no more builds would help
+
+
+def test_blocks_go_too_where_the_smallest_plan_was_tried_before(start, monkeypatch):
+    """Where predictions are bent, the fastest plan is none of the narrowest widths."""
+    real, first = planning.allocate, []
+
+    def bent(problem):
+        first.append(first[0] if first else real(problem).counts)
+        if len(first) == 1 or len(problem.choices) < 5:
+            return real(problem)
+        found = SmallestMisses.__new__(SmallestMisses)
+        found.counts, found.floor_ms = first[0], problem.budget_ms
+        raise found
+
+    monkeypatch.setattr(planning, "allocate", bent)
+    result = start(shortcuts(), step=32, speedup=1.9)
+    assert result.plan.removed and result.met
 
 
 @pytest.mark.parametrize("speedup", [1.05, 1.9])
