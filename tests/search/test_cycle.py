@@ -76,6 +76,14 @@ def built(result):
 
 
 
+def test_a_run_may_be_moved(start, tmp_path):
+    first = start(chain(64, 96), speedup=1.5)
+    assert str(tmp_path) not in (first.run_dir / "journal.jsonl").read_text()
+    first.run_dir.rename(tmp_path / "elsewhere")
+    again = start(chain(64, 96), "elsewhere", speedup=1.5, resume=True)
+    check_agreement(again)
+    assert again.plan == first.plan and again.measurement == first.measurement
+
 
 @pytest.mark.parametrize("data", [False, True])
 def test_fewer_builds_than_before_change_nothing(start, data):
