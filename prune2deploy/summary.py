@@ -80,7 +80,7 @@ def _keep_engine(run: RunDir, source: PurePath) -> None:
 
 def describe(outcome: Outcome, seconds: float, name: str, notes: tuple[str, ...]) -> RunReport:
     """The report of a run."""
-    final = outcome.final
+    final, steps = outcome.final, _steps(outcome)
     seen = final.comparison
     flags = (f"measurement flagged: {', '.join(seen.flags)}",) if seen.flags else ()
     return RunReport(
@@ -90,7 +90,7 @@ def describe(outcome: Outcome, seconds: float, name: str, notes: tuple[str, ...]
         verdict=verdict_text(outcome),
         budget_ms=final.budget_ms,
         speedup=1 / seen.ratio,
-        builds=len(outcome.probes) + sum(a.built.number > 0 for a in outcome.attempts),
+        builds=sum(step.number > 0 for step in steps),
         seconds=seconds,
         baseline=_row(seen.reference, outcome.baseline.built),
         final=_row(seen.candidate, final.built),
@@ -101,7 +101,7 @@ def describe(outcome: Outcome, seconds: float, name: str, notes: tuple[str, ...]
         curve=_curve(outcome),
         axes=_axes(outcome),
         layers=_layers(outcome),
-        steps=_steps(outcome),
+        steps=steps,
         environment=environment(outcome.target, seen.fingerprint),
         notes=(*_notes(outcome), *flags, *notes),
         percentile=final.budget.percentile,
@@ -344,7 +344,10 @@ def _curve(outcome: Outcome) -> tuple[tuple[float, float], ...]:
 
 def _steps(outcome: Outcome) -> tuple[BuildLine, ...]:
     """Builds in order; predictions are scaled to the speed of the machine in that session."""
-    probes = [BuildLine(b.number, b.step, b.params, b.macs) for b in outcome.probes]
+    others = [
+        BuildLine(b.number, b.step, b.params, b.macs)
+        for b in (*outcome.probes, *outcome.superseded)
+    ]
     tried = [
         BuildLine(
             a.built.number,
@@ -358,7 +361,7 @@ def _steps(outcome: Outcome) -> tuple[BuildLine, ...]:
         )
         for a in outcome.attempts
     ]
-    return (*probes, *tried)
+    return tuple(sorted((*others, *tried), key=lambda line: line.number))
 
 
 def environment(target: Any, fingerprint: Mapping[str, Any]) -> dict[str, str]:

@@ -75,6 +75,18 @@ def built(result):
     return [key for key in keys if key.endswith("/build") and not key.startswith("00-")]
 
 
+def test_a_run_that_goes_on_tells_of_its_earlier_final_build(start):
+    given = {"speedup": 2.4, "batches": [((torch.randn(8, 3, 12, 12),), None)]}
+    first = start(chain(64, 96, 64), max_builds=2, **given)
+    second = start(chain(64, 96, 64), max_builds=8, resume=True, **given)
+    assert (first.report.steps[-1].number, first.report.steps[-1].step) == (2, "final")
+    assert second.report.builds == len(built(second)) == len(second.report.steps)
+    assert first.report.steps[-1].params in {
+        step.params for step in second.report.steps[:-1] if step.step == "final"
+    }
+    numbers = [step.number for step in second.report.steps]
+    assert numbers == sorted(numbers)
+
 
 def test_a_run_may_be_moved(start, tmp_path):
     first = start(chain(64, 96), speedup=1.5)
