@@ -144,11 +144,16 @@ def verdict_text(outcome: Outcome) -> str:
         return f"{told}: {_undecided(outcome)}"
     if outcome.verdict != "unreachable" or outcome.floor_ms is None:
         return told
+    told += (
+        f": the smallest plan measured {outcome.floor_ms:.4g} ms against a budget of "
+        f"{outcome.final.budget_ms:.4g} ms"
+    )
+    share = fixed_share(outcome)
+    if share is None:
+        return told
     return (
-        f"{told}: the smallest plan measured {outcome.floor_ms:.4g} ms against a budget of "
-        f"{outcome.final.budget_ms:.4g} ms, and {fixed_share(outcome):.0%} of the baseline's "
-        "profiled time is what pruning cannot touch (operators without a prunable width, and what "
-        "every call costs)"
+        f"{told}, and {share:.0%} of the baseline's profiled time is what pruning cannot touch "
+        "(operators without a prunable width, and what every call costs)"
     )
 
 
@@ -260,11 +265,11 @@ def _parity(built: Built) -> list[ParityLine]:
     ]
 
 
-def fixed_share(outcome: Outcome) -> float:
-    """Share of the operators' time that no width changes, as fitted on profiles alone."""
+def fixed_share(outcome: Outcome) -> float | None:
+    """Share of the operators' time that no width changes; ``None`` where none was profiled."""
     model = outcome.whole or outcome.model
-    if model is None:
-        return 0.0
+    if model is None or model.method != "profiles":
+        return None
     calls = sum(operator.share * ms(operator.cost[3]) for operator in model.operators)
     return min(1.0, calls / max(model.operators_ms({}), 1e-12))
 
