@@ -271,5 +271,7 @@ def _short(model: str) -> str:
 def _held_identity(path: Path) -> dict[str, Any]:
     import json
 
-    held = path / IDENTITY
-    return dict(json.loads(held.read_text("utf-8"))) if held.is_file() else {}
+    try:
+        return dict(json.loads((path / IDENTITY).read_text("utf-8")))
+    except (OSError, ValueError, TypeError):  # opening the folder says what is wrong
+        return {}

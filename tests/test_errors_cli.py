@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from prune2deploy import cli, commands
+from prune2deploy.report.content import SweepReport, to_json
 
 ROOT = Path(__file__).parent.parent
 FORMULA = """
@@ -342,6 +343,10 @@ def test_runs_that_are_none(place, fails):
     (place / "broken").mkdir(exist_ok=True)
     (place / "broken/report.json").write_text("{")
     fails(["report", "broken"], 2, "not a report")
+    report = SweepReport("net", "ort", 8, 1.0, ())
+    (place / "broken/report.json").write_text(to_json(report))
+    (place / "broken/run.json").write_text("{")
+    fails(["report", "broken"], 2, "run.json: not of a run")
 
 
 def test_a_target_that_is_not_here_says_what_is_missing_and_what_works(place, fails):

@@ -217,6 +217,8 @@ def test_a_model_that_meets_the_budget_is_left_alone(net, target, tmp_path):
     assert result.met and result.plan.counts == {} and result.report.builds == 0
     assert "nothing was pruned" in " ".join(result.report.notes)
     assert (result.run_dir / "model.onnx").exists()
+    assert read_manifest(result.run_dir)["fixed_share"] is None  # no model was fitted that says it
+    assert "baseline's profiled time" not in (result.run_dir / "report.html").read_text()
 
 
 def test_out_of_reach_reports_a_floor_that_is_true(net, target, tmp_path):

@@ -146,6 +146,20 @@ def test_high_percentiles_are_told_as_the_bounds_that_they_are():
     assert "upper 95 % bounds 10.4 ms for p95, 11 (largest sample) ms for p99" in alone
 
 
+def test_blocks_that_went_are_told_with_a_reason_that_holds_for_caps_too():
+    gone = text.run_text(replace(RUN, removed=("a", "b")))
+    assert (
+        "2 blocks taken out whole, because widths alone could not meet the budget or keep" in gone
+    )
+    assert "removed" not in text.run_text(RUN)
+
+
+def test_a_share_that_is_not_known_is_not_told():
+    unknown = replace(RUN, limits=replace(RUN.limits, fixed_share=None))
+    assert "profiled time" in PAGES["run"] and "profiled time" not in html.run_page(unknown)
+    assert from_json(to_json(unknown), Path("x")) == unknown
+
+
 def test_the_floor_is_told_as_measured():
     assert "The smallest plan allowed measured 2.5 ms." in PAGES["run"]
 
@@ -210,7 +224,10 @@ def test_runs_are_compared_by_names_that_tell_them_apart(tmp_path):
 
 
 def test_a_chart_of_one_point_and_a_bar_of_nothing_are_drawn():
-    assert "polyline" in svg.line_chart([svg.Point(0, 1, 1, 1)], "x", "y")
+    for at in (0.0, 0.5):
+        chart = svg.line_chart([svg.Point(at, 1, 1, 1)], "x", "y")
+        assert "polyline" in chart
+        assert chart.count(f'text-anchor="middle">{at:.2g}</text>') == 1  # one tick of that name
     assert 'width="0.00"' in svg.bar(0, 0)
 
 
@@ -230,6 +247,15 @@ def test_what_is_predicted_is_called_so_once():
     lines = [line for line in text.run_text(report).splitlines() if line.startswith("predicted")]
     assert lines
     assert all(line.count("predicted") == 1 for line in lines)
+
+
+def test_what_more_time_buys_is_told_at_the_percentile_of_the_budget():
+    """The curve is of medians: a budget of 20 ms for a p99 of twice the median is 10 ms of it."""
+    median = replace(RUN, curve=((1.0, 0.1), (50.0, 0.9)))
+    tail = replace(median, percentile=99, budget_ms=20.0, judged_ms=2 * RUN.final.p50_ms)
+    told = text.gains(tail)
+    assert "1 ms more would keep 26.3% instead of 24.7%" in text.gains(median)[-1]
+    assert "2 ms more would keep 26.3% instead of 24.7%" in told[-1]
 
 
 def test_accuracy_is_told_where_it_was_measured():

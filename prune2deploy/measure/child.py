@@ -36,13 +36,13 @@ def run(
 
     Args:
         spec: What the worker is to do (see there); ``threads`` limits the libraries' thread pools.
-        seconds: Time limit; the child is killed beyond it.
+        seconds: How long the child may be silent; it is killed beyond that.
         progress: Told what the child reports.
         module: What to run as the worker.
 
     Raises:
         Prune2DeployError: What the child raised.
-        MeasureError: It crashed, or did not end in time.
+        MeasureError: It crashed, or was silent for too long.
     """
     with tempfile.TemporaryDirectory(prefix="prune2deploy-measure-") as folder:
         path = Path(folder) / "spec.json"
@@ -85,7 +85,7 @@ def _listen(
             line = lines.get(timeout=max(0.01, deadline - time.monotonic()))
         except queue.Empty:
             raise MeasureError(
-                f"the measuring process did not end within {seconds:.0f} s and was killed; "
+                f"the measuring process got no further within {seconds:.0f} s and was killed; "
                 "raise max_seconds in the target's [measure], or free the machine"
             ) from None
         if line is None:
@@ -96,8 +96,10 @@ def _listen(
             raise _error(message)
         if "result" in message:
             return dict(message["result"])
-        if "progress" in message and progress:
-            progress(str(message["progress"][0]), float(message["progress"][1]))
+        if "progress" in message:
+            deadline = time.monotonic() + seconds
+            if progress:
+                progress(str(message["progress"][0]), float(message["progress"][1]))
 
 
 def _read(stream: IO[bytes], lines: queue.Queue[bytes | None]) -> None:

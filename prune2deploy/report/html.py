@@ -105,6 +105,12 @@ def _why(report: RunReport) -> str:
         if limits.floor_ms is not None
         else ""
     )
+    fixed = (
+        f"{limits.fixed_share:.1%} of the baseline's profiled time is what no width changes: "
+        "operators without a prunable width, and what every call costs."
+        if limits.fixed_share is not None
+        else ""
+    )
     outside = (
         f" {milliseconds(limits.overhead_ms)} ms of the baseline's undisturbed runs is spent "
         "outside operators."
@@ -125,9 +131,7 @@ def _why(report: RunReport) -> str:
     )
     return (
         "<h2>What bounds the latency</h2>"
-        f"<p>{floor}{limits.fixed_share:.1%} of the baseline's profiled time is what no width "
-        "changes: operators without a prunable width, and what every call costs."
-        f"{outside}{memory}</p>"
+        f"<p>{floor}{fixed}{outside}{memory}</p>"
         f"<p>The target runs well at widths that are multiples of {limits.channel_multiple} "
         f"({escape(limits.multiple_source)}).</p>{widths}"
     )

@@ -71,11 +71,14 @@ def gains(report: RunReport) -> tuple[str, ...]:
     """What a later deadline would buy, predicted; nothing where the curve does not reach.
 
     Both figures are of the best plans for their budgets; the one that is shipped may be another.
+    The curve is of medians: where the budget is for a higher percentile, that is taken to be as
+    many times the median as was measured.
     """
     if len(report.curve) < 2:
         return ()
-    at, worth = zip(*report.curve, strict=True)
-    here = report.budget_ms
+    medians, worth = zip(*report.curve, strict=True)
+    tail = (report.judged_ms or report.final.p50_ms) / report.final.p50_ms
+    here, at = report.budget_ms, [tail * median for median in medians]
     before = float(np.interp(here, at, worth))
     found = []
     tenth = 0.1 * here
@@ -102,8 +105,8 @@ def removed_text(report: RunReport) -> str:
     """Which blocks went, and why."""
     many = len(report.removed)
     return (
-        f"{many} block{'s' if many > 1 else ''} taken out whole, because no widths alone meet the "
-        f"budget: {', '.join(report.removed)}"
+        f"{many} block{'s' if many > 1 else ''} taken out whole, because widths alone could not "
+        f"meet the budget or keep a cap: {', '.join(report.removed)}"
     )
 
 

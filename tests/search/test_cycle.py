@@ -9,8 +9,10 @@ from torch import nn
 
 import prune2deploy
 from prune2deploy.errors import ConfigError, PlanError
+from prune2deploy.plan.allocate import SmallestMisses
 from prune2deploy.plan.choices import allowed, choices, importance_curves
 from prune2deploy.rundir import read_manifest
+from prune2deploy.search import planning
 
 FORMULA = """
 backend = "null"
@@ -71,6 +73,28 @@ def built(result):
     journal = (result.run_dir / "journal.jsonl").read_text().splitlines()
     keys = [json.loads(line)["key"] for line in journal]
     return [key for key in keys if key.endswith("/build") and not key.startswith("00-")]
+
+
+def test_a_run_that_goes_on_tells_of_its_earlier_final_build(start):
+    given = {"speedup": 2.4, "batches": [((torch.randn(8, 3, 12, 12),), None)]}
+    first = start(chain(64, 96, 64), max_builds=2, **given)
+    second = start(chain(64, 96, 64), max_builds=8, resume=True, **given)
+    assert (first.report.steps[-1].number, first.report.steps[-1].step) == (2, "final")
+    assert second.report.builds == len(built(second)) == len(second.report.steps)
+    assert first.report.steps[-1].params in {
+        step.params for step in second.report.steps[:-1] if step.step == "final"
+    }
+    numbers = [step.number for step in second.report.steps]
+    assert numbers == sorted(numbers)
+
+
+def test_a_run_may_be_moved(start, tmp_path):
+    first = start(chain(64, 96), speedup=1.5)
+    assert str(tmp_path) not in (first.run_dir / "journal.jsonl").read_text()
+    first.run_dir.rename(tmp_path / "elsewhere")
+    again = start(chain(64, 96), "elsewhere", speedup=1.5, resume=True)
+    check_agreement(again)
+    assert again.plan == first.plan and again.measurement == first.measurement
 
 
 @pytest.mark.parametrize("data", [False, True])
@@ -146,6 +170,23 @@ def test_blocks_go_where_the_smallest_widths_miss_unless_layers_are_bounded(star
     assert bounded.verdict == "unreachable" and not bounded.plan.removed
     assert any("because of --max-pruning-ratio 0.5" in note for note in bounded.report.notes)
     assert not (bounded.run_dir / "builds").exists()  # no more builds would help
+
+
+def test_blocks_go_too_where_the_smallest_plan_was_tried_before(start, monkeypatch):
+    """Where predictions are bent, the fastest plan is none of the narrowest widths."""
+    real, first = planning.allocate, []
+
+    def bent(problem):
+        first.append(first[0] if first else real(problem).counts)
+        if len(first) == 1 or len(problem.choices) < 5:
+            return real(problem)
+        found = SmallestMisses.__new__(SmallestMisses)
+        found.counts, found.floor_ms = first[0], problem.budget_ms
+        raise found
+
+    monkeypatch.setattr(planning, "allocate", bent)
+    result = start(shortcuts(), step=32, speedup=1.9)
+    assert result.plan.removed and result.met
 
 
 @pytest.mark.parametrize("speedup", [1.05, 1.9])
