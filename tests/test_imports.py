@@ -30,7 +30,8 @@ ORDER = [
     {"search"},
     {"loop", "sweep", "summary", "inspection", "listing"},
     {"pruning"},
-    {"api", "cli", "commands", "file_commands", "reply", "console", "__init__", "__main__"},
+    {"naming", "api", "arguments", "cli", "commands", "file_commands", "reply", "console"},
+    {"__init__", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 PRINTERS = {"cli"}

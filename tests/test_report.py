@@ -12,7 +12,7 @@ import pytest
 
 from prune2deploy.errors import ConfigError
 from prune2deploy.measure import LatencyStats
-from prune2deploy.report import html, svg, text, write
+from prune2deploy.report import html, plots, svg, text, write
 from prune2deploy.report.content import (
     AccuracyLine,
     AxisLine,
@@ -185,19 +185,32 @@ def test_csv_holds_the_numbers_unrounded():
 
 
 @pytest.mark.parametrize(
-    ("report", "plots"), [(RUN, ["axes.png", "layers.png"]), (SWEEP, ["latency.png"])]
+    ("report", "drawn"), [(RUN, ["axes.png", "layers.png"]), (SWEEP, ["latency.png"])]
 )
-def test_a_run_directory_gets_every_rendering(tmp_path, report, plots):
+def test_a_run_directory_gets_every_rendering(tmp_path, report, drawn):
     with RunDir(tmp_path, {}) as run:
         write.write(report, run)
         listed = {a.path for a in run.artefacts()}
-    assert listed == {"run.json", "report.json", "report.csv", "report.html", *plots}
-    for plot in plots:
+    assert listed == {"run.json", "report.json", "report.csv", "report.html", *drawn}
+    for plot in drawn:
         data = (tmp_path / plot).read_bytes()
         assert data[:8] == b"\x89PNG\r\n\x1a\n"
         width, height = struct.unpack(">II", data[16:24])
         assert width > 300 and height > 200
     assert write.load(tmp_path) == report
+
+
+def test_no_plot_searches_for_a_place_of_its_legend(tmp_path, monkeypatch):
+    """Where that takes long, on a slow device, matplotlib warns of it."""
+
+    def search(*arguments):
+        raise AssertionError("a legend looks for the best place")
+
+    monkeypatch.setattr("matplotlib.legend.Legend._find_best_position", search)
+    for number, draw in enumerate((plots.axes_plot, plots.layers_plot)):
+        draw(RUN, tmp_path / f"{number}.png")
+    plots.staircase_plot("widths", {"conv": {8: 1.0, 16: 2.0}}, tmp_path / "staircase.png")
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_runs_of_different_machines_are_not_compared(tmp_path):

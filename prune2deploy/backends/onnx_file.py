@@ -29,7 +29,8 @@ def check(path: Path) -> Any:
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     if not path.is_file():
-        raise BuildError(f"{path}: no such file; expected an ONNX model")
+        found = "found a folder" if path.is_dir() else "no such file"
+        raise BuildError(f"{path}: {found}; expected an ONNX model")
     try:
         model = onnx.load(str(path), load_external_data=False)
     except OSError as error:

@@ -427,7 +427,7 @@ X = torch.zeros(2, 3)
         ((batch for batch in [((X,), None)]), "a generator, which can be read once"),
         (7, "found a int"),
         ([X], r"a tensor of shape \(2, 3\)"),
-        ([(X, None)], r"a tuple of \(a tensor of shape \(2, 3\), NoneType\)"),
+        ([(X, None, X)], r"a tuple of \(a tensor of shape \(2, 3\), NoneType, a tensor"),
         ([((X, "b"), None)], r"a tuple of \(a tuple of \(.*, str\), NoneType\)"),
         ([((X[:0],), None)], r"shape \(0, 3\)"),
     ],
@@ -438,7 +438,7 @@ def test_data_of_another_form_is_told(data, told):
 
 
 def test_data_of_the_form_that_is_expected_is_taken():
-    for data in (None, [((X,), None)], [([X], torch.zeros(2))], [[(X, X), None]]):
+    for data in (None, [((X,), None)], [(X, None)], [([X], torch.zeros(2))], [[(X, X), None]]):
         check_form(data)
 
 

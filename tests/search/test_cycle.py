@@ -219,7 +219,7 @@ def test_a_cap_that_can_be_kept_is_kept_with_data_too(start, cap):
 
 
 def test_a_bound_that_leaves_every_layer_as_it_is_is_named_before_anything_but_the_baseline(start):
-    with pytest.raises(ConfigError, match=r"--max-pruning-ratio 0.05: .* multiples of 8"):
+    with pytest.raises(ConfigError, match=r"max_pruning_ratio 0.05: .* multiples of 8"):
         start(chain(64, 96, 64), speedup=1.3, max_pruning_ratio=0.05)
 
 

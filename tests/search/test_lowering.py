@@ -261,7 +261,7 @@ def test_a_model_that_int8_breaks_is_exit_5_and_nothing_is_shipped(
 
 
 def test_int8_without_data_is_refused_before_anything_is_built(net, profile, tmp_path):
-    with pytest.raises(ConfigError, match="--data"):
+    with pytest.raises(ConfigError, match=r"add batches=\.\.\."):
         run(net, profile(), tmp_path / "r", precision="int8")
     assert not (tmp_path / "r/builds").exists()
 
@@ -387,7 +387,7 @@ def test_labels_of_other_classes_are_refused_before_anything_is_built(net, profi
 
 
 def test_max_drop_means_nothing_in_fp32(net, profile, tmp_path, batches):
-    with pytest.raises(ConfigError, match=r"--max-drop 0.1: found precision fp32"):
+    with pytest.raises(ConfigError, match=r"max_drop 0.1: found precision fp32"):
         run(net, profile(), tmp_path / "r", batches=batches, max_drop=0.1)
 
 
