@@ -212,12 +212,15 @@ def _widths(recording: Recording, formulas: _Formulas) -> tuple[Polynomial, ...]
 
 
 def _blocks(recording: Recording) -> Iterable[Block]:
-    """Modules whose input reaches their output through additions alone, with equal layouts."""
+    """Modules whose input reaches their output through additions alone, with equal layouts.
+
+    Nothing that they make inside is read elsewhere.
+    """
     stored = list(recording.stored)
     once: dict[str, int] = {}
     for call in recording.calls:
         once[call.name] = once.get(call.name, 0) + 1
-    for call in recording.calls:
+    for call in recording.closed():
         if not (call.leads and call.name and once[call.name] == 1):
             continue
         before, after = (recording.values[n[0]] for n in (call.inputs, call.outputs))

@@ -16,7 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prune2deploy.errors import TraceError
 from prune2deploy.graph import layout as algebra
-from prune2deploy.graph import rules_layers, rules_pick, rules_shape, rules_space  # noqa: F401  fill the table
+from prune2deploy.graph import (  # noqa: F401  fill the table
+    rules_layers,
+    rules_pick,
+    rules_products,
+    rules_shape,
+    rules_space,
+)
 from prune2deploy.graph.branches import keep_for_branches
 from prune2deploy.graph.calling import (
     PLAIN,
@@ -37,6 +43,7 @@ from prune2deploy.graph.recording import Contraction, ModuleCall, Operation, Rec
 from prune2deploy.graph.rules import Call, Value, apply_rule, follow
 from prune2deploy.graph.shapes import on_shapes, outlined
 from prune2deploy.graph.training import couple_training_branches
+from prune2deploy.graph.visible import Apart, stands_in
 from prune2deploy.graph.whole import WholeCall, rule_of
 
 
@@ -212,6 +219,8 @@ class Recorder(TorchDispatchMode):
         name, first, taken = self._scopes.pop()
         if self._whole or id(module) not in self._names:
             return
+        if any(map(stands_in, tensors_in((args, kwargs, result)))):
+            return  # operators work on other tensors
         given = tuple(self.number(t) for t in tensors_in((args, kwargs)))
         made = tuple(self.number(t) for t in tensors_in(result))
         leads = isinstance(result, torch.Tensor) and isinstance((*args, None)[0], torch.Tensor)
@@ -320,7 +329,7 @@ def _watch(model: nn.Module, recorder: Recorder) -> Any:
     recording = recorder.recording
     example = outlined(recording.example) if recording.on_shapes else recording.example
     recorder.enter_inputs(as_inputs(example))
-    with untouched(model), on_shapes(model, recording.on_shapes), recorder:
+    with untouched(model), on_shapes(model, recording.on_shapes), recorder, Apart():
         result = run(model, example, recording.forward_fn)
         recorder.note_attributes(model)
     return result

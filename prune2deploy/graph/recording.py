@@ -147,6 +147,24 @@ class Recording:
         trees = [(op.args, op.kwargs) for op in self.operations]
         return Counter(ref.number for tree in (*trees, self.outputs) for ref in refs_in(tree))
 
+    def closed(self) -> list[ModuleCall]:
+        """The module calls of which nothing but the result is read by what comes after them."""
+        last = {
+            ref.number: place
+            for place, op in enumerate(self.operations)
+            for ref in refs_in((op.args, op.kwargs))
+        }
+        last.update((ref.number, len(self.operations)) for ref in refs_in(self.outputs))
+        return [
+            call
+            for call in self.calls
+            if all(
+                number in call.outputs or last.get(number, -1) < call.last
+                for operation in self.operations[call.first : call.last]
+                for number in operation.outputs
+            )
+        ]
+
     def makers(self) -> dict[int, list[Operation]]:
         """The operators that give each value, or write to it, in order."""
         found: dict[int, list[Operation]] = {}

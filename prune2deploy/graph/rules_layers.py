@@ -1,4 +1,4 @@
-"""Rules for operators with weights: convolutions, matrix products, attention, norms, embeddings."""
+"""Rules for operators with weights: convolutions, attention, norms, recurrence, embeddings."""
 
 from __future__ import annotations
 
@@ -120,89 +120,6 @@ def _couple_groups(
     return weight[0], weight[1]
 
 
-def _matmul(call: Call, a: str, b: str, bias: str | None = None) -> Layout:
-    """``a`` (…, m, k) times ``b`` (…, k, n), batch dimensions unified."""
-    left, right = call.dims(a), call.dims(b)
-    unify(left[-1], right[-2])
-    for x, y in zip(left[:-2], right[:-2], strict=True):
-        unify(x, y)
-    result = (*left[:-1], right[-1])
-    if bias is not None:
-        broadcast([result, call.dims(bias)])
-    weight = call.value(b) if call.value(b).weight else None
-    call.role(b, -2, "in")
-    call.role(b, -1, "out")
-    call.role(a, -1, "in")
-    kind = "linear" if weight else "matmul"
-    macs = (*left, right[-1])
-    call.notebook.contraction(kind, weight, ((left[-1],), (right[-1],), macs))
-    return result
-
-
-@rule("aten::mm")
-def mm(call: Call) -> Layout:
-    """Matrix product."""
-    return _matmul(call, "self", "mat2")
-
-
-@rule("aten::bmm")
-def bmm(call: Call) -> Layout:
-    """Batched matrix product."""
-    return _matmul(call, "self", "mat2")
-
-
-@rule("aten::addmm", "aten::addmm_")
-def addmm(call: Call) -> Layout:
-    """Matrix product plus bias."""
-    return _matmul(call, "mat1", "mat2", "self")
-
-
-@rule("aten::baddbmm", "aten::baddbmm_")
-def baddbmm(call: Call) -> Layout:
-    """Batched matrix product plus bias."""
-    return _matmul(call, "batch1", "batch2", "self")
-
-
-@rule("aten::linear")
-def linear(call: Call) -> Layout:
-    """``x @ weight.T + bias`` where it is not decomposed."""
-    x, weight, bias = call.dims("input"), call.dims("weight"), call.dims("bias")
-    unify(x[-1], weight[1])
-    if bias:
-        unify(bias[0], weight[0])
-    call.role("weight", 0, "out")
-    call.role("weight", 1, "in")
-    widths = ((x[-1],), (weight[0],), (*x, weight[0]))
-    call.notebook.contraction("linear", call.value("weight"), widths)
-    return (*x[:-1], weight[0])
-
-
-@rule("aten::mv", "aten::addmv")
-def mv(call: Call) -> Layout:
-    """Matrix times vector, plus bias."""
-    matrix = call.dims("self") if call.name == "aten::mv" else call.dims("mat")
-    unify(matrix[1], call.dims("vec")[0])
-    if call.name == "aten::addmv":
-        broadcast([matrix[:1], call.dims("self")])
-    return (matrix[0],)
-
-
-@rule("aten::_cdist_forward", "aten::_euclidean_dist")
-def distances(call: Call) -> Layout:
-    """Distances between the rows of x1 (…, P, M) and of x2 (…, R, M) → (…, P, R)."""
-    a, b = call.dims("x1"), call.dims("x2")
-    unify(a[-1], b[-1])
-    batch = broadcast([a[:-2], b[:-2]]) if len(a) > 2 or len(b) > 2 else ()
-    return (*batch, a[-2], b[-2])
-
-
-@rule("aten::dot", "aten::vdot")
-def dot(call: Call) -> Layout:
-    """Inner product of two vectors."""
-    unify(call.dims("self")[0], call.dims("tensor" if call.name == "aten::dot" else "other")[0])
-    return ()
-
-
 @rule(
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_flash_attention",
@@ -214,7 +131,10 @@ def dot(call: Call) -> Layout:
     "aten::scaled_dot_product_attention",
 )
 def attention(call: Call) -> list[Layout]:
-    """Fused attention: q (…, L, E), k (…, S, E), v (…, S, D) → (…, L, D); the keys stay."""
+    """Fused attention: q (…, L, E), k (…, S, E), v (…, S, D) → (…, L, D); the keys stay.
+
+    So do queries, where each may see the keys before it alone.
+    """
     q, k, v = call.dims("query"), call.dims("key"), call.dims("value")
     unify(q[-1], k[-1])
     for place in range(len(q) - 1):
@@ -228,6 +148,8 @@ def attention(call: Call) -> list[Layout]:
         if mask:
             broadcast([(*q[:-1], k[-2]), mask])
     freeze([k[-2]], CATEGORIES)
+    if call["is_causal"]:
+        freeze([q[-2]], "its order matters")
     note = call.notebook.contraction
     note("matmul", None, ((q[-1],), (k[-2],), (*q, k[-2])))
     note("matmul", None, ((v[-2],), (v[-1],), (*q[:-1], *v[-2:])))
@@ -318,7 +240,9 @@ def recurrent_layer(call: Call) -> list[Layout]:
     gates = rows_in[0].size // hidden.size
     unify(rows_in[1], x[-1])
     unify(rows_hidden[1], hidden)
-    unify(call.dims("cx_")[-1], hidden)
+    for name in ("hx_", "cx_"):
+        unify(call.dims(name)[-2], x[-2])
+        unify(call.dims(name)[-1], hidden)
     for rows in (rows_in[0], rows_hidden[0], *call.dims("weight2"), *call.dims("weight3")):
         split = regroup([rows], (gates, hidden.size), "gates cut across its units")
         if split is None:
@@ -366,6 +290,13 @@ def embedding(call: Call) -> Layout:
     freeze(weight[:1], "rows are picked by number")
     call.role("weight", 1, "out")
     return (*call.dims("indices"), weight[1])
+
+
+@rule("aten::embedding_renorm_")
+def shortened(call: Call) -> Layout:
+    """Rows picked by number are shortened where they are too long (``max_norm``)."""
+    freeze([*call.dims("self")[:1], *call.dims("indices")], "rows are picked by number")
+    return call.dims("self")
 
 
 @rule("aten::_embedding_bag", "aten::_embedding_bag_forward_only")

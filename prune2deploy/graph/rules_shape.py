@@ -136,15 +136,12 @@ def stack(call: Call) -> Layout:
 
 @rule("aten::split", "aten::chunk", "aten::unsafe_split", "aten::unsafe_chunk")
 def split(call: Call) -> list[Layout]:
-    """Equal parts: cut, and keep the parts equally wide."""
+    """Parts of one size, which stay equally wide; the last may be smaller."""
     parts = _segments(call, [t.shape[call["dim"] % t.dim()] for t in call.outputs])
     dim = call["dim"] % len(parts[0])
     first = parts[0][dim]
-    for other in parts[1:]:
-        if other[dim].size == first.size:
-            call.notebook.recording.ties.append((first, other[dim]))
-        else:
-            freeze([first, other[dim]], "split into parts of which the last is smaller")
+    same = (part[dim] for part in parts[1:] if part[dim].size == first.size)
+    call.notebook.recording.ties.extend((first, other) for other in same)
     return parts
 
 

@@ -18,6 +18,7 @@ from prune2deploy.graph.calling import as_inputs, run, tensors_in, twice, untouc
 from prune2deploy.graph.recording import Recording
 from prune2deploy.graph.rules import Value
 from prune2deploy.graph.shapes import on_shapes, outlined
+from prune2deploy.graph.visible import Apart
 from prune2deploy.modes import set_training
 
 
@@ -67,7 +68,7 @@ def _trained(model: nn.Module, recorder: Recorder, *, wanted: bool) -> Any:
         set_training(model, True)
         recorder.enter_inputs(as_inputs(example))
         try:
-            with on_shapes(model, wanted), recorder:
+            with on_shapes(model, wanted), recorder, Apart():
                 return run(model, example, recorder.recording.forward_fn)
         except Exception:  # noqa: BLE001  the user's training code may ask for anything
             return None

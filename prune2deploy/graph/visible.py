@@ -1,22 +1,27 @@
 """What a model does beside torch's operators, made visible as operators.
 
-In: calls of functions while the mode below is active. Out: recorded operators, each of which
+In: calls of functions while the modes below are active. Out: recorded operators, each of which
 changes nothing. Two kinds of calls leave no trace by themselves. Dropout that is called as a
 function does nothing in evaluation mode; it becomes an operator that knows the kind and the
 probability, so that a captured module can drop again when it trains. (Calls with a probability of
 zero stay unseen: code that passes ``p if self.training else 0`` does not tell its probability in
 evaluation.) And values that are handed to NumPy or put in a list are lost from sight: what is
 computed there would pass for a constant.
+
+Code that enters inference mode by itself is shown operators whole that torch takes apart
+elsewhere; ``Apart`` does that for it.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _LIBRARY = torch.library.Library("prune2deploy", "FRAGMENT")
 _LIBRARY.define("dropout(Tensor(a) self, float p, str kind) -> Tensor(a)")
@@ -55,6 +60,11 @@ EXITS: dict[Any, str] = {
 """Methods that hand values to another library → which."""
 
 
+def stands_in(tensor: Tensor) -> bool:
+    """Whether it stands for another tensor while ``torch.vmap`` maps a function over that."""
+    return torch.func.debug_unwrap(tensor) is not tensor
+
+
 class Visible(TorchFunctionMode):
     """Calls ``dropout`` where a function is told not to drop, ``leave`` where values leave."""
 
@@ -62,8 +72,36 @@ class Visible(TorchFunctionMode):
         """Run a function of torch, and the operator that makes it visible."""
         settings = kwargs or {}
         kind = KINDS.get(func)  # these hand on their settings by keyword
-        if kind is not None and settings["p"] and not settings["training"]:
+        idle = kind is not None and settings["p"] and not settings["training"]
+        if idle and not stands_in(args[0]):
             return torch.ops.prune2deploy.dropout(args[0], settings["p"], kind)
         if func in EXITS:
             torch.ops.prune2deploy.leave(args[0], EXITS[func])
         return func(*args, **settings)
+
+
+class Apart(TorchDispatchMode):
+    """Runs what an operator is made of in place of one that is made of others.
+
+    It is the last mode to be entered, so that all others see the parts.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator, or its parts."""
+        if not _is_made_of_others(func):
+            return func(*args, **(kwargs or {}))
+        with self:
+            return func._op_dk(_COMPOSITE, *args, **(kwargs or {}))
+
+
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+
+
+@cache
+def _is_made_of_others(func: Any) -> bool:
+    if not isinstance(func, torch._ops.OpOverload):
+        return False
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE)

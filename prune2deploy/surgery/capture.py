@@ -359,12 +359,13 @@ def _plain_calls(recording: Recording, removed: Sequence[str]) -> dict[int, list
     """Calls that stay calls, by first operator: of childless modules, one tensor in and one out.
 
     These are the modules of ``torch.nn``, and those that do nothing in evaluation. Hooks that
-    change tensors on the way are no part of the call, so that operators stand for both.
+    change tensors on the way are no part of the call, so that operators stand for both; so they do
+    where what is made inside is read outside, as by gradients that the model computes.
     """
     found: dict[int, list[ModuleCall]] = {}
     reads = recording.reads()
     inside = tuple(f"{name}." for name in removed)
-    for call in recording.calls:
+    for call in recording.closed():
         if call.name.startswith(inside) or call.module._modules or call.hooked:
             continue
         single = call.plain and len(call.inputs) == 1 and len(call.outputs) == 1

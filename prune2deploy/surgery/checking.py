@@ -24,6 +24,7 @@ from prune2deploy.graph.layout import VARYING, Node, leaves
 from prune2deploy.graph.recording import Operation, Recording, refs_in
 from prune2deploy.graph.rules import Value, argument
 from prune2deploy.graph.shapes import Outline, on_shapes, outlined
+from prune2deploy.graph.visible import Apart
 from prune2deploy.graph.whole import name_of, watched
 from prune2deploy.surgery.widths import Widths
 
@@ -108,7 +109,7 @@ def runs_as_planned(
         with untouched(module), on_shapes(module, shapes):
             for _ in range(2):
                 watch = _Watch()
-                with watched(module, watch.inside, watch.ended), watch:
+                with watched(module, watch.inside, watch.ended), watch, Apart():
                     result = run(module, inputs, recording.forward_fn)
                 returned.append([tensor.shape for tensor in tensors_in(result)])
                 if _same_operators(watch.seen, operations, known):

@@ -93,7 +93,18 @@ class _Formulas:
         self._reads: Counter[int] = recording.reads()
 
     def divided(self) -> Iterator[tuple[str, str, int]]:
-        """Weights that are divided by ``u · (W v)``: their name, that of ``u``, and that number."""
+        """Weights that are divided by ``u · (W v)``: their name, that of ``u``, and that number.
+
+        Nothing else reads ``u``; a layer that is called twice divides twice.
+        """
+        found = list(self._divisions())
+        passed = Counter((weight, number) for weight, _, path in found for number in path)
+        for weight, length, path in found:
+            if all(self._reads[number] == passed[weight, number] for number in path):
+                yield weight, self._names[path[-1]], length
+
+    def _divisions(self) -> Iterator[tuple[str, int, list[int]]]:
+        """Each such division: the weight's name, the number, and the way from the product to u."""
         for operation in self._operations:
             refs = refs_in(operation.args)
             if operation.name != "aten::div" or len(refs) != 2 or refs[0].number not in self._names:
@@ -105,22 +116,21 @@ class _Formulas:
                 made = self._maker.get(product.number)
                 if made is None or made.name != "aten::mv":
                     continue
-                matrix, v = (self._source(ref.number) for ref in refs_in(made.args))
-                vector, weight = self._source(u.number, alone=True), self._names[refs[0].number]
-                if vector is not None and v is not None and matrix == weight:
-                    yield weight, vector, refs[1].number
+                matrix, v = (self._path(ref.number) for ref in refs_in(made.args))
+                path, weight = self._path(u.number), self._names[refs[0].number]
+                if path and v and matrix and self._names[matrix[-1]] == weight:
+                    yield weight, refs[1].number, path
 
-    def _source(self, number: int, *, alone: bool = False) -> str | None:
-        """The stored tensor whose entries a value holds; if ``alone``, nothing else reads it."""
-        while not alone or self._reads[number] == 1:
-            if number in self._names:
-                return self._names[number]
-            operation = self._maker.get(number)
+    def _path(self, number: int) -> list[int]:
+        """From a value to the stored tensor whose entries it holds; empty if it holds others."""
+        path = [number]
+        while path[-1] not in self._names:
+            operation = self._maker.get(path[-1])
             refs = [] if operation is None else refs_in(operation.args)
             if operation is None or operation.name not in MOVING or len(refs) != 1:
-                return None
-            number = refs[0].number
-        return None
+                return []
+            path.append(refs[0].number)
+        return path
 
     def computed(self, number: int, stored: Callable[[str], Tensor]) -> Tensor:
         """The value that stored tensors give."""

@@ -173,6 +173,7 @@ def picked(tensor: torch.Tensor, dims: Sequence[npt.NDArray[np.int64] | None]) -
 
 FROM_WEIGHT: tuple[tuple[tuple[type[nn.Module], ...], dict[str, int]], ...] = (
     ((nn.Linear,), {"out_features": 0, "in_features": 1}),
+    ((nn.Bilinear,), {"out_features": 0, "in1_features": 1, "in2_features": 2}),
     ((nn.Embedding, nn.EmbeddingBag), {"embedding_dim": 1}),
     ((nn.PReLU,), {"num_parameters": 0}),
     ((nn.GroupNorm,), {"num_channels": 0}),
