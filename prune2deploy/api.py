@@ -261,7 +261,7 @@ def prune_to_budget(
         "profile": profile.sha256,
         "finetune": finetune is not None,
         "names": names,
-        "content": content(model, inputs, batches),
+        "content": content(model, inputs, extras.get("batches")),
     }
     label = f"{name}-{profile.name}-{options.budget.label}"
     place = extras.get("run_dir") or run_folder(label, identity, resume=resume)
