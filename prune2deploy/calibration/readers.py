@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from prune2deploy.calibration import arrays as array_files
-from prune2deploy.calibration import classes, pictures
+from prune2deploy.calibration import classes, code, pictures
 from prune2deploy.calibration.preprocessing import Preprocessing
 from prune2deploy.calibration.recipe import Recipe
 from prune2deploy.errors import ConfigError, MissingBackend
@@ -342,13 +341,13 @@ def open_reader(recipe: Recipe, how: Preprocessing, examples: tuple[Tensor, ...]
         MissingBackend: The library that reads it is not installed.
     """
     options = dict(recipe.options)
-    folder = recipe.data or Path()
+    folder, name = recipe.data or Path(), options.get("callable", "")
     names = tuple(part.strip() for part in options.get("inputs", "").split(",") if part.strip())
     table: dict[str, Callable[[], Reader]] = {
         "class-folders": lambda: ClassReader(folder, how, _beside(recipe, "classes")),
         "images": lambda: PictureReader(folder, how),
         "arrays": lambda: ArrayReader(folder, names, options.get("labels")),
-        "callable": lambda: _called(recipe, options["callable"], len(examples)),
+        "callable": lambda: SequenceReader(code.dataset(recipe, name), name, inputs=len(examples)),
         "digits": lambda: DigitsReader(how, options.get("split", "train")),
         "random": lambda: RandomReader(examples, recipe.count, recipe.seed),
     }
@@ -359,31 +358,3 @@ def _beside(recipe: Recipe, option: str) -> Path | None:
     """The file that an option names, relative to the recipe; ``None`` where it is not given."""
     given = dict(recipe.options).get(option)
     return None if given is None else recipe.path.parent / Path(given).expanduser()
-
-
-def _called(recipe: Recipe, name: str, inputs: int) -> Reader:
-    """Call the user's function, which lies beside the recipe or is importable."""
-    beside = str(recipe.path.parent)
-    sys.path.insert(0, beside)
-    try:
-        return _dataset(name, f"{recipe.path}:options.callable", inputs)
-    except (ConfigError, MissingBackend):
-        raise
-    except Exception as error:
-        raise ConfigError(
-            f"{recipe.path}:options.callable: {name!r} failed: {type(error).__name__}: {error}; "
-            "expected a callable without arguments that returns a dataset with len() and indexing"
-        ) from error
-    finally:
-        sys.path.remove(beside)
-
-
-def _dataset(name: str, where: str, inputs: int) -> Reader:
-    place, _, attribute = name.rpartition(":")
-    module = importlib.import_module(place)
-    if attribute not in vars(module):
-        near = difflib.get_close_matches(attribute, list(vars(module)), n=3)
-        raise ConfigError(
-            f"{where}: {place!r} has no {attribute!r}; nearest: {', '.join(near) or 'none'}"
-        )
-    return SequenceReader(vars(module)[attribute](), name, inputs=inputs)

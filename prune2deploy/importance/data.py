@@ -120,7 +120,7 @@ class _Meter:
                 continue
             found = result.detach().abs().float().movedim(dim, 0).reshape(len(channel), -1)
             inside = channel >= 0
-            total = self.totals.setdefault(name, torch.zeros(size))
+            total = self.totals.setdefault(name, torch.zeros(size, dtype=torch.float32))
             total.index_add_(0, channel[inside], found.mean(1).cpu()[inside])
 
 
@@ -162,7 +162,7 @@ def _by_gradient(
 ) -> Scores:
     """Mean over batches and members of ``channel(sum of element(weight x gradient))``."""
     axes = {axis.name: (axis.size, subject.counted(axis)) for axis in subject.graph.prunable}
-    sums = {name: torch.zeros(size) for name, (size, _) in axes.items()}
+    sums = {name: torch.zeros(size, dtype=torch.float32) for name, (size, _) in axes.items()}
     count = 0
     for products in _products(subject, batches):
         count += 1

@@ -125,7 +125,7 @@ def to_channels(values: Tensor, member: Member, size: int) -> Tensor:
     positions = values.float().movedim(member.dim, 0).reshape(len(member.channel), -1).sum(1).cpu()
     channel = torch.from_numpy(member.channel)
     inside = channel >= 0
-    return torch.zeros(size).index_add_(0, channel[inside], positions[inside])
+    return torch.zeros(size, dtype=torch.float32).index_add_(0, channel[inside], positions[inside])
 
 
 def as_vectors(tensor: Tensor, member: Member, size: int) -> Tensor:

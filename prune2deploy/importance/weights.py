@@ -37,7 +37,11 @@ def _magnitude(subject: Subject, axis: Axis, power: int) -> Tensor:
         mean_one(to_channels(tensor.float().abs() ** power, member, axis.size) ** (1 / power))
         for member, tensor in subject.counted(axis)
     ]
-    return mean_one(torch.stack(norms).mean(0)) if norms else torch.ones(axis.size)
+    return (
+        mean_one(torch.stack(norms).mean(0))
+        if norms
+        else torch.ones(axis.size, dtype=torch.float32)
+    )
 
 
 def group_norm(subject: Subject) -> Scores:
@@ -50,7 +54,7 @@ def group_norm(subject: Subject) -> Scores:
 
 
 def _group_norm(subject: Subject, axis: Axis) -> Tensor:
-    energy = torch.zeros(axis.size)
+    energy = torch.zeros(axis.size, dtype=torch.float32)
     for member, tensor in subject.counted(axis):
         energy += to_channels(tensor.float() ** 2, member, axis.size)
     return energy.sqrt()
@@ -85,7 +89,7 @@ def fpgm(subject: Subject) -> Scores:
 def _distances(subject: Subject, axis: Axis) -> Tensor:
     parts = [as_vectors(tensor, member, axis.size) for member, tensor in subject.counted(axis)]
     if not parts:
-        return torch.ones(axis.size)
+        return torch.ones(axis.size, dtype=torch.float32)
     vectors = torch.cat(parts, 1)
     chunks = [torch.cdist(rows, vectors).sum(1) for rows in vectors.split(ROWS)]
     return torch.cat(chunks)

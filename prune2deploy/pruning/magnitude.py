@@ -124,7 +124,9 @@ class GroupMagnitudeImportance(Importance):
                 if found is not None and len(found) >= len(item.idxs) > 0:
                     values = found.float().cpu()[torch.tensor(item.idxs)]
                     root = torch.tensor(item.root_idxs)
-                    yield torch.zeros(len(group[0].idxs)).index_add_(0, root, values)
+                    yield torch.zeros(len(group[0].idxs), dtype=torch.float32).index_add_(
+                        0, root, values
+                    )
 
     def positions(self, item: Item, parameter: nn.Parameter, dim: int) -> Tensor | None:
         """One number per position of a dimension; ``None`` where there is nothing to go by."""

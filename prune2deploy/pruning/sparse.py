@@ -219,7 +219,8 @@ class GrowingRegPruner(_SparsePruner):
         """Begin again with the first strength everywhere."""
         super().update_regularizer()
         self.group_reg = {
-            group: torch.full((len(group[0].idxs),), self.base_reg) for group in self._groups
+            group: torch.full((len(group[0].idxs),), self.base_reg, dtype=torch.float32)
+            for group in self._groups
         }
 
     @torch.no_grad()

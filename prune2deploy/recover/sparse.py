@@ -24,7 +24,7 @@ def channel_squares(module: nn.Module, axis: Axis) -> Tensor:
     parameters = dict(module.named_parameters(remove_duplicate=False))
     members = [member for member in axis.members if member.tensor in parameters]
     device = next(module.parameters()).device
-    sums = torch.zeros(axis.size, device=device)
+    sums = torch.zeros(axis.size, dtype=torch.float32, device=device)
     for member in members:
         weight = parameters[member.tensor]
         others = [dim for dim in range(weight.ndim) if dim != member.dim]
@@ -38,13 +38,15 @@ def channel_squares(module: nn.Module, axis: Axis) -> Tensor:
 def channel_sizes(module: nn.Module, axis: Axis) -> Tensor:
     """Return how many parameter values each channel of ``axis`` holds, (axis.size,)."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    sizes = torch.zeros(axis.size)
+    sizes = torch.zeros(axis.size, dtype=torch.float32)
     for member in axis.members:
         if member.tensor in parameters:
             weight = parameters[member.tensor]
             chosen, channel = _index(member, torch.device("cpu"))
             each = weight.numel() / weight.shape[member.dim]
-            sizes = sizes.index_add(0, channel, torch.full((len(chosen),), each))
+            sizes = sizes.index_add(
+                0, channel, torch.full((len(chosen),), each, dtype=torch.float32)
+            )
     return sizes
 
 
@@ -100,7 +102,7 @@ class Growing:
     @staticmethod
     def start(graph: Graph, ceiling: float = 1.0) -> Growing:
         """Return a penalty that is zero everywhere."""
-        zero = {axis.name: torch.zeros(axis.size) for axis in graph.prunable}
+        zero = {axis.name: torch.zeros(axis.size, dtype=torch.float32) for axis in graph.prunable}
         return Growing(graph, zero, ceiling)
 
     def grown(self, kept: Mapping[str, tuple[int, ...]], step: float) -> Growing:

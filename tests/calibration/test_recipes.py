@@ -141,6 +141,20 @@ def test_memory_stays_flat_with_the_number_of_samples(tmp_path):
     assert seen == 512 and peak < 4e6
 
 
+def test_a_module_of_the_same_name_elsewhere_is_not_taken_for_the_one_beside(tmp_path):
+    text = 'reader = "callable"\n[options]\ncallable = "my_twofold_data:made"'
+    for name, value in (("a", 1.0), ("b", 2.0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "my_twofold_data.py").write_text(
+            f"import torch\ndef made():\n    return [torch.full((1, 2, 2), {value})] * 4\n"
+        )
+    first, second = (recipe(tmp_path / name, text) for name in ("a", "b"))
+    ((x,), _), *_ = open_recipe(first, model((1, 1, 2, 2)))
+    assert x.unique().tolist() == [1.0]
+    with pytest.raises(ConfigError, match=r"imported before.*another name"):
+        open_recipe(second, model((1, 1, 2, 2)))
+
+
 def test_callable_beside_the_recipe(tmp_path):
     (tmp_path / "my_calibration_data.py").write_text(
         "import torch\n\n\ndef made():\n"

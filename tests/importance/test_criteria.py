@@ -261,3 +261,17 @@ def test_small_weights_in_half_precision_are_scored_as_in_single(name):
     found = score(name, half, trace(half, x.half()), [((x.half(),), labels)])["0"]
     expected = score(name, exact, trace(exact, x), [((x,), labels)])["0"]
     torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02 * float(expected.mean()))
+
+
+def test_scores_do_not_depend_on_the_default_type():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(2, 4)
+    graph = trace(net, x)
+    wanted = {name: score(name, net, graph) for name in ("l2", "lamp")}
+    torch.set_default_dtype(torch.float64)
+    try:
+        for name, scores in wanted.items():
+            for axis, values in score(name, net, graph).items():
+                assert values.dtype == torch.float32 and torch.equal(values, scores[axis])
+    finally:
+        torch.set_default_dtype(torch.float32)
