@@ -1,20 +1,26 @@
 """The Python interface: trace, prune, prune to a budget.
 
-In: a module and example inputs. Out: new values; the module that was given is never changed.
+In: a module and example inputs. Out: new values; the module that was given is never changed. Calls
+from several threads wait for one another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from prune2deploy import config, loop, summary
 from prune2deploy import target as targets
+from prune2deploy.calibration import given_batches
 from prune2deploy.config import Budget, ModelOptions, RunOptions
 from prune2deploy.errors import ConfigError
 from prune2deploy.graph import Graph, require_prunable
@@ -24,6 +30,7 @@ from prune2deploy.identity import content
 from prune2deploy.importance import DATA_FREE, NAMES, score
 from prune2deploy.measure import Comparison
 from prune2deploy.models.weights import load_weights
+from prune2deploy.naming import in_python
 from prune2deploy.plan.allocate import channels
 from prune2deploy.plan.choices import importance_curves
 from prune2deploy.plan.plan import Plan
@@ -33,6 +40,15 @@ from prune2deploy.rundir import RunDir, run_folder
 from prune2deploy.search.job import Job
 from prune2deploy.surgery.slicing import apply as apply_plan
 from prune2deploy.sweep import uniform_counts
+
+_ALONE = threading.RLock()  # recording and exporting set state of torch that all threads share
+
+
+@contextlib.contextmanager
+def _entry() -> Iterator[None]:
+    """What stands around every function here: one call at a time, errors in the words of Python."""
+    with _ALONE, in_python():
+        yield
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +82,8 @@ class Extras(TypedDict, total=False):
     Attributes:
         importance: Name of the criterion that chooses channels (``l2``).
         precision: ``fp32``, ``fp16`` or ``int8``; the target's unless given.
-        batches: Calibration data: an iterable with a length of (inputs tuple, labels or None).
+        batches: Calibration data: a DataLoader or a list of (inputs, labels or None), inputs one
+            tensor or a tuple of them.
         percentile: That ``budget_ms`` is for: 50, 95 or 99.
         max_builds: Engine builds allowed besides the baseline (8).
         max_drop: Largest top-1 accuracy that ``fp16`` or ``int8`` may cost, as a fraction; needs
@@ -101,11 +118,12 @@ class Extras(TypedDict, total=False):
     output_names: Sequence[str] | None
     cache: bool
     seed: int
-    run_dir: Path | str
+    run_dir: Path | str | None
     resume: bool
-    progress: Progress
+    progress: Progress | None
 
 
+@_entry()
 def trace(model: nn.Module, example_inputs: Any) -> Graph:
     """Find the axes of a model: sets of coupled channels that live and die together.
 
@@ -123,6 +141,7 @@ def trace(model: nn.Module, example_inputs: Any) -> Graph:
     return trace_graph(model, example_inputs)
 
 
+@_entry()
 def prune(
     model: nn.Module,
     example_inputs: Any,
@@ -161,12 +180,14 @@ def prune(
         )
     graph = keep_layers(trace_graph(model, example_inputs), _names("keep", keep))
     require_prunable(graph)
+    _require_there(model)
     scores = score(importance, model, graph)
     curves = importance_curves(graph, scores)
     counts = uniform_counts(graph, curves, ratio, channel_multiple)
     return apply_plan(model, graph, channels(graph, scores, counts), example_inputs)
 
 
+@_entry()
 def load_pruned(model: nn.Module, example_inputs: Any, run_dir: Path | str) -> nn.Module:
     """Load the pruned model of a run with its original code: ``plan.json`` and ``weights.pt``.
 
@@ -194,6 +215,7 @@ def load_pruned(model: nn.Module, example_inputs: Any, run_dir: Path | str) -> n
     return pruned.eval()
 
 
+@_entry()
 def prune_to_budget(
     model: nn.Module,
     example_inputs: Tensor | tuple[Tensor, ...],
@@ -225,11 +247,11 @@ def prune_to_budget(
         MissingBackend: The target cannot be used here.
         ParityError: An engine gives other outputs than the pruned module.
     """
-    inputs = _inputs(example_inputs, finetune)
+    inputs = _inputs(model, example_inputs, finetune)
     name = type(model).__name__
     options = _options(name, str(target), (budget_ms, speedup), extras)
     profile = targets.load(target)
-    batches, resume = extras.get("batches"), extras.get("resume", False)
+    batches, resume = given_batches(extras.get("batches")), extras.get("resume", False)
     names = (
         _names("input_names", extras.get("input_names")),
         _names("output_names", extras.get("output_names")),
@@ -239,7 +261,7 @@ def prune_to_budget(
         "profile": profile.sha256,
         "finetune": finetune is not None,
         "names": names,
-        "content": content(model, inputs, batches),
+        "content": content(model, inputs, extras.get("batches")),
     }
     label = f"{name}-{profile.name}-{options.budget.label}"
     place = extras.get("run_dir") or run_folder(label, identity, resume=resume)
@@ -252,13 +274,14 @@ def prune_to_budget(
             batches,
             finetune,
             *names,
-            extras.get("progress", silent),
+            extras.get("progress") or silent,
         )
         return carry_out(job, options, name)
 
 
-def _inputs(example: object, finetune: object) -> tuple[Tensor, ...]:
-    """The positional arguments of the forward pass; checks the training function too."""
+def _inputs(model: nn.Module, example: object, finetune: object) -> tuple[Tensor, ...]:
+    """The positional arguments of the forward pass; checks model and training function too."""
+    _require_values(model)
     given = example if isinstance(example, tuple | list) else (example,)
     others = [
         f"{type(one).__name__} at {i}" for i, one in enumerate(given) if not isinstance(one, Tensor)
@@ -276,6 +299,43 @@ def _inputs(example: object, finetune: object) -> tuple[Tensor, ...]:
     return tuple(given)
 
 
+def _require_values(model: nn.Module) -> None:
+    """Raise ConfigError where ``model`` is no module, or has weights that cannot be exported."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model: found a {type(model).__name__}, expected a torch.nn.Module")
+    _require_there(model)
+    for name, held in model.state_dict().items():
+        if isinstance(held, Tensor) and held.dtype == torch.bfloat16:
+            raise ConfigError(
+                f"model: found {name} in bfloat16, which ONNX Runtime cannot compare; expected "
+                "float32: give model.float() and example inputs in float32"
+            )
+
+
+def _require_there(model: nn.Module) -> None:
+    """Raise ConfigError where a parameter is on the device ``meta``, which holds no values."""
+    for name, held in model.named_parameters():
+        if held.is_meta:
+            raise ConfigError(
+                f"model: found {name} on the device 'meta', expected weights with values; load them"
+            )
+
+
+def _check_kinds(extras: Extras) -> None:
+    """Raise ConfigError where a setting is none, or of another kind."""
+    for key in extras:
+        config.one_of("prune_to_budget", key, Extras.__annotations__)
+    flags = {"cache": extras.get("cache", True), "resume": extras.get("resume", False)}
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ConfigError(f"{name}: found {value!r}, expected True or False")
+    place, progress = extras.get("run_dir"), extras.get("progress")
+    if not isinstance(place, str | os.PathLike | None):
+        raise ConfigError(f"run_dir: found {place!r}, expected the path of a folder")
+    if progress is not None and not callable(progress):
+        raise ConfigError(f"progress: found {progress!r}, expected a function that takes a Step")
+
+
 def _names(what: str, given: Sequence[str] | None) -> tuple[str, ...]:
     """Names that the caller gave; a lone string is one name, not its letters."""
     names = (given,) if isinstance(given, str) else given or ()
@@ -287,8 +347,7 @@ def _names(what: str, given: Sequence[str] | None) -> tuple[str, ...]:
 def _options(
     name: str, target: str, budget: tuple[float | None, float | None], extras: Extras
 ) -> RunOptions:
-    for key in extras:
-        config.one_of("prune_to_budget", key, Extras.__annotations__)
+    _check_kinds(extras)
     return RunOptions(
         Budget(*budget, extras.get("percentile", 50)),
         target,

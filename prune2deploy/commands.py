@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from prune2deploy.search.job import Job
     from prune2deploy.target import Target
 
+_RANDOM = "weights are random, as --weights names none: look at the latency, not at the outputs"
+
 
 def run(arguments: argparse.Namespace, progress: Progress) -> Reply:
     """Prune until the budget is met."""
@@ -178,7 +180,7 @@ def _working(
 
     loaded = _load(options.model)
     batches = _data(options.data, loaded, purposes)
-    tell(progress, calibration.notices(batches))
+    tell(progress, [*([_RANDOM] if loaded.random else []), *calibration.notices(batches)])
     label = f"{_short(options.model.model)}-{target.name}-{ending}"
     with _opened(arguments, label, _identity(options, target, loaded, batches)) as held:
         if arguments.resume and not held.begun:
@@ -271,5 +273,7 @@ def _short(model: str) -> str:
 def _held_identity(path: Path) -> dict[str, Any]:
     import json
 
-    held = path / IDENTITY
-    return dict(json.loads(held.read_text("utf-8"))) if held.is_file() else {}
+    try:
+        return dict(json.loads((path / IDENTITY).read_text("utf-8")))
+    except (OSError, ValueError, TypeError):  # opening the folder says what is wrong
+        return {}

@@ -289,9 +289,10 @@ def whole(value: float) -> int:
     """A count that may be written as ``1.5e9``.
 
     Raises:
-        ConfigError: It is not finite.
+        ConfigError: It is not finite, or below 1.
     """
-    _positive("--max-macs", value)
+    if not math.isfinite(value) or value < 1:
+        raise ConfigError(f"--max-macs: found {value:g}, expected a finite number, at least 1")
     return int(value)
 
 
@@ -325,7 +326,7 @@ def check_max_drop(max_drop: float | None, precision: str, *, data: bool) -> Non
 def _positive(what: str, value: float | None) -> None:
     if value is None:
         return
-    if not (hasattr(value, "__float__") and math.isfinite(value) and value > 0):
+    if not (is_number(value) and math.isfinite(value) and value > 0):
         raise ConfigError(f"{what}: found {value!r}, expected a finite number above 0")
 
 

@@ -95,6 +95,7 @@ def build(arguments: argparse.Namespace, progress: Progress) -> Reply:
     target, backend = listing.usable(arguments.target, to_run=False)
     if arguments.precision is not None:
         target = dataclasses.replace(target, precision=arguments.precision)
+        backend.check(target)
     _check_onnx(arguments.onnx)
     out: Path = arguments.out
     with writing(out):

@@ -41,9 +41,10 @@ class Journal:
         self.path = path
         self._values: dict[str, Any] = {}
         self._times: list[tuple[str, float]] = []
+        self._opened = time.time() - time.monotonic()
         if path.exists():
             _cut_tail(path)
-            for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+            for number, line in enumerate(path.read_bytes().splitlines(), start=1):
                 key, when, value = _parse(path, number, line)
                 self._values[key] = value
                 self._times.append((key, when))
@@ -76,7 +77,7 @@ class Journal:
 
     def write(self, key: str, value: object) -> None:
         """Append a finished step; it is on disk when this returns."""
-        plain, now = encode(value), time.time()
+        plain, now = encode(value), self._now()
         line = json.dumps({"schema": SCHEMA, "key": key, "time": now, "value": plain})
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -97,7 +98,11 @@ class Journal:
             for (_, before), (key, now) in itertools.pairwise(self._times)
             if not key.startswith(SESSION)
         )
-        return spent + (time.time() - self._times[-1][1] if self._times else 0.0)
+        return spent + (self._now() - self._times[-1][1] if self._times else 0.0)
+
+    def _now(self) -> float:
+        """Seconds since 1970 as it was on opening: a clock that is set later moves nothing."""
+        return self._opened + time.monotonic()
 
     def once(self, key: str, kind: type[T], work: Callable[[], T]) -> T:
         """Return what ``work`` gave when ``key`` was finished, working only the first time."""
@@ -120,7 +125,7 @@ def _cut_tail(path: Path) -> None:
             file.truncate(end)
 
 
-def _parse(path: Path, number: int, line: str) -> tuple[str, float, Any]:
+def _parse(path: Path, number: int, line: bytes) -> tuple[str, float, Any]:
     try:
         record = json.loads(line)
         schema, key, value = record["schema"], str(record["key"]), record["value"]

@@ -29,6 +29,7 @@ from prune2deploy.plan.allocate import Gap, optimality_gap
 from prune2deploy.plan.plan import Plan
 from prune2deploy.rundir import WORK, RunDir
 from prune2deploy.search import accuracy, candidate, payoff
+from prune2deploy.search.candidate import Built
 from prune2deploy.search.cycle import Search
 from prune2deploy.search.job import Attempt, Job, Outcome, bounded
 from prune2deploy.search.opening import measure_baseline, open_workshop
@@ -119,7 +120,15 @@ def _recover(search: Search, paid: Payoff | None) -> Outcome:
         _gap(search, plan),
         accuracy.take(shop, search.baseline.built, found.built),
         search.starved,
+        _superseded(search),
     )
+
+
+def _superseded(search: Search) -> tuple[Built, ...]:
+    """Final builds of earlier sessions of the run, which were allowed fewer builds."""
+    journal = search.shop.run.journal
+    finals = [journal.read(k, Built) for k in journal.keys if k.endswith("-final/build")]
+    return tuple(one for one in finals if all(one.key != a.built.key for a in search.attempts))
 
 
 def _recovered(

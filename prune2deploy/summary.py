@@ -80,7 +80,7 @@ def _keep_engine(run: RunDir, source: PurePath) -> None:
 
 def describe(outcome: Outcome, seconds: float, name: str, notes: tuple[str, ...]) -> RunReport:
     """The report of a run."""
-    final = outcome.final
+    final, steps = outcome.final, _steps(outcome)
     seen = final.comparison
     flags = (f"measurement flagged: {', '.join(seen.flags)}",) if seen.flags else ()
     return RunReport(
@@ -90,7 +90,7 @@ def describe(outcome: Outcome, seconds: float, name: str, notes: tuple[str, ...]
         verdict=verdict_text(outcome),
         budget_ms=final.budget_ms,
         speedup=1 / seen.ratio,
-        builds=len(outcome.probes) + sum(a.built.number > 0 for a in outcome.attempts),
+        builds=sum(step.number > 0 for step in steps),
         seconds=seconds,
         baseline=_row(seen.reference, outcome.baseline.built),
         final=_row(seen.candidate, final.built),
@@ -101,7 +101,7 @@ def describe(outcome: Outcome, seconds: float, name: str, notes: tuple[str, ...]
         curve=_curve(outcome),
         axes=_axes(outcome),
         layers=_layers(outcome),
-        steps=_steps(outcome),
+        steps=steps,
         environment=environment(outcome.target, seen.fingerprint),
         notes=(*_notes(outcome), *flags, *notes),
         percentile=final.budget.percentile,
@@ -144,11 +144,16 @@ def verdict_text(outcome: Outcome) -> str:
         return f"{told}: {_undecided(outcome)}"
     if outcome.verdict != "unreachable" or outcome.floor_ms is None:
         return told
+    told += (
+        f": the smallest plan measured {outcome.floor_ms:.4g} ms against a budget of "
+        f"{outcome.final.budget_ms:.4g} ms"
+    )
+    share = fixed_share(outcome)
+    if share is None:
+        return told
     return (
-        f"{told}: the smallest plan measured {outcome.floor_ms:.4g} ms against a budget of "
-        f"{outcome.final.budget_ms:.4g} ms, and {fixed_share(outcome):.0%} of the baseline's "
-        "profiled time is what pruning cannot touch (operators without a prunable width, and what "
-        "every call costs)"
+        f"{told}, and {share:.0%} of the baseline's profiled time is what pruning cannot touch "
+        "(operators without a prunable width, and what every call costs)"
     )
 
 
@@ -260,11 +265,11 @@ def _parity(built: Built) -> list[ParityLine]:
     ]
 
 
-def fixed_share(outcome: Outcome) -> float:
-    """Share of the operators' time that no width changes, as fitted on profiles alone."""
+def fixed_share(outcome: Outcome) -> float | None:
+    """Share of the operators' time that no width changes; ``None`` where none was profiled."""
     model = outcome.whole or outcome.model
-    if model is None:
-        return 0.0
+    if model is None or model.method != "profiles":
+        return None
     calls = sum(operator.share * ms(operator.cost[3]) for operator in model.operators)
     return min(1.0, calls / max(model.operators_ms({}), 1e-12))
 
@@ -344,7 +349,10 @@ def _curve(outcome: Outcome) -> tuple[tuple[float, float], ...]:
 
 def _steps(outcome: Outcome) -> tuple[BuildLine, ...]:
     """Builds in order; predictions are scaled to the speed of the machine in that session."""
-    probes = [BuildLine(b.number, b.step, b.params, b.macs) for b in outcome.probes]
+    others = [
+        BuildLine(b.number, b.step, b.params, b.macs)
+        for b in (*outcome.probes, *outcome.superseded)
+    ]
     tried = [
         BuildLine(
             a.built.number,
@@ -358,7 +366,7 @@ def _steps(outcome: Outcome) -> tuple[BuildLine, ...]:
         )
         for a in outcome.attempts
     ]
-    return (*probes, *tried)
+    return tuple(sorted((*others, *tried), key=lambda line: line.number))
 
 
 def environment(target: Any, fingerprint: Mapping[str, Any]) -> dict[str, str]:

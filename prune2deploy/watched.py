@@ -24,6 +24,13 @@ def command(module: str, order: Path) -> list[str]:
     return [sys.executable, str(Path(__file__).resolve()), module, str(order)]
 
 
+def environment() -> dict[str, str]:
+    """This process's variables, with the package findable from wherever it was imported."""
+    home = str(Path(__file__).resolve().parent.parent)
+    others = os.environ.get("PYTHONPATH")
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([home, others] if others else [home])}
+
+
 def _end_with_parent(folders: Sequence[Path]) -> None:
     while os.read(0, 1):  # not sys.stdin: its lock must be free when the interpreter ends
         pass

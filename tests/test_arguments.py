@@ -1,5 +1,8 @@
 """What Python callers may pass: wrong types are told as such, and None is as good as nothing."""
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -34,15 +37,14 @@ def call(net, tmp_path):
 
     def prune(example_inputs=X, **options):
         options = {"speedup": 1.3, **options}
-        return prune2deploy.prune_to_budget(
-            net, example_inputs, target=target, run_dir=tmp_path / "run", cache=False, **options
-        )
+        options = {"run_dir": tmp_path / "run", "cache": False, **options}
+        return prune2deploy.prune_to_budget(net, example_inputs, target=target, **options)
 
     return prune
 
 
 def test_none_stands_for_names_that_are_not_given(net, call):
-    result = call(keep=None, input_names=None, output_names=None)
+    result = call(keep=None, input_names=None, output_names=None, progress=None)
     assert result.met and result.plan.kept
     assert prune2deploy.prune(net, X, keep=None)[0].out_channels == 32
 
@@ -54,12 +56,19 @@ def test_none_stands_for_names_that_are_not_given(net, call):
         ({"example_inputs": ()}, "example_inputs: found none, expected tensors"),
         ({"example_inputs": {"x": X}}, "example_inputs: found dict at 0"),
         ({"example_inputs": [X, 3]}, "example_inputs: found int at 1"),
-        ({"max_builds": "3"}, "max-builds: found '3', expected a whole number, at least 1"),
-        ({"max_builds": 2.5}, "max-builds: found 2.5, expected a whole number"),
+        ({"max_builds": "3"}, "max_builds: found '3', expected a whole number, at least 1"),
+        ({"max_builds": 2.5}, "max_builds: found 2.5, expected a whole number"),
         ({"seed": "7"}, "seed: found '7', expected a whole number"),
-        ({"max_pruning_ratio": "0.5"}, "max-pruning-ratio: found '0.5', expected a fraction"),
-        ({"max_drop": "0.1"}, "max-drop: found '0.1', expected a fraction"),
+        ({"max_pruning_ratio": "0.5"}, "max_pruning_ratio: found '0.5', expected a fraction"),
+        ({"max_drop": "0.1"}, "max_drop: found '0.1', expected a fraction"),
         ({"speedup": "2"}, "speedup: found '2', expected a finite number"),
+        ({"speedup": torch.tensor(2.0)}, "speedup: found .*, expected a finite number"),
+        ({"speedup": None}, "neither of budget_ms and speedup"),
+        ({"precision": "int8"}, r"add batches=\.\.\."),
+        ({"cache": "no"}, "cache: found 'no', expected True or False"),
+        ({"resume": 1}, "resume: found 1, expected True or False"),
+        ({"progress": 3}, "progress: found 3, expected a function"),
+        ({"run_dir": 3}, "run_dir: found 3, expected the path of a folder"),
         ({"importance": None}, "importance: found None; expected one of"),
         ({"keep": 3}, r"keep: found 3, expected names as text"),
         ({"keep": ""}, r"keep: found an empty name"),
@@ -76,6 +85,33 @@ def test_so_are_those_of_a_uniform_pruning(net):
         prune2deploy.prune(net, X, "0.5")
     with pytest.raises(ConfigError, match=r"channel_multiple: found 1.5, expected a whole number"):
         prune2deploy.prune(net, X, channel_multiple=1.5)
+
+
+def test_models_that_cannot_be_exported_are_told(net, call, tmp_path):
+    def budget(model):
+        prune2deploy.prune_to_budget(model, X, target=tmp_path / "target.toml", speedup=1.3)
+
+    with pytest.raises(ConfigError, match="model: found a str, expected a torch"):
+        budget("resnet18")
+    with pytest.raises(ConfigError, match=r"0.weight in bfloat16.*model.float\(\)"):
+        budget(copy.deepcopy(net).bfloat16())
+    for function in (budget, lambda model: prune2deploy.prune(model, X.to("meta"))):
+        with pytest.raises(ConfigError, match=r"0.weight on the device 'meta'"):
+            function(copy.deepcopy(net).to("meta"))
+
+
+def test_batches_may_come_from_a_data_loader(call):
+    pairs = torch.utils.data.TensorDataset(torch.rand(12, 3, 8, 8), torch.zeros(12).long())
+    loader = torch.utils.data.DataLoader(pairs, batch_size=4)
+    assert isinstance(next(iter(loader))[0], torch.Tensor)
+    notes = call(batches=loader).report.notes
+    assert any("12 samples" in note for note in notes)
+
+
+def test_threads_wait_for_one_another(net):
+    with ThreadPoolExecutor(3) as pool:
+        pruned = list(pool.map(lambda _: prune2deploy.prune(net, X), range(12)))
+    assert [one[0].out_channels for one in pruned] == [32] * 12
 
 
 def test_seeds_are_those_that_every_generator_takes():

@@ -2,15 +2,17 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from prune2deploy import cli, console
+from prune2deploy import arguments, cli, commands, console
 from prune2deploy.config import (
     Budget,
     ModelOptions,
@@ -242,6 +244,44 @@ def test_arguments_without_a_command_are_those_of_run():
     assert cli.parse(["run", "--target", "ort"]).max_builds == 8
 
 
+def test_the_help_of_every_command_shows_its_use(capsys):
+    from prune2deploy.importance import NAMES
+
+    shown = {}
+    for name in arguments.COMMANDS:
+        assert cli.run([name, "--help"]) == 0
+        shown[name] = capsys.readouterr().out
+        assert f"examples:\n  prune2deploy {name}" in shown[name]
+    assert all(name in shown["run"] for name in NAMES)
+    for command, (_, _, examples) in arguments.COMMANDS.items():
+        for example in examples:
+            words = shlex.split(example.replace("\\\n", " "))
+            assert cli.parse([command, *words]).command == command
+
+
+def test_random_weights_are_told(place, monkeypatch, capsys):
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    read = commands._load
+    for random in (True, False):
+        with monkeypatch.context() as patch:
+            patch.setattr(commands, "_load", lambda o, r=random: replace(read(o), random=r))
+            patch.setattr("prune2deploy.search.payoff.settle", stop)
+            assert cli.run([*map(str, SMALL), "--speedup", "1.3"]) == 130
+        assert ("note: weights are random" in capsys.readouterr().err) == random
+
+
+def test_memory_that_runs_out_is_no_bug(monkeypatch, capsys):
+    def greedy(arguments, progress):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")
+
+    monkeypatch.setattr(commands, "TABLE", {"targets": greedy})
+    assert cli.run(["targets"]) == 2
+    told = capsys.readouterr().err
+    assert "memory ran out" in told and "smaller --batch" in told and "Traceback" not in told
+
+
 def test_json_errors_are_one_document_too():
     done = command("run", "--target", "ort", "--speedup", "0", "--json")
     assert done.returncode == 2
@@ -250,8 +290,6 @@ def test_json_errors_are_one_document_too():
 
 
 def test_a_bug_is_told_as_a_bug(monkeypatch, capsys):
-    from prune2deploy import commands
-
     def broken(arguments, progress):
         raise KeyError("x")
 
@@ -261,8 +299,6 @@ def test_a_bug_is_told_as_a_bug(monkeypatch, capsys):
 
 
 def test_ctrl_c_is_no_bug_and_offers_nothing_that_the_command_has_not(monkeypatch, capsys):
-    from prune2deploy import commands
-
     def stopped(arguments, progress):
         raise KeyboardInterrupt
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from prune2deploy import cli, commands
+from prune2deploy.report.content import SweepReport, to_json
 
 ROOT = Path(__file__).parent.parent
 FORMULA = """
@@ -95,7 +96,7 @@ BUDGETS = {
     "nan": (["--latency-ms", "nan"], "finite"),
     "infinite": (["--speedup", "inf"], "finite"),
     "no gain": (["--speedup", "1"], "above 1"),
-    "no number": (["--speedup", "fast"], "invalid float"),
+    "no number": (["--speedup", "fast"], "found 'fast', expected a number"),
 }
 
 
@@ -107,8 +108,22 @@ def test_budgets(fails, case):
 
 USAGE = {
     "command": (["runn"], "did you mean run?"),
-    "option": (["run", "--target", "ort", "--speedup", "2", "--fast"], "unrecognized"),
-    "no target": (["run", "--speedup", "2"], "--target"),
+    "option": (
+        ["run", "--target", "ort", "--speedup", "2", "--fast"],
+        "found --fast, which is no option",
+    ),
+    "nearly an option": ([*run(), "--latency", "2"], "did you mean --latency-ms?"),
+    "before what is missing": (["--versio"], "found --versio, which is no option"),
+    "no target": (["run", "--speedup", "2"], "expected also --target"),
+    "no value": (["run", "--target"], "--target: found nothing after it"),
+    "half a sample": ([*run(), "--batch", "1.5"], "--batch: found '1.5', expected a whole number"),
+    "precision": ([*run(), "--precision", "FP16"], "found 'FP16', expected one of fp32"),
+    "model without its option": (["run", "resnet50", "--target", "ort"], "found 'resnet50'"),
+    "folder of an empty variable": ([*run(), "--out", ""], "--out: found an empty path"),
+    "file of an empty variable": (["measure", "", "--target", "ort"], "found an empty path"),
+    "less than an operation": ([*run(), "--max-macs", "0.5"], "--max-macs: found 0.5"),
+    "huge batch": ([*run(), "--batch", "99999999999999999999"], "smaller --batch"),
+    "huge picture": ([*run(), "--input-size", "99999"], "smaller --batch or --input-size"),
     "batch": ([*run(), "--batch", "0"], "--batch"),
     "size": ([*run(), "--input-size", "big"], "HxW"),
     "builds": ([*run(), "--max-builds", "0"], "--max-builds"),
@@ -139,7 +154,7 @@ IDLE = {
     "folder of a measurement": ([*FILE, "--out", "x"], "--out: found it without --probe-alignment"),
     "cache of a measurement": ([*FILE, "--no-cache"], "--no-cache"),
     "folder of a single report": (["report", "run", "--out", "x"], "--out: found it beside a sing"),
-    "precision of axes": (["inspect", "--precision", "fp16"], "unrecognized"),
+    "precision of axes": (["inspect", "--precision", "fp16"], "which is no option"),
 }
 
 
@@ -342,6 +357,10 @@ def test_runs_that_are_none(place, fails):
     (place / "broken").mkdir(exist_ok=True)
     (place / "broken/report.json").write_text("{")
     fails(["report", "broken"], 2, "not a report")
+    report = SweepReport("net", "ort", 8, 1.0, ())
+    (place / "broken/report.json").write_text(to_json(report))
+    (place / "broken/run.json").write_text("{")
+    fails(["report", "broken"], 2, "run.json: not of a run")
 
 
 def test_a_target_that_is_not_here_says_what_is_missing_and_what_works(place, fails):
@@ -396,3 +415,35 @@ def test_a_reader_that_goes_away_is_no_bug():
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as child:
         child.stdout.close()
         assert child.wait() == 128 + signal.SIGPIPE
+
+
+FULL = Path("/dev/full")
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_an_answer_that_cannot_be_written_is_no_bug(more):
+    done = shell(f"targets {' '.join(more)} > {FULL}")
+    assert done.returncode == 2
+    assert "the disk is full" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "--json >&-"])
+def test_closed_streams_are_no_bug(closed):
+    assert shell(f"targets {closed}").returncode == 0
+
+
+def test_what_an_encoding_lacks_is_escaped(place):
+    (place / "ünï.py").write_text(NETS)
+    done = shell("inspect --model ünï.py:small", place, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("\\xfcn\\xef.py:small")
+
+
+def shell(line, cwd=ROOT, **more):
+    """Run a command line of this program in a shell."""
+    return subprocess.run(
+        ["/bin/sh", "-c", f"{sys.executable} -m prune2deploy {line}"],
+        capture_output=True, text=True, cwd=cwd, timeout=240,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more},
+    )  # fmt: skip

@@ -1,6 +1,7 @@
 """Stages import only what lies before them, and optional libraries only when they are used."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,8 @@ ORDER = [
     {"search"},
     {"loop", "sweep", "summary", "inspection", "listing"},
     {"pruning"},
-    {"api", "cli", "commands", "file_commands", "reply", "console", "__init__", "__main__"},
+    {"naming", "api", "arguments", "cli", "commands", "file_commands", "reply", "console"},
+    {"__init__", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 PRINTERS = {"cli"}
@@ -73,6 +75,28 @@ def test_imports_point_one_way(path):
         if RANK[other] > RANK[own]
     ]
     assert not wrong
+
+
+def module_of(path):
+    parts = ("prune2deploy", *path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def needed(path, modules):
+    """Every module of the package that a file imports, wherever in the file."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from {alias.name for alias in node.names} & modules
+        elif isinstance(node, ast.ImportFrom):
+            inner = {f"{node.module}.{alias.name}" for alias in node.names} & modules
+            yield from inner or {node.module} & modules
+
+
+def test_no_two_modules_need_each_other():
+    modules = {module_of(path) for path in FILES}
+    needs = {module_of(path): set(needed(path, modules)) for path in FILES}
+    order = list(graphlib.TopologicalSorter(needs).static_order())  # raises on a cycle
+    assert set(order) == modules
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))

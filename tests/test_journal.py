@@ -74,6 +74,28 @@ def test_a_damaged_middle_line_is_named(tmp_path):
         Journal(path)
 
 
+@pytest.mark.parametrize("damage", [b"\xff\xfe", b"\0\0\0\0", b"[1]"])
+def test_bytes_that_are_no_text_are_named_too(tmp_path, damage):
+    path = tmp_path / "j"
+    Journal(path).write("a", 1)
+    path.write_bytes(damage + b"\n" + path.read_bytes())
+    with pytest.raises(ConfigError, match=r"j:1: found a damaged line"):
+        Journal(path)
+
+
+def test_a_clock_that_is_set_meanwhile_changes_no_duration(tmp_path, monkeypatch):
+    """Boards without a battery begin in 1970 until the network tells them the time."""
+    journal = Journal(tmp_path / "j")
+    journal.open_session()
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + 1e9)
+    journal.write("a", 1)
+    assert 0 <= journal.seconds() < 1e6
+    monkeypatch.setattr(time, "time", lambda: real() - 1e9)
+    journal.write("b", 1)
+    assert 0 <= journal.seconds() < 1e6
+
+
 def test_another_schema_is_refused(tmp_path):
     path = tmp_path / "j"
     path.write_text(json.dumps({"schema": 99, "key": "a", "time": 0, "value": 1}) + "\n")

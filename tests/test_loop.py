@@ -217,6 +217,8 @@ def test_a_model_that_meets_the_budget_is_left_alone(net, target, tmp_path):
     assert result.met and result.plan.counts == {} and result.report.builds == 0
     assert "nothing was pruned" in " ".join(result.report.notes)
     assert (result.run_dir / "model.onnx").exists()
+    assert read_manifest(result.run_dir)["fixed_share"] is None  # no model was fitted that says it
+    assert "baseline's profiled time" not in (result.run_dir / "report.html").read_text()
 
 
 def test_out_of_reach_reports_a_floor_that_is_true(net, target, tmp_path):
@@ -262,7 +264,7 @@ def test_a_missed_run_goes_on_with_more_builds_and_is_trained_then(net, target, 
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        ({"speedup": "2"}, "--speedup: found '2', expected a finite number above 0"),
+        ({"speedup": "2"}, "speedup: found '2', expected a finite number above 0"),
         ({"speedup": 2.0, "finetune": 3}, "finetune: found a int, expected a function"),
     ],
 )
@@ -275,7 +277,7 @@ def test_values_of_other_types_are_refused_before_anything_is_built(
 
 
 def test_one_build_is_too_few_for_a_search_and_a_final_model(net, target, tmp_path):
-    with pytest.raises(ConfigError, match=r"--max-builds 1: .* expected at least 2"):
+    with pytest.raises(ConfigError, match=r"max_builds 1: .* expected at least 2"):
         run(net, target, speedup=2.0, max_builds=1, finetune=print, run_dir=tmp_path / "r")
     few = run(net, target, speedup=2.0, max_builds=2, finetune=print, run_dir=tmp_path / "r")
     assert len(few.measurements) >= 1 and few.report.builds <= 2

@@ -12,7 +12,7 @@ import pytest
 
 from prune2deploy.errors import ConfigError
 from prune2deploy.measure import LatencyStats
-from prune2deploy.report import html, svg, text, write
+from prune2deploy.report import html, plots, svg, text, write
 from prune2deploy.report.content import (
     AccuracyLine,
     AxisLine,
@@ -146,6 +146,20 @@ def test_high_percentiles_are_told_as_the_bounds_that_they_are():
     assert "upper 95 % bounds 10.4 ms for p95, 11 (largest sample) ms for p99" in alone
 
 
+def test_blocks_that_went_are_told_with_a_reason_that_holds_for_caps_too():
+    gone = text.run_text(replace(RUN, removed=("a", "b")))
+    assert (
+        "2 blocks taken out whole, because widths alone could not meet the budget or keep" in gone
+    )
+    assert "removed" not in text.run_text(RUN)
+
+
+def test_a_share_that_is_not_known_is_not_told():
+    unknown = replace(RUN, limits=replace(RUN.limits, fixed_share=None))
+    assert "profiled time" in PAGES["run"] and "profiled time" not in html.run_page(unknown)
+    assert from_json(to_json(unknown), Path("x")) == unknown
+
+
 def test_the_floor_is_told_as_measured():
     assert "The smallest plan allowed measured 2.5 ms." in PAGES["run"]
 
@@ -171,19 +185,32 @@ def test_csv_holds_the_numbers_unrounded():
 
 
 @pytest.mark.parametrize(
-    ("report", "plots"), [(RUN, ["axes.png", "layers.png"]), (SWEEP, ["latency.png"])]
+    ("report", "drawn"), [(RUN, ["axes.png", "layers.png"]), (SWEEP, ["latency.png"])]
 )
-def test_a_run_directory_gets_every_rendering(tmp_path, report, plots):
+def test_a_run_directory_gets_every_rendering(tmp_path, report, drawn):
     with RunDir(tmp_path, {}) as run:
         write.write(report, run)
         listed = {a.path for a in run.artefacts()}
-    assert listed == {"run.json", "report.json", "report.csv", "report.html", *plots}
-    for plot in plots:
+    assert listed == {"run.json", "report.json", "report.csv", "report.html", *drawn}
+    for plot in drawn:
         data = (tmp_path / plot).read_bytes()
         assert data[:8] == b"\x89PNG\r\n\x1a\n"
         width, height = struct.unpack(">II", data[16:24])
         assert width > 300 and height > 200
     assert write.load(tmp_path) == report
+
+
+def test_no_plot_searches_for_a_place_of_its_legend(tmp_path, monkeypatch):
+    """Where that takes long, on a slow device, matplotlib warns of it."""
+
+    def search(*arguments):
+        raise AssertionError("a legend looks for the best place")
+
+    monkeypatch.setattr("matplotlib.legend.Legend._find_best_position", search)
+    for number, draw in enumerate((plots.axes_plot, plots.layers_plot)):
+        draw(RUN, tmp_path / f"{number}.png")
+    plots.staircase_plot("widths", {"conv": {8: 1.0, 16: 2.0}}, tmp_path / "staircase.png")
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_runs_of_different_machines_are_not_compared(tmp_path):
@@ -210,7 +237,10 @@ def test_runs_are_compared_by_names_that_tell_them_apart(tmp_path):
 
 
 def test_a_chart_of_one_point_and_a_bar_of_nothing_are_drawn():
-    assert "polyline" in svg.line_chart([svg.Point(0, 1, 1, 1)], "x", "y")
+    for at in (0.0, 0.5):
+        chart = svg.line_chart([svg.Point(at, 1, 1, 1)], "x", "y")
+        assert "polyline" in chart
+        assert chart.count(f'text-anchor="middle">{at:.2g}</text>') == 1  # one tick of that name
     assert 'width="0.00"' in svg.bar(0, 0)
 
 
@@ -230,6 +260,15 @@ def test_what_is_predicted_is_called_so_once():
     lines = [line for line in text.run_text(report).splitlines() if line.startswith("predicted")]
     assert lines
     assert all(line.count("predicted") == 1 for line in lines)
+
+
+def test_what_more_time_buys_is_told_at_the_percentile_of_the_budget():
+    """The curve is of medians: a budget of 20 ms for a p99 of twice the median is 10 ms of it."""
+    median = replace(RUN, curve=((1.0, 0.1), (50.0, 0.9)))
+    tail = replace(median, percentile=99, budget_ms=20.0, judged_ms=2 * RUN.final.p50_ms)
+    told = text.gains(tail)
+    assert "1 ms more would keep 26.3% instead of 24.7%" in text.gains(median)[-1]
+    assert "2 ms more would keep 26.3% instead of 24.7%" in told[-1]
 
 
 def test_accuracy_is_told_where_it_was_measured():

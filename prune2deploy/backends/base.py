@@ -114,6 +114,7 @@ class Backend(ABC):
         options: Every key that a profile's ``[options]`` may have, with its default, whose type
             is the type expected; ``None`` leaves them unchecked.
         least: The least value of options that are numbers, where there is one.
+        choices: All values of options that are names, where there are a few.
         simulated: Its sessions compute their times instead of taking them; measuring then runs on
             a simulated clock, in this process.
         takes_program: It runs an exported program (``.pt2``) that lies beside the ONNX file.
@@ -122,6 +123,7 @@ class Backend(ABC):
     name: str
     options: ClassVar[Mapping[str, Option] | None] = None
     least: ClassVar[Mapping[str, float]] = {}
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     simulated: ClassVar[bool] = False
     takes_program: ClassVar[bool] = False
 
@@ -136,6 +138,13 @@ class Backend(ABC):
             if not float(value) >= least:  # nan is not either
                 raise ConfigError(
                     f"{target.path}:options.{name}: found {value!r}, expected {least:g} or more"
+                )
+        for name, choices in self.choices.items():
+            chosen = dict(target.options).get(name, choices[0])
+            if chosen not in choices:
+                raise ConfigError(
+                    f"{target.path}:options.{name}: found {chosen!r}, expected one of "
+                    f"{', '.join(choices)}"
                 )
 
     @abstractmethod

@@ -22,10 +22,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import prune2deploy
 from prune2deploy import watched
 from prune2deploy.atomic import replacing, scratch, write_text
-from prune2deploy.backends import onnx_file
 from prune2deploy.backends.engine_build import ANSWER, BuildRequest
 from prune2deploy.errors import BackendError, BuildError
 
@@ -118,24 +116,18 @@ def check_fits(engine: Path, manifest: Manifest, *, module: str, version: str, d
             )
 
 
-def sha256(*paths: Path) -> str:
-    """Hash of the contents of files, one after the other."""
+def sha256(path: Path) -> str:
+    """Hash of the contents of a file."""
     digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()
 
 
 def text_key(text: str) -> str:
     """Short file-name-safe key of a text."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def hash_onnx(path: Path) -> str:
-    """Hash of an ONNX file with its external weights."""
-    return sha256(path, *(path.parent / name for name in onnx_file.external_files(path)))
 
 
 def default_cache() -> Path:
@@ -290,7 +282,7 @@ def run_builder(request: BuildRequest, folder: Path, seconds: float) -> dict[str
             stdin=subprocess.PIPE,
             stdout=file,
             stderr=subprocess.STDOUT,
-            env=_environment(),
+            env=watched.environment() | {"PYTHONUNBUFFERED": "1"},
             start_new_session=True,
         )
         try:
@@ -336,14 +328,6 @@ def _memory_hint(error: str) -> str:
 def command(order: Path) -> list[str]:
     """Command line of the builder's process."""
     return watched.command("prune2deploy.backends.engine_build", order)
-
-
-def _environment() -> dict[str, str]:
-    """This process's, with the package findable from wherever it was imported."""
-    home = str(Path(prune2deploy.__file__).resolve().parent.parent)
-    others = os.environ.get("PYTHONPATH")
-    path = os.pathsep.join([home, others]) if others else home
-    return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

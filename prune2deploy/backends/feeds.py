@@ -38,9 +38,9 @@ def random_feeds(specs: Sequence[TensorSpec], seed: int) -> dict[str, Array]:
         dtype = np.dtype(spec.dtype)
         if dtype.kind == "f":
             sign = generator.choice(np.array([-1.0, 1.0]), shape)
-            feeds[spec.name] = (sign * generator.uniform(0.05, 1.0, shape)).astype(dtype)
+            feeds[spec.name] = np.asarray(sign * generator.uniform(0.05, 1.0, shape), dtype)
         elif dtype.kind == "b":
             feeds[spec.name] = np.ones(shape, dtype)
         else:
-            feeds[spec.name] = generator.integers(0, 8, shape).astype(dtype)
+            feeds[spec.name] = np.asarray(generator.integers(0, 8, shape), dtype)
     return feeds

@@ -32,12 +32,13 @@ def fixed(path: Path, out: Path, wanted: Wanted) -> Path:
     """Return a file whose inputs have fixed shapes: ``path``, or a copy in the folder ``out``.
 
     Raises:
-        ConfigError: A dimension stays free, a value is asked for that no dimension has, or the
-            copy would take the place of the file itself.
+        ConfigError: A dimension stays free, a value is asked for that no dimension has, an input
+            or output is no tensor of numbers, or the copy would take the place of the file itself.
         BuildError: The folder cannot be written.
     """
     import onnx
 
+    onnx_file.signature(path)
     model = onnx.load(str(path), load_external_data=False)
     stored = {tensor.name for tensor in model.graph.initializer}
     inputs = [given for given in model.graph.input if given.name not in stored]

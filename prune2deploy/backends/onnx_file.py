@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from prune2deploy.backends.base import TensorSpec
-from prune2deploy.errors import BuildError
+from prune2deploy.errors import BuildError, ConfigError
+from prune2deploy.exporting.companions import companions
 from prune2deploy.timing import Shape
 
 
@@ -28,7 +29,8 @@ def check(path: Path) -> Any:
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     if not path.is_file():
-        raise BuildError(f"{path}: no such file; expected an ONNX model")
+        found = "found a folder" if path.is_dir() else "no such file"
+        raise BuildError(f"{path}: {found}; expected an ONNX model")
     try:
         model = onnx.load(str(path), load_external_data=False)
     except OSError as error:
@@ -58,7 +60,7 @@ def place(path: Path, out: Path) -> Path:
     Raises:
         BuildError: The folder cannot be written.
     """
-    for extra in external_files(path):
+    for extra in companions(path):
         place_file(path.parent / extra, (out / extra).parent)
     return place_file(path, out)
 
@@ -93,35 +95,33 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def signature(path: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """Return inputs and outputs of the ONNX file at ``path``, in order."""
+    """Return inputs and outputs of the ONNX file at ``path``, in order.
+
+    Raises:
+        ConfigError: One of them is no tensor of numbers that numpy has.
+    """
     import onnx
 
     graph = onnx.load(str(path), load_external_data=False).graph
     weights = {i.name for i in graph.initializer}
-    inputs = tuple(_spec(value) for value in graph.input if value.name not in weights)
-    return inputs, tuple(_spec(value) for value in graph.output)
+    inputs = tuple(_spec(path, value) for value in graph.input if value.name not in weights)
+    return inputs, tuple(_spec(path, value) for value in graph.output)
 
 
-def _spec(value: Any) -> TensorSpec:
+def _spec(path: Path, value: Any) -> TensorSpec:
     import onnx
 
     kind = value.type.tensor_type
-    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
+    told = value.type.WhichOneof("value").replace("_type", "")
+    if kind.elem_type:
+        told = f"tensor of {onnx.TensorProto.DataType.Name(kind.elem_type).lower()}"
+        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
+    if not kind.elem_type or dtype.kind not in "fiub":
+        raise ConfigError(
+            f"{path}: found {value.name!r}, a {told}, among inputs and outputs, expected tensors "
+            "of numbers that numpy has; leave that part out of the model"
+        )
     return TensorSpec(value.name, tuple(d.dim_value or -1 for d in kind.shape.dim), dtype.name)
-
-
-def external_files(path: Path) -> tuple[str, ...]:
-    """Names of the files beside ``path`` that hold weights of it, sorted."""
-    import onnx
-
-    model = onnx.load(str(path), load_external_data=False)
-    names = {
-        entry.value
-        for tensor in model.graph.initializer
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-    return tuple(sorted(names))
 
 
 @dataclass(frozen=True)

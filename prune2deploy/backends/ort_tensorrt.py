@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from prune2deploy.backends.base import Availability
-from prune2deploy.backends.engine_store import hash_onnx
 from prune2deploy.backends.tensorrt import import_module, version
 from prune2deploy.errors import BuildError
+from prune2deploy.exporting import companions
 
 PACKAGE = "tensorrt>=10,<11"
 """What onnxruntime-gpu 1.31 is linked to (``libnvinfer.so.10``)."""
@@ -62,7 +62,7 @@ def settings(path: Path, device: int) -> dict[str, Any]:
     Raises:
         BuildError: The folder cannot be made.
     """
-    folder = path.parent / "tensorrt" / hash_onnx(path)[:16]
+    folder = path.parent / "tensorrt" / companions.digest(path)[:16]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -21,6 +21,7 @@ from prune2deploy.backends.base import Array, Availability, Backend, Engine, Ses
 from prune2deploy.backends.engine_build import BuildRequest
 from prune2deploy.backends.engine_store import Manifest
 from prune2deploy.errors import BackendError, BuildError, ConfigError, MissingBackend
+from prune2deploy.exporting import companions
 from prune2deploy.target import Option, Target
 from prune2deploy.timing import OperatorTiming
 
@@ -43,9 +44,13 @@ class TensorRtBackend(Backend):
         "build_seconds": 1800.0,
         "cache": "",  # folder of the engine cache; empty is the user's cache folder
         "cache_mb": 8192,
-        "memory": "auto",  # library for buffers and streams: pycuda, cuda or torch
+        "memory": "auto",  # library for buffers and streams
         "cuda_graph": True,
         "transfers": False,  # count copies to and from the GPU as part of the latency
+    }
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "module": tuple(INSTALL),
+        "memory": ("auto", *gpu_memory.PROVIDERS),
     }
     least: ClassVar[Mapping[str, float]] = {"workspace_mb": 0, "cache_mb": 0, "build_seconds": 1}
 
@@ -56,7 +61,6 @@ class TensorRtBackend(Backend):
         module, named = (_option_text(target, n) for n in ("module", "compute_capability"))
         sizes = _batch_sizes(target)
         checks = (
-            ("module", module in INSTALL, f"one of {', '.join(INSTALL)}"),
             (
                 "compute_capability",
                 not named or module == "tensorrt_rtx",
@@ -280,7 +284,7 @@ def _wanted(onnx: Path, target: Target, request: BuildRequest) -> Manifest:
         module=request.module,
         version=version(request.module),
         device=_device_text(target),
-        onnx_sha256=engine_store.hash_onnx(onnx),
+        onnx_sha256=companions.digest(onnx),
         engine_sha256="",
         settings={
             "workspace_mb": request.workspace_mb,

@@ -29,11 +29,13 @@ from prune2deploy.backends.base import (
     Session,
 )
 from prune2deploy.backends.feeds import require
-from prune2deploy.errors import BackendError, BuildError
+from prune2deploy.errors import BackendError, BuildError, ConfigError
 from prune2deploy.target import Option, Target
 from prune2deploy.timing import OperatorTiming
 
 MODES = ("eager", "compile", "cudagraph")
+_KINDS = {"fp32": "float32", "fp16": "float16"}
+"""Precision to the type of torch that its weights have."""
 
 
 class TorchBackend(Backend):
@@ -42,23 +44,31 @@ class TorchBackend(Backend):
     name = "torch"
     takes_program = True
     options: ClassVar[Mapping[str, Option]] = {
-        "mode": "eager",  # eager, compile, cudagraph
+        "mode": "eager",
         "channels_last": False,
     }
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {"mode": MODES}
 
     def check(self, target: Target) -> None:
-        """See the base class; the device is the CPU or an NVIDIA GPU."""
+        """See the base class; the device is the CPU or an NVIDIA GPU, the precision no int8."""
         super().check(target)
-        _on_gpu(target)
+        on_gpu = _on_gpu(target)
+        if target.option("mode", "eager") == "cudagraph" and not on_gpu:
+            raise ConfigError(
+                f"{target.path}:options.mode: found 'cudagraph' for device {target.device!r}, "
+                f"expected device {devices.GPU!r}, which alone has CUDA graphs"
+            )
+        if target.precision not in _KINDS:
+            raise ConfigError(
+                f"{target.path}:precision: found {target.precision!r}, expected one of "
+                f"{', '.join(_KINDS)} for backend 'torch'"
+            )
 
     def availability(self, target: Target) -> Availability:
-        """Look whether the device is there and the mode exists."""
+        """Look whether the device is there, and what the mode needs."""
         mode = str(target.option("mode", "eager"))
         on_gpu = _on_gpu(target)
-        choices = f"set mode to one of {', '.join(MODES)} in {target.path}"
         checks = (
-            (mode in MODES, f"there is no mode {mode!r}", choices),
-            (mode != "cudagraph" or on_gpu, "CUDA graphs need a GPU", "set device = 'cuda:0'"),
             (mode != "compile" or _compiles(on_gpu), *_NO_COMPILER[on_gpu]),
             (not on_gpu or devices.nvidia_gpu_visible(), devices.NO_GPU, devices.NO_GPU_FIX),
         )
@@ -142,9 +152,6 @@ def _load(path: Path, target: Target) -> Any:
     """
     import torch
 
-    kinds = {"fp32": torch.float32, "fp16": torch.float16}
-    if target.precision not in kinds:
-        raise BuildError(f"{target.path}:precision: PyTorch runs fp32 and fp16, not int8")
     try:
         program = torch.export.load(str(path))
     except Exception as error:  # zip, pickle and export errors share no base
@@ -152,10 +159,11 @@ def _load(path: Path, target: Target) -> Any:
     from torch.export.passes import move_to_device_pass
 
     found = {value.dtype for value in program.state_dict.values() if value.is_floating_point()}
-    if found and kinds[target.precision] not in found:
+    wanted: torch.dtype = getattr(torch, _KINDS[target.precision])
+    if found and wanted not in found:
         told = ", ".join(sorted(map(str, found)))
         raise BuildError(
-            f"{path}: the program's weights are {told}, expected {kinds[target.precision]} for "
+            f"{path}: the program's weights are {told}, expected {wanted} for "
             f"{target.precision}; export the module in that precision"
         )
     device = _device(target)
@@ -235,7 +243,7 @@ class TorchSession(Session):
             leaves = pytree.tree_leaves(self._call(*self._upload(feeds)))
         results = [leaf for leaf in leaves if isinstance(leaf, self._torch.Tensor)]
         return {
-            spec.name: (value.float() if value.is_floating_point() else value).cpu().numpy()
+            spec.name: (value.float() if value.is_floating_point() else value).numpy(force=True)
             for spec, value in zip(self.outputs, results, strict=True)
         }
 

@@ -140,8 +140,8 @@ class Batches:
             arrays, label = self._reader.read(number)
             self._check(arrays, number)
             for column, array, dtype in zip(inputs, arrays, self._dtypes, strict=True):
-                native = np.asarray(array, array.dtype.newbyteorder("="), order="C")
-                column.append(torch.from_numpy(native).to(dtype))
+                native = np.array(array, array.dtype.newbyteorder("="), order="C")
+                column.append(self._typed(torch.from_numpy(native), dtype, number))
             if label is not None:
                 labels.append(label)
         if self.labelled and len(labels) != len(numbers):
@@ -151,6 +151,16 @@ class Batches:
             )
         stacked = tuple(torch.stack(column) for column in inputs)
         return stacked, torch.tensor(labels) if self.labelled else None
+
+    def _typed(self, values: Tensor, dtype: torch.dtype, number: int) -> Tensor:
+        """A sample's values in the type that the model takes, which must hold them."""
+        typed = values.to(dtype)
+        if not dtype.is_floating_point and not torch.equal(typed.to(values.dtype), values):
+            raise ConfigError(
+                f"{self._reader.name(number)}: found {values.dtype}, from {values.min()} to "
+                f"{values.max()}; the model takes {dtype}, which does not hold all of these values"
+            )
+        return typed
 
     def _check(self, arrays: tuple[Array, ...], number: int) -> None:
         for array in arrays:
@@ -242,6 +252,12 @@ def from_dataset(
 def _batches(
     recipe: Recipe, reader: Reader, examples: tuple[Tensor, ...], notices: tuple[str, ...]
 ) -> Batches:
+    for example in examples:
+        if not example.ndim:
+            raise ConfigError(
+                f"{recipe.path}: the model takes a number without dimensions, which cannot come in "
+                "batches of samples; make it one of shape (batch,), or part of the model"
+            )
     order = np.random.default_rng(recipe.seed).permutation(len(reader))[: recipe.count]
     chosen = tuple(int(i) for i in order)
     digest = hashlib.sha256(recipe.text.encode())

@@ -6,7 +6,8 @@ another size, whether it serves a purpose. Errors here name no recipe where ther
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +17,33 @@ from prune2deploy.calibration.recipe import PURPOSES
 from prune2deploy.errors import ConfigError
 
 _FORM = (
-    "a list (or a DataLoader) of batches (inputs, labels): inputs a tuple of tensors whose first "
-    "dimension counts the samples, labels a tensor or None"
+    "a list (or a DataLoader) of batches (inputs, labels): inputs a tensor, or a tuple of them, "
+    "whose first dimension counts the samples, labels a tensor or None"
 )
+
+
+class _Tupled:
+    """Batches whose inputs are one tensor, as a DataLoader has them, with inputs as tuples."""
+
+    def __init__(self, data: Iterable[Any]) -> None:
+        self._data = data
+
+    def __iter__(self) -> Iterator[Batch]:
+        for inputs, labels in self._data:
+            yield (inputs,) if isinstance(inputs, Tensor) else tuple(inputs), labels
+
+    def __len__(self) -> int:
+        return len(self._data) if isinstance(self._data, Sized) else sum(1 for _ in self._data)
+
+
+def given_batches(data: Any) -> Any:
+    """Return a caller's batches with inputs as tuples; what came of a recipe as it is.
+
+    Raises:
+        ConfigError: See :func:`check_form`.
+    """
+    check_form(data)
+    return data if data is None or isinstance(data, Batches) else _Tupled(data)
 
 
 def first(batches: Iterable[Batch], count: int) -> list[Batch]:
@@ -62,8 +87,8 @@ def restarting(data: Iterable[Batch]) -> Iterable[Batch]:
     """
     if iter(data) is data:
         raise ConfigError(
-            f"data: found a {type(data).__name__}, which can be read once, expected batches that "
-            "can be read more than once: give a list, a DataLoader or an object that starts over"
+            f"batches: found a {type(data).__name__}, which can be read once, expected batches "
+            "that can be read more than once: give a list, a DataLoader or what else starts over"
         )
     return data
 
@@ -72,24 +97,25 @@ def check_form(data: object) -> None:
     """Check a caller's own batches by the first one; those of a recipe were when it was opened.
 
     Raises:
-        ConfigError: They can be read only once, there are none, or they are not pairs of a tuple
-            of tensors and labels.
+        ConfigError: They can be read only once, there are none, or they are not pairs of tensors
+            and labels.
     """
     if data is None or isinstance(data, Batches):
         return
     if not isinstance(data, Iterable):
-        raise ConfigError(f"data: found a {type(data).__name__}, expected {_FORM}")
+        raise ConfigError(f"batches: found a {type(data).__name__}, expected {_FORM}")
     found = next(iter(restarting(data)), None)
     if found is None:
-        raise ConfigError(f"data: found no batch, expected {_FORM}; give at least one sample")
+        raise ConfigError(f"batches: found no batch, expected {_FORM}; give at least one sample")
     if not _is_batch(found):
-        raise ConfigError(f"data: found a batch that is {_told(found)}, expected {_FORM}")
+        raise ConfigError(f"batches: found a batch that is {_told(found)}, expected {_FORM}")
 
 
 def _is_batch(found: object) -> bool:
     if not isinstance(found, (tuple, list)) or len(found) != 2:
         return False
     inputs, labels = found
+    inputs = (inputs,) if isinstance(inputs, Tensor) else inputs
     return (
         isinstance(inputs, (tuple, list))
         and len(inputs) > 0

@@ -19,7 +19,7 @@ from prune2deploy.calibration.preprocessing import Preprocessing
 from prune2deploy.errors import ConfigError, MissingBackend
 
 GREY = 114.0
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 Pixels = npt.NDArray[np.float32]
 
 
@@ -45,12 +45,20 @@ def read(path: Path, how: Preprocessing) -> Pixels:
     unreadable = (OSError, ValueError, SyntaxError, image.DecompressionBombError)
     try:
         with image.open(path) as picture:
-            loaded = _eight_bits(picture).convert("L" if how.channel_order == "gray" else "RGB")
+            turned = upright(picture) if how.upright else picture
+            loaded = _eight_bits(turned).convert("L" if how.channel_order == "gray" else "RGB")
     except (*unreadable, ImportError) as error:  # ultralytics' open imports decoders for the rest
         raise ConfigError(
             f"{path}: cannot be read as a picture ({error}); remove the file or replace it"
         ) from error
     return prepare(loaded, how)
+
+
+def upright(picture: Any) -> Any:
+    """A picture turned as the camera noted (EXIF), as most viewers and OpenCV show it."""
+    from PIL import ImageOps
+
+    return ImageOps.exif_transpose(picture)
 
 
 def _eight_bits(picture: Any) -> Any:
@@ -111,7 +119,7 @@ def _letterboxed(pixels: Pixels, size: tuple[int, int]) -> Pixels:
     height, width = size
     channels, old_height, old_width = pixels.shape
     ratio = min(height / old_height, width / old_width)
-    inner = (round(old_height * ratio), round(old_width * ratio))
+    inner = (max(round(old_height * ratio), 1), max(round(old_width * ratio), 1))
     if inner != (old_height, old_width):
         scaled = F.interpolate(
             torch.from_numpy(pixels.copy())[None], inner, mode="bilinear", align_corners=False

@@ -21,6 +21,8 @@ class Preprocessing:
         std: Per channel, on values in 0..1; divided by.
         channel_order: ``"rgb"``, ``"bgr"`` or ``"gray"``.
         interpolation: ``"nearest"``, ``"bilinear"`` or ``"bicubic"``.
+        upright: Turn pictures as the camera noted (EXIF). OpenCV does, and ultralytics by it;
+            Pillow does not, nor torchvision and timm by it.
     """
 
     size: tuple[int, int]
@@ -30,3 +32,4 @@ class Preprocessing:
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
     channel_order: str = "rgb"
     interpolation: str = "bilinear"
+    upright: bool = False

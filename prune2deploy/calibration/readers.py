@@ -22,7 +22,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from prune2deploy.calibration import arrays as array_files
-from prune2deploy.calibration import pictures
+from prune2deploy.calibration import classes, pictures
 from prune2deploy.calibration.preprocessing import Preprocessing
 from prune2deploy.calibration.recipe import Recipe
 from prune2deploy.errors import ConfigError, MissingBackend
@@ -140,7 +140,7 @@ class ClassReader(PictureReader):
     @override
     def _listed(self, folder: Path) -> list[tuple[Path, int | None]]:
         found = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
-        names = found if self._names is None else _lines(self._names)
+        names = found if self._names is None else classes.read(self._names)
         for name in found:
             if name not in names:
                 near = difflib.get_close_matches(name, names, n=3)
@@ -152,16 +152,6 @@ class ClassReader(PictureReader):
         self.classes = len(names)
         numbers = {name: number for number, name in enumerate(names)}
         return [(file, numbers[name]) for name in found for file in _files(folder / name)]
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{path}: cannot be read as a list of classes, one per line: {error}"
-        ) from error
-    return [line.strip() for line in lines if line.strip()]
 
 
 class ArrayReader(Reader):
@@ -245,7 +235,7 @@ class SequenceReader(Reader):
 
     @override
     def read(self, number: int) -> Sample:
-        item = self._data[number]
+        item = self._item(number)
         inputs, label = item, None
         if isinstance(item, tuple) and len(item) == 2:
             pair = isinstance(item[1], (int, np.integer)) or (
@@ -260,6 +250,15 @@ class SequenceReader(Reader):
             raise ConfigError(
                 f"{self.name(number)}: found {type(item).__name__}; expected inputs or (inputs, "
                 f"label), inputs as tensors or arrays and the label as a whole number: {error}"
+            ) from error
+
+    def _item(self, number: int) -> Any:
+        try:
+            return self._data[number]
+        except Exception as error:  # the user's code may raise anything
+            raise ConfigError(
+                f"{self.name(number)}: the dataset failed: {type(error).__name__}: {error}; "
+                f"expected it to give every sample from 0 to {len(self) - 1}"
             ) from error
 
 
@@ -328,10 +327,11 @@ class RandomReader(Reader):
 
     @staticmethod
     def _draw(example: Tensor, generator: torch.Generator) -> Tensor:
-        if example.is_floating_point():
-            return torch.randn(example.shape, generator=generator)
-        high = int(example.max()) + 1
-        return torch.randint(high, example.shape, generator=generator).to(example.dtype)
+        if example.is_floating_point() or not example.numel():
+            return torch.randn(example.shape, generator=generator).to(example.dtype)
+        low, high = int(example.min()), int(example.max())
+        drawn = torch.randint(min(low, 0), high + 1, example.shape, generator=generator)
+        return drawn.to(example.dtype)
 
 
 def open_reader(recipe: Recipe, how: Preprocessing, examples: tuple[Tensor, ...]) -> Reader:

@@ -147,6 +147,7 @@ _PREPROCESSING: dict[str, _Check] = {
     ),
     "channel_order": (lambda v: v in _ORDERS, "one of " + ", ".join(_ORDERS)),
     "interpolation": (lambda v: v in _INTERPOLATIONS, "one of " + ", ".join(_INTERPOLATIONS)),
+    "upright": (lambda v: isinstance(v, bool), "true or false"),
 }
 
 

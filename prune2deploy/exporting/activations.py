@@ -16,15 +16,37 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from prune2deploy.errors import ExportError
+from prune2deploy.exporting.companions import companion_files
+from prune2deploy.exporting.export import SINGLE_FILE_BYTES
 from prune2deploy.exporting.parity import Array, Runner, onnx_runner, rms
 
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
+IS_INF_OPSET = 10  # the first that has the operator
 
 
 def load_named(path: Path) -> Any:
-    """Load a model with inner types inferred, constants stored as weights, every node named."""
-    model = onnx.shape_inference.infer_shapes(onnx.load(str(path)), data_prop=True)
+    """Load a model with inner types inferred, constants stored as weights, every node named.
+
+    Raises:
+        ExportError: It is too large for that, or its weights cannot be read.
+    """
+    size = sum(one.stat().st_size for one in (path, *companion_files(path)))
+    if size > SINGLE_FILE_BYTES:
+        raise ExportError(
+            f"{path}: found {size / 1e9:.1f} GB with its weights, expected at most "
+            f"{SINGLE_FILE_BYTES / 1e9:.1f} GB to convert to another precision; build it in fp32, "
+            "or convert it with the runtime's own tools and give that file"
+        )
+    try:
+        loaded = onnx.load(str(path))
+    except ValueError as error:
+        raise ExportError(
+            f"{path}: its weights cannot be read: {error}; copy them again"
+        ) from error
+    model = onnx.shape_inference.infer_shapes(loaded, data_prop=True)
     constants_as_initializers(model.graph)
+    _outputs_by_nodes(model.graph)
     seen: set[str] = set()
     for i, node in enumerate(model.graph.node):
         if not node.name or node.name in seen:
@@ -73,6 +95,19 @@ def constants_as_initializers(graph: Any) -> None:
             graph.node.remove(node)
 
 
+def _outputs_by_nodes(graph: Any) -> None:
+    """Have a node make each output that is a stored tensor: converters follow nodes."""
+    wanted = {output.name for output in graph.output}
+    names = {t.name: f"{t.name}/stored" for t in graph.initializer if t.name in wanted}
+    for tensor in graph.initializer:
+        tensor.name = names.get(tensor.name, tensor.name)
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            node.input[place] = names.get(name, name)
+    for made, stored in names.items():
+        graph.node.insert(0, helper.make_node("Identity", [stored], [made]))
+
+
 def float_tensors(model: Any) -> tuple[str, ...]:
     """Names of the floating-point inputs and inner tensors of a model, in order of execution.
 
@@ -92,7 +127,7 @@ def opened(model: Any) -> Iterator[Runner]:
     """Run a model that is in memory; large ones go through a file that is removed afterwards."""
     with tempfile.TemporaryDirectory(prefix="p2d-") as folder:
         path = Path(folder) / "model.onnx"
-        external = model.ByteSize() > 1_900_000_000
+        external = model.ByteSize() > SINGLE_FILE_BYTES
         onnx.save_model(model, str(path), save_as_external_data=external)
         yield onnx_runner(path)
 
@@ -113,13 +148,14 @@ def with_extremes(model: Any, names: Sequence[str], *, finite: bool = False) -> 
 
     Outputs are ``NAME/min`` and ``NAME/max``, scalars: however large the tensors are, they are
     reduced inside the graph and nothing of them is kept. Where ``finite`` is asked for, infinite
-    values count as zero.
+    values of float32 count as zero, if the file's operator set can tell them.
     """
     copy = with_outputs(model, [])
     values = (*model.graph.input, *model.graph.value_info, *model.graph.output)
     kinds = {v.name: v.type.tensor_type.elem_type for v in values}
+    opset = max(one.version for one in model.opset_import if one.domain in ("", "ai.onnx"))
     for name in names:
-        masked = finite and kinds[name] == TensorProto.FLOAT
+        masked = finite and kinds[name] == TensorProto.FLOAT and opset >= IS_INF_OPSET
         source = _finite(copy.graph, name) if masked else name
         for suffix, reduction in (("min", "ReduceMin"), ("max", "ReduceMax")):
             output = f"{name}/{suffix}"
@@ -146,9 +182,16 @@ def extremes(
         path: The ONNX file.
         samples: Inputs by name.
         finite: Have infinite values, such as those that mask attention, count as zero.
+
+    Raises:
+        ExportError: There is no such tensor.
     """
     model = load_named(path)
     names = float_tensors(model)
+    if not names:
+        raise ExportError(
+            f"{path}: found no tensor of fp32 to convert to another precision; export it in fp32"
+        )
     found = dict.fromkeys(names, (np.inf, -np.inf))
     with opened(with_extremes(model, names, finite=finite)) as run:
         for feeds in samples:

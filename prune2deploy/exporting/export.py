@@ -22,7 +22,7 @@ from typing_extensions import Unpack
 
 from prune2deploy.atomic import scratch
 from prune2deploy.errors import ExportError
-from prune2deploy.exporting import fixed
+from prune2deploy.exporting import declared, fixed
 from prune2deploy.modes import evaluating
 
 DEFAULT_OPSET = 20
@@ -73,6 +73,7 @@ def to_onnx(
 ) -> Path:
     """Export ``module`` in eval mode to ``path`` and check the result.
 
+    Every input is one of the file's too, read or not: who calls the model gives them all.
     Outputs may be a tensor, or dictionaries, tuples and lists of tensors in any nesting: they
     are flattened in order, ``None`` is skipped. The module is left as it was.
 
@@ -101,6 +102,7 @@ def to_onnx(
             _run_exporter(module, example_inputs, file, (names, outputs), options)
         note = fixed.note(module, example_inputs, told)
         _gather_weights(file)
+        declared.declare(file, dict(zip(names, example_inputs, strict=True)), free_batch=free_batch)
         _check_file(file)
         if free_batch:
             _check_free_batch(file, example_inputs, names)

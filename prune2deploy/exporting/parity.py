@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from prune2deploy.errors import ExportError, ParityError
-from prune2deploy.exporting.export import flatten, input_names
+from prune2deploy.exporting.export import first_line, flatten, input_names
 
 Array = npt.NDArray[Any]
 Runner = Callable[[Mapping[str, Array]], Mapping[str, Array]]
@@ -189,8 +189,9 @@ def difference(expected: Array, found: Array) -> tuple[float, float]:
     if not expected.size:
         return 0.0, 0.0
     if not np.issubdtype(expected.dtype, np.floating):
-        differs = expected != found
-        return float(np.abs(expected.astype(float) - found).max()), float(differs.mean())
+        differs = np.asarray(expected != found)
+        apart = abs(expected.astype(float) - found) if expected.dtype.kind in "biu" else differs
+        return float(apart.max()), float(differs.mean())
     a, b = expected.astype(np.float64), found.astype(np.float64)
     same = (a == b) | (np.isnan(a) & np.isnan(b))
     error = np.abs(np.where(same, 0.0, a) - np.where(same, 0.0, b))
@@ -203,9 +204,13 @@ def difference(expected: Array, found: Array) -> tuple[float, float]:
 def rms(expected: Array, found: Array) -> float:
     """Root mean square of the difference over that of ``expected``; infinite if not finite.
 
+    Of whole numbers, which may be names of classes, it is the share of elements that differ.
+
     >>> rms(np.array([3.0, 4.0]), np.array([3.0, 9.0]))
     1.0
     """
+    if not np.issubdtype(expected.dtype, np.floating):
+        return difference(expected, found)[1]
     a, b = expected.astype(np.float64), found.astype(np.float64)
     same = (a == b) | (np.isnan(a) & np.isnan(b))
     error = np.where(same, 0.0, a) - np.where(same, 0.0, b)
@@ -277,7 +282,7 @@ def onnx_runner(path: Path, *, threads: int | None = None) -> Runner:
         threads: Intra-operator threads; as many as torch uses unless told.
 
     Raises:
-        ExportError: ONNX Runtime cannot load the file.
+        ExportError: ONNX Runtime cannot load the file; later on, it cannot run it on some inputs.
     """
     import onnxruntime as ort
 
@@ -293,12 +298,21 @@ def onnx_runner(path: Path, *, threads: int | None = None) -> Runner:
 
     def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
         cast = {name: np.asarray(feeds[name]).astype(t, copy=False) for name, t in types.items()}
-        return dict(zip(names, session.run(names, cast), strict=True))
+        try:
+            found = session.run(names, cast)
+        except Exception as error:  # its exceptions share no base but Exception
+            raise ExportError(
+                f"ONNX Runtime cannot run {path}: {first_line(error)}; the inputs may not be ones "
+                "that the model takes"
+            ) from error
+        return dict(zip(names, found, strict=True))
 
     return run
 
 
-def random_samples(path: Path, *, count: int = 1, seed: int = 0) -> list[dict[str, Array]]:
+def random_samples(
+    path: Path, *, count: int = 1, seed: int = 0, like: Mapping[str, Array] | None = None
+) -> list[dict[str, Array]]:
     """Random non-zero inputs for an ONNX file; free dimensions become 2.
 
     Floats are standard normal: zeros would hide errors and cost denormal arithmetic. Integers
@@ -308,6 +322,8 @@ def random_samples(path: Path, *, count: int = 1, seed: int = 0) -> list[dict[st
         path: The ONNX file.
         count: How many.
         seed: Of the generator; the same seed gives the same samples.
+        like: Inputs that the model is known to take; all but floats are taken from it, as only
+            some lengths, positions and names of classes mean anything.
     """
     import onnx
 
@@ -315,7 +331,12 @@ def random_samples(path: Path, *, count: int = 1, seed: int = 0) -> list[dict[st
     stored = {tensor.name for tensor in graph.initializer}
     rng = np.random.default_rng(seed)
     wanted = [given for given in graph.input if given.name not in stored]
-    return [{given.name: _random(given, rng) for given in wanted} for _ in range(count)]
+    known = {name: array for name, array in (like or {}).items() if array.dtype.kind != "f"}
+
+    def value(given: Any) -> Array:
+        return known[given.name] if given.name in known else _random(given, rng)
+
+    return [{given.name: value(given) for given in wanted} for _ in range(count)]
 
 
 def as_sample(inputs: Sequence[Tensor], names: Sequence[str] = ()) -> dict[str, Array]:
@@ -331,8 +352,8 @@ def _random(given: Any, rng: np.random.Generator) -> Array:
     shape = [d.dim_value if d.HasField("dim_value") else 2 for d in tensor.shape.dim]
     dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
     if np.issubdtype(dtype, np.floating):
-        return rng.standard_normal(shape).astype(dtype)
-    return rng.integers(0, 2, shape).astype(dtype)
+        return np.asarray(rng.standard_normal(shape), dtype)
+    return np.asarray(rng.integers(0, 2, shape), dtype)
 
 
 def _dtype(kind: str) -> np.dtype[Any]:

@@ -13,7 +13,6 @@ Methods:
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ import onnx
 from prune2deploy.atomic import write_text
 from prune2deploy.calibration import Batch, filled, restarting
 from prune2deploy.errors import ExportError
+from prune2deploy.exporting import companions
 from prune2deploy.exporting.activations import (
     extremes,
     float_tensors,
@@ -49,7 +49,7 @@ class Ranges:
     """Range of every activation.
 
     Attributes:
-        onnx_sha256: Of the ONNX file.
+        onnx_sha256: Of the ONNX file and the files beside it that hold its weights.
         data: Name or hash of the calibration data that the caller gives.
         method: One of ``METHODS``.
         samples: Rows of data that were seen.
@@ -101,7 +101,7 @@ def calibrate(
     if method not in METHODS:
         raise ExportError(f"calibration method {method!r}: expected one of {', '.join(METHODS)}")
     restarting(batches)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = companions.digest(path)
     if store is not None and data:
         known = _stored(store)
         if known and (known.onnx_sha256, known.data, known.method) == (digest, data, method):

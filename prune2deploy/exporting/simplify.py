@@ -19,6 +19,7 @@ import onnx
 from prune2deploy.atomic import replacing, scratch
 from prune2deploy.errors import ExportError, ParityError
 from prune2deploy.exporting import parity
+from prune2deploy.exporting.companions import companions
 from prune2deploy.exporting.parity import Array, Parity
 
 STANDARD_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml"})
@@ -110,16 +111,6 @@ def custom_operators(graph: Any) -> Counter[str]:
     return found
 
 
-def companions(path: Path) -> list[Path]:
-    """Files beside an ONNX file that hold its weights (models of 2 GiB and more)."""
-    graph = onnx.load(str(path), load_external_data=False).graph
-    external = onnx.TensorProto.EXTERNAL
-    entries = [e for t in graph.initializer if t.data_location == external for e in t.external_data]
-    return [
-        path.parent / name for name in sorted({e.value for e in entries if e.key == "location"})
-    ]
-
-
 def _subgraphs(node: Any) -> list[Any]:
     return [a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
 
@@ -208,9 +199,9 @@ def _same_outputs(
 def _keep(before: Any, path: Path, out: Path, note: str) -> SimplifyReport:
     """Take the file over as it was."""
     if path.resolve() != out.resolve():
-        for companion in companions(path):
-            with replacing(out.parent / companion.name) as temporary:
-                shutil.copyfile(companion, temporary)
+        for name in companions(path):
+            with replacing(out.parent / name) as temporary:
+                shutil.copyfile(path.parent / name, temporary)
         with replacing(out) as temporary:
             shutil.copyfile(path, temporary)
     nodes, size = count_nodes(before.graph), path.stat().st_size

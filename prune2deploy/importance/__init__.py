@@ -111,7 +111,6 @@ def require_data(name: str, *, given: bool) -> None:
     """Raise ConfigError where a criterion that looks at data is given none."""
     if not given:
         raise ConfigError(
-            f"importance {name!r} looks at data and was given none: name a calibration recipe "
-            "(--data RECIPE; in Python batches=...), or choose a criterion that needs no data: "
-            f"{', '.join(DATA_FREE)}"
+            f"importance {name!r} looks at data and was given none: add --data RECIPE, or choose a "
+            f"criterion that needs no data: {', '.join(DATA_FREE)}"
         )

@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import prune2deploy
 from prune2deploy import errors, watched
 from prune2deploy.errors import MeasureError, Prune2DeployError
 
@@ -37,13 +36,13 @@ def run(
 
     Args:
         spec: What the worker is to do (see there); ``threads`` limits the libraries' thread pools.
-        seconds: Time limit; the child is killed beyond it.
+        seconds: How long the child may be silent; it is killed beyond that.
         progress: Told what the child reports.
         module: What to run as the worker.
 
     Raises:
         Prune2DeployError: What the child raised.
-        MeasureError: It crashed, or did not end in time.
+        MeasureError: It crashed, or was silent for too long.
     """
     with tempfile.TemporaryDirectory(prefix="prune2deploy-measure-") as folder:
         path = Path(folder) / "spec.json"
@@ -69,12 +68,8 @@ def run(
 
 
 def _environment(threads: int) -> dict[str, str]:
-    package = str(Path(prune2deploy.__file__).resolve().parent.parent)
-    old = os.environ.get("PYTHONPATH")
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([package, old] if old else [package])}
-    if threads:
-        env.update({name: str(threads) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")})
-    return env
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS") if threads else ()
+    return watched.environment() | dict.fromkeys(names, str(threads))
 
 
 def _listen(
@@ -90,7 +85,7 @@ def _listen(
             line = lines.get(timeout=max(0.01, deadline - time.monotonic()))
         except queue.Empty:
             raise MeasureError(
-                f"the measuring process did not end within {seconds:.0f} s and was killed; "
+                f"the measuring process got no further within {seconds:.0f} s and was killed; "
                 "raise max_seconds in the target's [measure], or free the machine"
             ) from None
         if line is None:
@@ -101,8 +96,10 @@ def _listen(
             raise _error(message)
         if "result" in message:
             return dict(message["result"])
-        if "progress" in message and progress:
-            progress(str(message["progress"][0]), float(message["progress"][1]))
+        if "progress" in message:
+            deadline = time.monotonic() + seconds
+            if progress:
+                progress(str(message["progress"][0]), float(message["progress"][1]))
 
 
 def _read(stream: IO[bytes], lines: queue.Queue[bytes | None]) -> None:

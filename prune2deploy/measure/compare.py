@@ -52,7 +52,7 @@ def compare(
         BackendError: An engine could not be opened or run.
     """
     taken = _take((candidate, reference), target, raw_path, (goal, progress))
-    return summarise(taken, target, raw_path)
+    return summarise(taken, target)
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,6 @@ class Measurement:
         undisturbed_p50_ms: Wall median of the runs that never waited for a processor; ``None``
             where fewer than ten such runs are known.
         disturbance: What the host did meanwhile; see ``summary.disturbance``.
-        raw: File of the raw samples, where one was asked for.
     """
 
     latency: LatencyStats
@@ -80,7 +79,6 @@ class Measurement:
     fingerprint: Mapping[str, Any]
     undisturbed_p50_ms: float | None = None
     disturbance: Mapping[str, float] = field(default_factory=dict)
-    raw: Path | None = None
 
 
 def single(
@@ -98,7 +96,7 @@ def single(
     """
     policy = replace(target.measure, control=False)
     taken = _take((engine, engine), replace(target, measure=policy), raw_path, (None, progress))
-    both = summarise(taken, target, raw_path)
+    both = summarise(taken, target)
     flags = ("control off",) if off(both.ratio, both.ratio_ci95) else ()
     return Measurement(
         both.reference,
@@ -109,7 +107,6 @@ def single(
         both.fingerprint,
         both.undisturbed_p50_ms,
         both.disturbance,
-        raw_path,
     )
 
 

@@ -102,7 +102,7 @@ class Sampler:
         """Run until consecutive medians of every engine agree within 2 %; size the blocks."""
         policy = self._target.measure
         started = self._clock.now()
-        opening = self._opening_ns()
+        opening = self._opening_ns(progress)
         limit = started + int(0.25 * policy.max_seconds * 1e9)
         medians: list[list[float]] = [[] for _ in self._sessions]
         settled = False
@@ -125,11 +125,13 @@ class Sampler:
     def _affordable_ns(self) -> float:
         return self._target.measure.max_seconds * 1e9 / REOPENINGS
 
-    def _opening_ns(self) -> int:
+    def _opening_ns(self, progress: Progress | None) -> int:
         """Open every engine; how long that takes, once the libraries have been loaded."""
         for _ in range(2):
             started = self._clock.now()
             self._renew()
+            if progress:
+                progress("opening", 0.0)
             opening = self._clock.now() - started
             if not self._affordable_ns <= opening < REOPENINGS / 4 * self._affordable_ns:
                 break  # the first opening is cheap, or the second would cost too much

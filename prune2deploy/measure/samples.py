@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from prune2deploy.errors import MeasureError
+from prune2deploy.errors import ConfigError, MeasureError
 
 SCHEMA = 1
 Ints = npt.NDArray[np.int64]
@@ -50,15 +50,24 @@ _ARRAYS = ("candidate", "reference", "twin", "block", "noise")
 
 
 def save(samples: Samples, path: Path) -> None:
-    """Write samples to ``path`` (``.npz``); it appears under its name only when complete."""
+    """Write samples to ``path`` (``.npz``); it appears under its name only when complete.
+
+    Raises:
+        ConfigError: It cannot be written; the disk may be full.
+    """
     arrays = {name: getattr(samples, name) for name in _ARRAYS}
     notes = json.dumps({"schema": SCHEMA, **samples.notes})
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
             np.savez_compressed(file, notes=np.array(notes), **arrays)
         part.replace(path)
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: the raw samples cannot be written ({error.strerror or error}); free some "
+            "space, or choose another folder with --out (run and sweep go on with --resume)"
+        ) from error
     finally:
         part.unlink(missing_ok=True)
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -77,7 +76,6 @@ class Comparison:
         undisturbed_p50_ms: Wall median of the reference over the runs that never waited for a
             processor; ``None`` where fewer than ten such runs are known.
         disturbance: What the host did meanwhile; see ``disturbance``.
-        raw: File of the raw samples, where one was asked for.
     """
 
     candidate: LatencyStats
@@ -94,7 +92,6 @@ class Comparison:
     fingerprint: Mapping[str, Any]
     undisturbed_p50_ms: float | None = None
     disturbance: Mapping[str, float] = field(default_factory=dict)
-    raw: Path | None = None
 
 
 def choose_clock(samples: Samples, target: Target) -> int:
@@ -137,13 +134,12 @@ def times(rows: Ints, clock: int) -> Floats:
     return np.maximum(1.0, own)
 
 
-def summarise(samples: Samples, target: Target, raw: Path | None = None) -> Comparison:
+def summarise(samples: Samples, target: Target) -> Comparison:
     """Turn raw samples into a result.
 
     Args:
         samples: As taken; ``notes`` carry ``stopped``, ``warm``, ``cooled`` and ``fingerprint``.
         target: Where they were taken.
-        raw: The file that keeps them.
     """
     clock = choose_clock(samples, target)
     block_effects = effects(samples, clock)
@@ -170,7 +166,6 @@ def summarise(samples: Samples, target: Target, raw: Path | None = None) -> Comp
         fingerprint=samples.notes.get("fingerprint", {}),
         undisturbed_p50_ms=_undisturbed(samples.reference),
         disturbance=disturbance(samples),
-        raw=raw,
     )
 
 

@@ -72,20 +72,31 @@ def _compare(spec: Mapping[str, Any], say: Any) -> dict[str, Any]:
 
 def _profile(spec: Mapping[str, Any], say: Any) -> dict[str, Any]:
     target, backend, (engine, *references) = _context(spec)
-    runs = int(spec["runs"])
     with backend.open(engine, target) as session:
         feeds = random_feeds(session.inputs, seed=0)
+        session.prepare(feeds)
+        seconds = min(session.time_once().wall_ns for _ in range(2)) / 1e9  # the first may compile
+    runs = affordable(int(spec["runs"]), seconds, target.measure.max_seconds)
 
     def around() -> list[float]:
-        timings = [backend.profile(e, target, feeds, -(-runs // 2)) for e in references]
-        return [sum(t.ns for t in one) for one in timings]
+        found = []
+        for one in references:
+            found.append(sum(t.ns for t in backend.profile(one, target, feeds, -(-runs // 2))))
+            say({"progress": ["profiling", 0.0]})
+        return found
 
     before = around()
     timings = backend.profile(engine, target, feeds, runs)
+    say({"progress": ["profiling", 0.5]})
     return {
         "operators": [dataclasses.asdict(t) for t in timings],
         "reference_ns": [*before, *around()],
     }
+
+
+def affordable(runs: int, seconds: float, limit: float) -> int:
+    """How many of ``runs`` of some seconds each fit into a limit, three at least."""
+    return max(min(runs, 3), min(runs, int(limit / max(seconds, 1e-9))))
 
 
 _TASKS = {"compare": _compare, "profile": _profile}

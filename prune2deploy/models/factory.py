@@ -74,10 +74,8 @@ def _module(place: str) -> ModuleType:
                 "package.module:factory, importable from here, or file.py:factory"
             ) from error
         raise ModelError(f"module {place!r} cannot be imported: {error}") from error
-    except Exception as error:
-        raise ModelError(
-            f"module {place!r} cannot be imported: {type(error).__name__}: {error}"
-        ) from error
+    except (Exception, SystemExit) as error:
+        raise ModelError(f"module {place!r} cannot be imported: {_reason(error)}") from error
 
 
 def _file(path: Path) -> ModuleType:
@@ -112,8 +110,15 @@ def _call(factory: Any, name: str) -> Any:
         )
     try:
         return factory()
-    except Exception as error:
-        raise ModelError(f"{name!r} failed: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise ModelError(f"{name!r} failed: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    told = f"{type(error).__name__}: {error}"
+    if isinstance(error, SystemExit):
+        told += "; put what a script does on its own behind: if __name__ == '__main__'"
+    return told
 
 
 def _unpack(made: Any, name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:

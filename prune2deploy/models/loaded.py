@@ -59,6 +59,7 @@ class LoadedModel:
         input_names: One per example input where the library knows them, else empty.
         output_names: One per output where the library knows them, else empty.
         preprocessing: How pictures become inputs, where the library knows it.
+        random: Whether the weights are random, as no file of weights was named.
     """
 
     module: nn.Module
@@ -68,3 +69,4 @@ class LoadedModel:
     input_names: tuple[str, ...] = ("input",)
     output_names: tuple[str, ...] = ()
     preprocessing: Preprocessing | None = None
+    random: bool = False

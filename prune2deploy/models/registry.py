@@ -17,6 +17,7 @@ from prune2deploy.errors import ModelError
 from prune2deploy.models import (
     archive,
     factory,
+    files,
     huggingface,
     timm_models,
     torchvision_models,
@@ -26,17 +27,20 @@ from prune2deploy.models.loaded import LoadedModel, Request
 from prune2deploy.models.weights import load_weights
 from prune2deploy.modes import let_switch
 
+MOST_PIXELS = 2**31 - 1  # of one input, all samples together; runtimes count them in 32 bits
+
 
 @dataclass(frozen=True)
 class Loader:
     """One row of the table of loaders.
 
     Attributes:
-        form: What its names look like, for messages.
+        form: What its names look like, for messages; empty where they name no model.
         prefix: Its names start with this, which is cut off.
         suffixes: Its names end with one of these; empty for any.
         contains: Its names contain this.
         load: Makes the model.
+        random: Its models have random weights unless a file of weights is named.
     """
 
     form: str
@@ -44,6 +48,7 @@ class Loader:
     prefix: str = ""
     suffixes: tuple[str, ...] = ()
     contains: str = ""
+    random: bool = False
 
     def matches(self, spec: str) -> bool:
         """Say whether ``spec`` is a name of this loader's."""
@@ -55,12 +60,14 @@ class Loader:
 
 
 LOADERS: tuple[Loader, ...] = (  # the first that matches is taken
-    Loader("timm:NAME", timm_models.load, prefix="timm:"),
-    Loader("hf:CONFIG_OR_FOLDER", huggingface.load, prefix="hf:"),
+    Loader("timm:NAME", timm_models.load, prefix="timm:", random=True),
+    Loader("hf:CONFIG_OR_FOLDER", huggingface.load, prefix="hf:", random=True),
     Loader("FILE.pt2", archive.load, suffixes=(".pt2",)),
-    Loader("yolov8n.yaml, yolov8n.pt", ultralytics_models.load, suffixes=(".yaml", ".yml", ".pt")),
+    Loader("yolov8n.yaml", ultralytics_models.load, suffixes=(".yaml", ".yml"), random=True),
+    Loader("FILE.pt of ultralytics", ultralytics_models.load, suffixes=(".pt",)),
     Loader("package.module:factory, file.py:factory", factory.load, contains=":"),
-    Loader("resnet50 (any torchvision builder)", torchvision_models.load),
+    Loader("", files.refuse, suffixes=files.SUFFIXES),
+    Loader("resnet50 (any torchvision builder)", torchvision_models.load, random=True),
 )
 
 
@@ -99,18 +106,30 @@ def load(
     if weights is not None:
         load_weights(loaded.module, weights)
     module, inputs = _settled(loaded.module, loaded.example_inputs)
-    return replace(loaded, module=module, example_inputs=inputs, spec=spec)
+    return replace(
+        loaded,
+        module=module,
+        example_inputs=inputs,
+        spec=spec,
+        random=loader.random and weights is None,
+    )
 
 
 def _require(spec: str, input_size: tuple[int, int] | None, batch: int) -> None:
     name = spec.partition(":")[2] if spec.startswith(("timm:", "hf:")) else spec
     if not name.strip():
-        forms = ", ".join(loader.form for loader in LOADERS)
+        forms = ", ".join(loader.form for loader in LOADERS if loader.form)
         raise ModelError(f"model: found {spec!r}, expected one of: {forms}")
     if batch < 1:
         raise ModelError(f"batch: found {batch}, expected 1 or more")
     if input_size is not None and min(input_size) < 1:
         raise ModelError(f"input size: found {input_size}, expected HEIGHTxWIDTH of 1 or more")
+    height, width = input_size or (1, 1)
+    if batch * height * width > MOST_PIXELS:
+        raise ModelError(
+            f"batch {batch} of inputs of {height}x{width}: found {batch * height * width} pixels, "
+            f"expected at most {MOST_PIXELS} in all; give a smaller --batch or --input-size"
+        )
 
 
 def _require_size(loaded: LoadedModel, input_size: tuple[int, int] | None) -> None:
@@ -128,6 +147,12 @@ def _require_size(loaded: LoadedModel, input_size: tuple[int, int] | None) -> No
 def _settled(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[nn.Module, tuple[Tensor, ...]]:
     """Return the module in eval mode; it and its inputs on the CPU, floating point as float32."""
     let_switch(module)
+    empty = [name for name, held in module.named_parameters() if held.is_meta]
+    if empty:
+        raise ModelError(
+            f"model: found {empty[0]} on the device 'meta', expected weights with values; make the "
+            "model on a device that holds them"
+        )
     if isinstance(module.eval(), torch.fx.GraphModule):
         return module, inputs  # its operators may have device and precision written into them
     moved = tuple(

@@ -143,8 +143,8 @@ def set_export(module: nn.Module, on: bool) -> None:
 
 def _preprocessing(task: str, size: tuple[int, int]) -> Preprocessing:
     if task == "classify":
-        return Preprocessing(size=size, resize=min(size))
-    return Preprocessing(size=size, letterbox=True)
+        return Preprocessing(size=size, resize=min(size), upright=True)
+    return Preprocessing(size=size, letterbox=True, upright=True)
 
 
 @contextlib.contextmanager

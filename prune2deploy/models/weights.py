@@ -6,19 +6,20 @@ training scripts wrap it. Out: the model, filled.
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from prune2deploy.errors import MissingBackend, ModelError
 from prune2deploy.models.checkpoint import OBJECTS, contents
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "ema", "params")
-PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile, Lightning
 _OPTIONAL = "num_batches_tracked"  # counters that old checkpoints lack
 
 
@@ -92,16 +93,21 @@ def _unwrapped(found: Any) -> Any:
     return found
 
 
-def _without_prefix(state: dict[str, Tensor], names: Any) -> dict[str, Tensor]:
-    """Strip the prefixes of nested wrappers with which most names match."""
+def _without_prefix(state: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """Strip what wrappers put before names: the prefix behind which most names are the model's.
+
+    DataParallel puts ``module.`` there, torch.compile ``_orig_mod.``, a LightningModule the name of
+    the attribute that holds the network.
+    """
     wanted = set(names)
-    best = state
-    for depth in range(1, len(PREFIXES) + 1):
-        for prefix in map("".join, itertools.permutations(PREFIXES, depth)):
-            candidate = {key.removeprefix(prefix): value for key, value in state.items()}
-            if len(wanted & candidate.keys()) > len(wanted & best.keys()):
-                best = candidate
-    return best
+    found = Counter(
+        key[:at]
+        for key in state
+        for at in (0, *(dot.end() for dot in re.finditer(r"\.", key)))
+        if key[at:] in wanted
+    )
+    prefix = max(found, key=lambda one: (found[one], -len(one)), default="")
+    return {key.removeprefix(prefix): value for key, value in state.items()}
 
 
 def _with_ties(state: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
@@ -115,8 +121,19 @@ def _with_ties(state: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]
     return {**ties, **state}
 
 
+def _kind(tensor: Tensor) -> str:
+    """What sort of numbers a tensor holds; one sort cannot stand for another."""
+    if tensor.is_quantized:
+        return "quantised numbers"
+    if tensor.layout != torch.strided:
+        return "sparse numbers"
+    if tensor.is_complex():
+        return "complex numbers"
+    return "fractions" if tensor.is_floating_point() else "whole numbers"
+
+
 def _check_fits(own: Mapping[str, Any], state: Mapping[str, Tensor], path: Path) -> None:
-    """Raise ModelError at the first name that is missing, unexpected or of another shape."""
+    """Raise ModelError at the first name that is missing, unexpected, of other shape or kind."""
     needed = [name for name in own if isinstance(own[name], Tensor)]
     same = [n for n in needed if n in state and state[n].shape == own[n].shape]
     problem = ""
@@ -126,6 +143,9 @@ def _check_fits(own: Mapping[str, Any], state: Mapping[str, Tensor], path: Path)
                 f"{name!r} has shape {tuple(state[name].shape)} in the file and "
                 f"{tuple(own[name].shape)} in the model"
             )
+        elif name in state and _kind(state[name]) != _kind(own[name]):
+            there, here = _kind(state[name]), _kind(own[name])
+            problem = f"{name!r} holds {there} in the file and {here} in the model"
         elif name not in state and not name.endswith(_OPTIONAL):
             problem = f"{name!r} of the model is not in the file"
         if problem:

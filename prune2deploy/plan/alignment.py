@@ -8,9 +8,9 @@ linear in the blocks of w.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -54,6 +54,7 @@ class Staircase:
         ns: Time of the probe model at each width, in nanoseconds.
         step: Width of a step; 1 where time simply grows.
         cliff: Whether widths that are not a multiple of 4 leave the fast path.
+        sure: Whether it reads alike without any one of the rounds in which it was timed.
     """
 
     family: str
@@ -61,6 +62,7 @@ class Staircase:
     ns: tuple[float, ...]
     step: int
     cliff: bool
+    sure: bool = True
 
 
 def probe_alignment(
@@ -78,7 +80,8 @@ def probe_alignment(
             called several times for each file.
         folder: Where the ONNX files are written.
         families: Kernel families to probe.
-        store: Results of earlier probes of this device; new ones are added to it.
+        store: Results of earlier probes of this device; new ones that are sure are added to it:
+            on a disturbed host the next run probes again.
         tell: Hears of progress: timings taken, timings in all.
 
     Raises:
@@ -90,21 +93,36 @@ def probe_alignment(
     folder.mkdir(parents=True, exist_ok=True)
     found = []
     for number, family in enumerate(families):
-        times = store.staircase(family) if store is not None else None
-        if times is None:
-            times = {}
-            for done, width in enumerate(WIDTHS * ROUNDS):
-                path = folder / f"{family}-{width}.onnx"
-                if not path.exists():
-                    write_probe(family, width, path)
-                times[width] = min(time_ns(path), times.get(width, math.inf))
-                if tell is not None:
-                    each = ROUNDS * len(WIDTHS)
-                    tell(number * each + done + 1, len(families) * each)
-            if store is not None:
-                store.add_staircase(family, times)
-        found.append(read_staircase(family, times))
+        known = store.staircase(family) if store is not None else None
+        if known is not None:
+            found.append(read_staircase(family, known))
+            continue
+        rounds: list[dict[int, float]] = [{} for _ in range(ROUNDS)]
+        for done, (turn, width) in enumerate(itertools.product(rounds, WIDTHS), start=1):
+            path = folder / f"{family}-{width}.onnx"
+            if not path.exists():
+                write_probe(family, width, path)
+            turn[width] = time_ns(path)
+            if tell is not None:
+                each = ROUNDS * len(WIDTHS)
+                tell(number * each + done, len(families) * each)
+        found.append(_read_rounds(family, rounds))
+        if store is not None and found[-1].sure:
+            store.add_staircase(family, dict(zip(WIDTHS, found[-1].ns, strict=True)))
     return tuple(found)
+
+
+def _read_rounds(family: str, rounds: Sequence[Mapping[int, float]]) -> Staircase:
+    """The staircase of the least times of all rounds, and whether it hangs on none of them."""
+
+    def read(taken: Iterable[Mapping[int, float]]) -> Staircase:
+        each = tuple(taken)
+        return read_staircase(family, {w: min(one[w] for one in each) for w in WIDTHS})
+
+    whole = read(rounds)
+    others = map(read, itertools.combinations(rounds, len(rounds) - 1))
+    sure = all((one.step, one.cliff) == (whole.step, whole.cliff) for one in others)
+    return replace(whole, sure=sure)
 
 
 def channel_multiple(staircases: Sequence[Staircase]) -> int:

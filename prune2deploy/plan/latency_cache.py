@@ -100,25 +100,34 @@ class LatencyCache:
         finally:
             connection.close()
 
-    def add_points(self, points: Iterable[Point]) -> None:
-        """Keep points; where a cell is known already, the lesser time stays."""
+    def add_points(self, points: Iterable[Point], multiple: int = 1) -> None:
+        """Keep points; where a cell is known already, the lesser time stays.
+
+        Args:
+            points: Timings of operators.
+            multiple: Channel block that their work is padded to: equal widths are other work
+                where it differs.
+        """
         self._connection.executemany(
             "INSERT INTO cells VALUES (?,?,?,?,?,?,?) "
             "ON CONFLICT DO UPDATE SET ns = min(ns, excluded.ns)",
-            [(self._key, p.kind, p.signature, *p.work, p.ns) for p in points],
+            [(self._cells(multiple), p.kind, p.signature, *p.work, p.ns) for p in points],
         )
 
-    def points(self, signatures: Iterable[str]) -> tuple[Point, ...]:
-        """Every known cell of the given signatures."""
+    def points(self, signatures: Iterable[str], multiple: int = 1) -> tuple[Point, ...]:
+        """Every known cell of the given signatures whose work is padded to ``multiple``."""
         found = []
         for signature in sorted(set(signatures)):
             rows = self._connection.execute(
                 "SELECT kind, macs, read, written, ns FROM cells "
                 "WHERE context = ? AND signature = ? ORDER BY kind, macs, read, written",
-                (self._key, signature),
+                (self._cells(multiple), signature),
             )
             found += [Point(r[0], signature, (r[1], r[2], r[3]), r[4]) for r in rows]
         return tuple(found)
+
+    def _cells(self, multiple: int) -> str:
+        return f"{self._key}/{multiple}"
 
     def add_build(self, model: str, build: Build) -> None:
         """Keep a build of a model (``model_key``); a later one of the same counts replaces it."""

@@ -100,6 +100,15 @@ class DependencyGraph:
         """The model that is pruned."""
         return self.live.model
 
+    @property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """Its modules by path, shared ones under each of their paths."""
+        return self._builder().modules
+
+    def size(self, axis: str) -> int:
+        """Channels that an axis has now."""
+        return self.live.graph[axis].size
+
     def register_customized_layer(
         self, layer_type_or_instance: Any, layer_pruner: BasePruningFunc
     ) -> None:
@@ -314,9 +323,9 @@ class DependencyGraph:
         )
         return Group(self, origin, self._builder().items(root, removal))
 
-    def _again(self, group: Group, idxs: Sequence[int]) -> Group:
+    def regrouped(self, group: Group, idxs: Sequence[int]) -> Group:
         """A group of the same root for other positions of it."""
-        group._check_fresh()
+        group.check_fresh()
         dep = group[0].dep
         origin = group.origin
         root = self._root(dep.target.module, dep.handler)
@@ -327,7 +336,8 @@ class DependencyGraph:
             return self.get_pruning_group(dep.target.module, dep.handler, idxs)
         return self._group(root, self._with_ties({origin.root_axis: np.unique(channels)}))
 
-    def _prune(self, group: Group) -> None:
+    def remove(self, group: Group) -> None:
+        """Take the group's channels from the model."""
         self.live.remove(group.origin.removal, self._builder().customized_calls(group))
 
     def prune_together(self, groups: Sequence[Group]) -> None:
@@ -345,14 +355,14 @@ class DependencyGraph:
             return
         joint: dict[str, Channels] = {}
         for group in groups:
-            group._check_fresh()
+            group.check_fresh()
             joint.update(group.origin.removal)
         if joint:
             self.live.remove(joint)
         for group in groups:
-            self._note(group)
+            self.note(group)
 
-    def _note(self, group: Group) -> None:
+    def note(self, group: Group) -> None:
         """Remember a step; by channels per axis where positions alone do not say which."""
         dep, idxs = group[0]
         origin = group.origin

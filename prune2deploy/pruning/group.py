@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from torch import nn
 
 from prune2deploy.errors import PruneError
-
-if TYPE_CHECKING:
-    from prune2deploy.pruning.dependency import DependencyGraph
 
 Channels = npt.NDArray[np.int64]
 PruningFn = Callable[..., Any]
@@ -124,6 +121,30 @@ class Origin:
     is_out: bool = True
 
 
+class Maker(Protocol):
+    """What a group asks of the dependency graph that made it."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that is pruned."""
+
+    @property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """Its modules by path."""
+
+    def size(self, axis: str) -> int:
+        """Channels that an axis has now."""
+
+    def regrouped(self, group: Group, idxs: Sequence[int]) -> Group:
+        """A group of the same root for other positions of it."""
+
+    def remove(self, group: Group) -> None:
+        """Take the group's channels from the model."""
+
+    def note(self, group: Group) -> None:
+        """Remember that it was pruned."""
+
+
 class Group:
     """Layers that lose channels together.
 
@@ -131,7 +152,7 @@ class Group:
     channels from the model in place.
     """
 
-    def __init__(self, graph: DependencyGraph, origin: Origin, items: Sequence[Item]) -> None:
+    def __init__(self, graph: Maker, origin: Origin, items: Sequence[Item]) -> None:
         self._DG = graph
         self.origin = origin
         self._items = list(items)
@@ -183,15 +204,20 @@ class Group:
             PruneError: the channels have been pruned since the group was made, an index is out of
                 range, or nothing would be left.
         """
-        chosen = self if idxs is None else self._DG._again(self, idxs)
-        self._check_fresh()
-        self._DG._prune(chosen)
+        chosen = self if idxs is None else self._DG.regrouped(self, idxs)
+        self.check_fresh()
+        self._DG.remove(chosen)
         if record_history:
-            self._DG._note(chosen)
+            self._DG.note(chosen)
 
-    def _check_fresh(self) -> None:
+    def check_fresh(self) -> None:
+        """Whether its positions still hold.
+
+        Raises:
+            PruneError: channels of its axes have gone since it was made.
+        """
         for name, size in self.origin.sizes.items():
-            now = self._DG.live.graph[name].size
+            now = self._DG.size(name)
             if now != size:
                 raise PruneError(
                     f"axis {name!r} has {now} channels, {size} when this group was made: get the "

@@ -113,7 +113,7 @@ class GroupMagnitudeImportance(Importance):
 
     def _rows(self, group: Group, items: Sequence[Item]) -> Iterator[Tensor]:
         """Scores of each layer's tensors, moved to the root's positions."""
-        modules = group._DG._builder().modules
+        modules = group._DG.modules
         for item in items:
             for name, dim in item.tensors:
                 path, _, leaf = name.rpartition(".")

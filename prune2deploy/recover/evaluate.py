@@ -64,6 +64,28 @@ def numbers(labels: Tensor) -> Tensor:
     return labels if labels.is_floating_point() else labels.long()
 
 
+def require_labels(labels: Tensor, scores: Tensor, *, soft: bool) -> None:
+    """Check that there is a label for each sample.
+
+    Args:
+        labels: Whole numbers, (batch,); or shares of the classes, (batch, classes).
+        scores: Class scores, (batch, classes).
+        soft: Whether shares will do.
+
+    Raises:
+        ConfigError: They are of another shape.
+    """
+    shares = soft and labels.is_floating_point()
+    wanted = tuple(scores.shape if shares else scores.shape[:1])
+    if tuple(labels.shape) != wanted:
+        raise ConfigError(
+            f"labels: found shape {tuple(labels.shape)} ({labels.dtype}) for class scores of shape "
+            f"{tuple(scores.shape)}, expected {wanted}, one whole number per sample"
+            + ", or floating-point shares of the classes"
+            * soft
+        )
+
+
 def evaluate(module: nn.Module, batches: Iterable[Batch]) -> Accuracy:
     """Measure top-1 accuracy in eval mode; the module's mode is as before afterwards.
 
@@ -72,7 +94,8 @@ def evaluate(module: nn.Module, batches: Iterable[Batch]) -> Accuracy:
         batches: (inputs, labels) with labels of shape (batch,).
 
     Raises:
-        ConfigError: There is no labelled sample, or the output is not that of a classifier.
+        ConfigError: There is no labelled sample, labels are not one per sample, or the output is
+            not that of a classifier.
     """
     device = device_of(module)
     right, loss, samples = 0, 0.0, 0
@@ -84,6 +107,7 @@ def evaluate(module: nn.Module, batches: Iterable[Batch]) -> Accuracy:
                 )
             target = numbers(labels.to(device))
             logits = logits_of(module(*(one.to(device) for one in inputs))).float()
+            require_labels(target, logits, soft=False)
             right += int((logits.argmax(1) == target).sum())
             loss += float(nn.functional.cross_entropy(logits, target, reduction="sum"))
             samples += len(target)

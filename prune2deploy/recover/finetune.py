@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from prune2deploy.calibration import Batch, restarting
 from prune2deploy.errors import ConfigError
-from prune2deploy.recover.evaluate import logits_of, numbers
+from prune2deploy.recover.evaluate import logits_of, numbers, require_labels
 from prune2deploy.surgery.copying import copied
 
 RATE = 0.02  # highest, where there are steps enough
@@ -151,7 +151,7 @@ def finetune(
 
     Raises:
         ConfigError: No labels and no teacher, outputs that are not class scores, batches that can
-            be read only once, or a loss that is not finite (the rate is too high).
+            be read only once, labels that do not fit, or a loss that is not finite.
     """
     options = options or FinetuneOptions()
     started = time.monotonic()
@@ -256,16 +256,13 @@ def _step(run: _Run, batch: Batch) -> float:
         student = logits_of(run.student(*inputs))
         with torch.no_grad():
             teacher = None if run.teacher is None else logits_of(run.teacher(*inputs)).float()
-    _check_labels(labels, student.shape[1])
+    _check_labels(labels, student)
     loss = distillation_loss(student.float(), teacher, labels, run.options)
     if run.penalty is not None:
         loss = loss + run.penalty(run.student)
     value = float(loss.detach())
     if not math.isfinite(value):
-        raise ConfigError(
-            f"fine-tuning: the loss is {value} at step {run.step}; the learning rate "
-            f"{run.highest:g} is too high for this model, try {run.highest / 10:g}"
-        )
+        raise ConfigError(f"fine-tuning: the loss is {value} at step {run.step}; {_cause(run)}")
     run.optimizer.zero_grad(set_to_none=True)
     run.scaler.scale(loss).backward()
     run.scaler.unscale_(run.optimizer)
@@ -275,6 +272,16 @@ def _step(run: _Run, batch: Batch) -> float:
     run.step += 1
     _update_average(run)
     return value
+
+
+def _cause(run: _Run) -> str:
+    """What makes a loss that is no number, and what to do about it."""
+    if run.step == 0:
+        return (
+            "nothing has been trained yet, so the outputs of the model or of its teacher are no "
+            f"numbers, or all labels are {_IGNORED}; check the weights and the data"
+        )
+    return f"the learning rate {run.highest:g} is too high for this model, try {run.highest / 10:g}"
 
 
 @contextmanager
@@ -290,9 +297,11 @@ def _batch_norms_at_rest(module: nn.Module) -> Iterator[None]:
             norm.train()
 
 
-def _check_labels(labels: Tensor | None, classes: int) -> None:
+def _check_labels(labels: Tensor | None, scores: Tensor) -> None:
     if labels is None:
         return
+    require_labels(labels, scores, soft=True)
+    classes = scores.shape[1]
     wrong = labels[((labels < 0) | (labels >= classes)) & (labels != _IGNORED)]
     if len(wrong):
         raise ConfigError(

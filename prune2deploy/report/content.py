@@ -127,7 +127,8 @@ class Limits:
     Attributes:
         floor_ms: Measured latency of the smallest plan allowed, where the budget was out of reach;
             else ``None``.
-        fixed_share: Share of the baseline's profiled time that no width changes.
+        fixed_share: Share of the baseline's profiled time that no width changes; ``None`` where
+            no plan was needed, or the runtime does not profile operators.
         overhead_ms: Baseline time outside its operators (calls, copies), milliseconds; ``None``
             where the host was not quiet enough to tell.
         channel_multiple: Width step of the target.
@@ -140,7 +141,7 @@ class Limits:
     """
 
     floor_ms: float | None
-    fixed_share: float
+    fixed_share: float | None
     overhead_ms: float | None
     channel_multiple: int
     multiple_source: str

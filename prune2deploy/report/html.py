@@ -10,15 +10,15 @@ from html import escape
 
 from prune2deploy.report import svg
 from prune2deploy.report.content import LayerLine, RunReport, SweepReport
-from prune2deploy.report.text import (
-    gains,
-    gap_text,
-    interval,
+from prune2deploy.report.tables import (
+    Table,
+    builds_table,
+    compare_table,
     milliseconds,
-    removed_text,
-    result_rows,
+    result_table,
+    sweep_table,
 )
-from prune2deploy.units import readable
+from prune2deploy.report.text import gains, gap_text, removed_text
 
 STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--fg:#1b1f24;--mute:#59636e;--line:#d5dae0;
@@ -65,6 +65,11 @@ def html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     )
 
 
+def plain_table(table: Table) -> str:
+    """The same of cells that are plain text."""
+    return html_table(table.head, ([escape(cell) for cell in row] for row in table.rows))
+
+
 def run_page(report: RunReport) -> str:
     """The report of one run."""
     title = f"{report.model} on {report.target}: {report.speedup:.2f}x, {report.verdict}"
@@ -80,14 +85,13 @@ def run_page(report: RunReport) -> str:
 
 
 def _result(report: RunReport) -> str:
-    rows = [[escape(cell) for cell in row] for row in result_rows(report)]
     mark = "good" if report.met else "bad"
     parity = "".join(f"<p>Parity {escape(line.text())}.</p>" for line in report.parity)
     return (
         f'<p class="{mark}"><strong>{escape(report.verdict)}</strong>: the budget is '
         f"{milliseconds(report.budget_ms)} ms; {report.filling()}. The model is "
         f"{report.speedup:.3f} times as fast as the baseline measured interleaved with it.</p>"
-        + html_table(["", "baseline", "pruned", "change"], rows)
+        + plain_table(result_table(report))
         + f"<p>{report.builds} engine builds besides the baseline, "
         f"{report.seconds:.0f} s in all.</p>{parity}"
     )
@@ -99,6 +103,12 @@ def _why(report: RunReport) -> str:
     floor = (
         f"The smallest plan allowed measured {milliseconds(limits.floor_ms)} ms. "
         if limits.floor_ms is not None
+        else ""
+    )
+    fixed = (
+        f"{limits.fixed_share:.1%} of the baseline's profiled time is what no width changes: "
+        "operators without a prunable width, and what every call costs."
+        if limits.fixed_share is not None
         else ""
     )
     outside = (
@@ -121,9 +131,7 @@ def _why(report: RunReport) -> str:
     )
     return (
         "<h2>What bounds the latency</h2>"
-        f"<p>{floor}{limits.fixed_share:.1%} of the baseline's profiled time is what no width "
-        "changes: operators without a prunable width, and what every call costs."
-        f"{outside}{memory}</p>"
+        f"<p>{floor}{fixed}{outside}{memory}</p>"
         f"<p>The target runs well at widths that are multiples of {limits.channel_multiple} "
         f"({escape(limits.multiple_source)}).</p>{widths}"
     )
@@ -193,45 +201,20 @@ def _layer(line: LayerLine, whole: float) -> list[str]:
 
 
 def _steps(report: RunReport) -> str:
-    rows = [
-        [
-            f"{s.number} {escape(s.step)}",
-            readable(s.params),
-            readable(s.macs),
-            "" if s.predicted_ms is None else milliseconds(s.predicted_ms),
-            "" if s.measured_ms is None else milliseconds(s.measured_ms),
-            "" if s.ci95_ms is None else interval(s.ci95_ms),
-            escape(s.verdict),
-        ]
-        for s in report.steps
-    ]
-    head = ["build", "parameters", "MACs", "predicted (ms)", "measured (ms)", "95 %", "verdict"]
-    return "<h2>Builds</h2>" + html_table(head, rows)
+    return "<h2>Builds</h2>" + plain_table(builds_table(report))
 
 
 def _environment(facts: Mapping[str, str], notes: Sequence[str]) -> str:
-    rows = [[escape(key), escape(value)] for key, value in facts.items()]
     said = "".join(f"<p>{escape(note)}</p>" for note in notes)
-    return f"<h2>Environment</h2>{said}" + html_table(["", ""], rows)
+    return f"<h2>Environment</h2>{said}" + plain_table(
+        Table(["", ""], [[*fact] for fact in facts.items()])
+    )
 
 
 def sweep_page(report: SweepReport) -> str:
     """The report of one sweep: two charts and the table."""
     latency = [svg.Point(p.ratio, p.p50_ms, *p.ci95_ms) for p in report.points]
     speedup = [svg.Point(p.ratio, p.speedup, *p.speedup_ci95) for p in report.points]
-    rows = [
-        [
-            f"{p.ratio:.2f}",
-            readable(p.macs),
-            readable(p.params),
-            milliseconds(p.p50_ms),
-            interval(p.ci95_ms),
-            f"{p.speedup:.3f}",
-            f"{p.speedup_ci95[0]:.3f}-{p.speedup_ci95[1]:.3f}",
-        ]
-        for p in report.points
-    ]
-    head = ["ratio", "MACs", "parameters", "measured p50 (ms)", "95 %", "speed-up", "95 %"]
     label = "fraction of channels removed"
     return page(
         f"{report.model} on {report.target}: latency against pruning ratio",
@@ -241,7 +224,7 @@ def sweep_page(report: SweepReport) -> str:
             f"({milliseconds(report.baseline_ms)} ms).</p>",
             svg.line_chart(latency, label, "measured p50 (ms)"),
             svg.line_chart(speedup, label, "measured speed-up"),
-            html_table(head, rows),
+            plain_table(sweep_table(report)),
             _environment(report.environment, report.notes),
         ],
     )
@@ -249,19 +232,4 @@ def sweep_page(report: SweepReport) -> str:
 
 def compare_page(reports: Sequence[tuple[str, RunReport]]) -> str:
     """Several runs in one table."""
-    rows = [
-        [
-            escape(name),
-            escape(r.target),
-            milliseconds(r.budget_ms),
-            milliseconds(r.final.p50_ms),
-            interval(r.final.ci95_ms),
-            f"{r.speedup:.3f}x",
-            readable(r.final.params),
-            readable(r.final.macs),
-            escape(r.verdict),
-        ]
-        for name, r in reports
-    ]
-    head = ["run", "target", "budget (ms)", "measured p50 (ms)", "95 %", "speed-up"]
-    return page("Runs compared", [html_table([*head, "parameters", "MACs", "verdict"], rows)])
+    return page("Runs compared", [plain_table(compare_table(reports))])

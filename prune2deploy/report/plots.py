@@ -51,7 +51,7 @@ def staircase_plot(title: str, lines: Mapping[str, Mapping[int, float]], path: P
     axes.set_ylabel("time, relative to the narrowest")
     axes.set_title(title)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="upper left")
     figure.savefig(path, format="png", dpi=120)
 
 
@@ -66,7 +66,7 @@ def axes_plot(report: RunReport, path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("channels")
     axes.tick_params(axis="y", labelsize=7)
-    axes.legend()
+    axes.legend(loc="lower right")
     figure.savefig(path, format="png", dpi=110)
 
 
@@ -83,5 +83,5 @@ def layers_plot(report: RunReport, path: Path) -> None:
     axes.set_yticks(list(rows), [x.name[-48:] for x in ordered], fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel("profiled time (ms)")
-    axes.legend()
+    axes.legend(loc="lower right")
     figure.savefig(path, format="png", dpi=110)

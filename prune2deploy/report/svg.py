@@ -11,6 +11,7 @@ from html import escape
 
 WIDTH, HEIGHT = 640, 320
 LEFT, RIGHT, TOP, BOTTOM = 56, 16, 14, 40
+_SPAN = 1e-9  # of the x axis of a lone point, which has one tick
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def pair(before: float, after: float, whole: float) -> str:
 def line_chart(points: Sequence[Point], x_label: str, y_label: str) -> str:
     """A line with interval whiskers; the y axis begins at 0."""
     xs = [p.x for p in points]
-    x_low, x_high = min(xs), max(*xs, min(xs) + 1e-9)
+    x_low, x_high = min(xs), max(*xs, min(xs) + _SPAN)
     y_high = max(p.high for p in points) * 1.05 or 1.0
 
     def across(x: float) -> float:
@@ -77,7 +78,7 @@ def line_chart(points: Sequence[Point], x_label: str, y_label: str) -> str:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    return [low + (high - low) * i / 5 for i in range(6)]
+    return [low + (high - low) * i / 5 for i in range(6 if high - low > 2 * _SPAN else 1)]
 
 
 def _row(value: float, y: float) -> str:

@@ -14,7 +14,13 @@ from typing import Any
 import numpy as np
 
 from prune2deploy.report.content import Row, RunReport, SweepReport
-from prune2deploy.units import readable
+from prune2deploy.report.tables import (
+    compare_table,
+    milliseconds,
+    percentile_bound,
+    result_table,
+    sweep_table,
+)
 
 WORTH = "what the plan maximises (the worth of its widths, not accuracy)"
 Cells = Sequence[Sequence[str]]
@@ -40,64 +46,12 @@ def table(head: Sequence[str], rows: Cells, left: Sequence[int] = (0,)) -> str:
     return "\n".join(shown)
 
 
-def milliseconds(value: float) -> str:
-    """Four significant digits of a time in milliseconds."""
-    return f"{value:.4g}" if value < 1000 else f"{value:.0f}"
-
-
-def interval(bounds: tuple[float, float]) -> str:
-    """An interval in milliseconds."""
-    return f"{milliseconds(bounds[0])}-{milliseconds(bounds[1])}"
-
-
-def result_rows(report: RunReport) -> list[list[str]]:
-    """Rows of the result table: what, baseline, pruned, change."""
-    before, after = report.baseline, report.final
-
-    def line(name: str, old: float, new: float, shown: tuple[str, str]) -> list[str]:
-        change = f"{new / old - 1:+.1%}" if old else ""
-        return [name, *shown, change]
-
-    old, new = before.p50_ms, after.p50_ms
-    rows = [
-        line("measured p50 (ms)", old, new, (milliseconds(old), milliseconds(new))),
-        ["95 % interval of p50 (ms)", *map(interval, _intervals(report)), ""],
-    ]
-    for tail, a, b in (
-        (95, before.p95_ms, after.p95_ms),
-        (99, before.p99_ms, after.p99_ms),
-    ):
-        shown = _bound(a, tail, before.unbounded), _bound(b, tail, after.unbounded)
-        rows.append(line(f"upper 95 % bound of p{tail} (ms)", a, b, shown))
-    rows.append(["samples", str(before.samples), str(after.samples), ""])
-    for name, a, b, unit in (
-        ("parameters", before.params, after.params, ""),
-        ("MACs", before.macs, after.macs, ""),
-        ("ONNX file", before.bytes, after.bytes, "B"),
-    ):
-        rows.append(line(name, a, b, (readable(a, unit), readable(b, unit))))
-    if (found := report.accuracy) is not None:
-        shown = f"{found.baseline:.1%}", f"{found.final:.1%}"
-        points = f"{100 * (found.final - found.baseline):+.1f} points"
-        rows.append([f"top-1 on {found.samples} samples of the data", *shown, points])
-    return rows
-
-
-def _bound(value: float, tail: int, unbounded: Sequence[int]) -> str:
-    """The bound of a percentile, or the largest sample where there were too few for a bound."""
-    return f"{milliseconds(value)}{' (largest sample)' if tail in unbounded else ''}"
-
-
-def _intervals(report: RunReport) -> tuple[tuple[float, float], tuple[float, float]]:
-    return report.baseline.ci95_ms, report.final.ci95_ms
-
-
 def run_text(report: RunReport) -> str:
     """The result of a run as a terminal shows it."""
     lines = [
         f"{report.model} on {report.environment.get('target', report.target)}",
         "",
-        table(["", "baseline", "pruned", "change"], result_rows(report)),
+        table(*result_table(report)),
         "",
         f"verdict   {report.verdict}",
         f"budget    {milliseconds(report.budget_ms)} ms; {report.filling()}",
@@ -117,11 +71,14 @@ def gains(report: RunReport) -> tuple[str, ...]:
     """What a later deadline would buy, predicted; nothing where the curve does not reach.
 
     Both figures are of the best plans for their budgets; the one that is shipped may be another.
+    The curve is of medians: where the budget is for a higher percentile, that is taken to be as
+    many times the median as was measured.
     """
     if len(report.curve) < 2:
         return ()
-    at, worth = zip(*report.curve, strict=True)
-    here = report.budget_ms
+    medians, worth = zip(*report.curve, strict=True)
+    tail = (report.judged_ms or report.final.p50_ms) / report.final.p50_ms
+    here, at = report.budget_ms, [tail * median for median in medians]
     before = float(np.interp(here, at, worth))
     found = []
     tenth = 0.1 * here
@@ -148,50 +105,21 @@ def removed_text(report: RunReport) -> str:
     """Which blocks went, and why."""
     many = len(report.removed)
     return (
-        f"{many} block{'s' if many > 1 else ''} taken out whole, because no widths alone meet the "
-        f"budget: {', '.join(report.removed)}"
+        f"{many} block{'s' if many > 1 else ''} taken out whole, because widths alone could not "
+        f"meet the budget or keep a cap: {', '.join(report.removed)}"
     )
 
 
 def sweep_text(report: SweepReport) -> str:
     """The latency-against-ratio table as a terminal shows it."""
-    rows = [
-        [
-            f"{p.ratio:.2f}",
-            readable(p.macs),
-            readable(p.params),
-            milliseconds(p.p50_ms),
-            interval(p.ci95_ms),
-            f"{p.speedup:.3f}x",
-            f"{p.speedup_ci95[0]:.3f}-{p.speedup_ci95[1]:.3f}",
-        ]
-        for p in report.points
-    ]
-    head = ["ratio", "MACs", "params", "measured p50 (ms)", "95 %", "speed-up", "95 %"]
     target = report.environment.get("target", report.target)
     title = f"{report.model} on {target}, widths in steps of {report.channel_multiple}"
-    return "\n".join([title, "", table(head, rows), *report.notes])
+    return "\n".join([title, "", table(*sweep_table(report)), *report.notes])
 
 
 def compare_text(reports: Sequence[tuple[str, RunReport]]) -> str:
     """Several runs beside each other."""
-    rows = [
-        [
-            name,
-            r.target,
-            milliseconds(r.budget_ms),
-            milliseconds(r.final.p50_ms),
-            interval(r.final.ci95_ms),
-            f"{r.speedup:.3f}x",
-            readable(r.final.params),
-            readable(r.final.macs),
-            str(r.builds),
-            "yes" if r.met else "no",
-        ]
-        for name, r in reports
-    ]
-    head = ["run", "target", "budget (ms)", "measured p50 (ms)", "95 %", "speed-up"]
-    return table([*head, "params", "MACs", "builds", "met"], rows)
+    return table(*compare_table(reports))
 
 
 def alone_text(path: Path, alone: Any) -> str:
@@ -199,7 +127,7 @@ def alone_text(path: Path, alone: Any) -> str:
     latency = alone.latency
     low, high = latency.ci95_ms
     tails = (
-        f"{_bound(value, tail, latency.unbounded)} ms for p{tail}"
+        f"{percentile_bound(value, tail, latency.unbounded)} ms for p{tail}"
         for tail, value in ((95, latency.p95_ms), (99, latency.p99_ms))
     )
     lines = [

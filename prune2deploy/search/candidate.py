@@ -199,7 +199,7 @@ def _assemble(shop: Workshop, name: tuple[int, str], plan: Plan, module: nn.Modu
         tell=told.append,
     )
     shop.say("simplifying", number)
-    report = simplify.simplify(exported, folder / "simplified.onnx")
+    report = _simplified(shop, exported)
     onnx, lowered = _lower(shop, report.path, name)
     shop.say("building", number)
     if shop.backend.takes_program:
@@ -224,6 +224,12 @@ def _assemble(shop: Workshop, name: tuple[int, str], plan: Plan, module: nn.Modu
         (*told, *_notes(report, lowered)),
         lowered,
     )
+
+
+def _simplified(shop: Workshop, exported: Path) -> SimplifyReport:
+    """Simplify a file, compared on an input that the model takes."""
+    samples = _random_samples(shop, exported)
+    return simplify.simplify(exported, exported.with_name("simplified.onnx"), samples=samples)
 
 
 def _notes(report: SimplifyReport, lowered: Lowered | None) -> tuple[str, ...]:
@@ -256,6 +262,7 @@ def _lower(shop: Workshop, path: Path, name: tuple[int, str]) -> tuple[Path, Low
         quick=step == "probe" or (wanted == "int8" and not whole),
         max_drop=shop.max_drop,
         store=path.with_name("ranges.json"),
+        samples=_random_samples(shop, path),
     )
     return out, lowering.lower(path, out, wish)
 
@@ -334,8 +341,14 @@ def _samples(shop: Workshop, exported: Path) -> Sequence[Mapping[str, Any]]:
         return [parity.as_sample(real, shop.input_names)]
     return [
         parity.as_sample(shop.example_inputs, shop.input_names),
-        *parity.random_samples(exported),
+        *_random_samples(shop, exported),
     ]
+
+
+def _random_samples(shop: Workshop, path: Path) -> Sequence[Mapping[str, Any]]:
+    """One random input of a file that the model takes, as far as the example tells."""
+    example = parity.as_sample(shop.example_inputs, shop.input_names)
+    return parity.random_samples(path, like=example)
 
 
 def with_precision(target: Target, wanted: str | None) -> Target:

@@ -22,6 +22,7 @@ from prune2deploy.measure import Comparison, Goal
 from prune2deploy.plan.allocate import (
     CapTooTightError,
     Curve,
+    SmallestMisses,
     channels,
     over_caps,
     require_caps,
@@ -264,6 +265,9 @@ class Search:
             except CapTooTightError:
                 if not self._shorten():
                     raise
+                continue
+            except SmallestMisses:
+                self.floor_missed = True
                 continue
             if wanted is None:
                 break

@@ -141,6 +141,7 @@ class Outcome:
         whole: The latency model of all blocks, where some were taken out.
         accuracy: Top-1 before and after; ``None`` where the data has no class labels.
         starved: Whether the search ended for want of builds, so that more could come nearer.
+        superseded: Final builds of earlier sessions, which were allowed fewer builds.
         paid: The precision against fp32 on the unpruned model; ``None`` for fp32.
     """
 
@@ -163,6 +164,7 @@ class Outcome:
     gap: Gap | None = None
     accuracy: Accuracy | None = None
     starved: bool = False
+    superseded: tuple[Built, ...] = ()
 
 
 def judge(comparison: Comparison, budget: Budget) -> tuple[float, float, float, str]:

@@ -85,7 +85,7 @@ class Lessons:
 
         def work() -> Recalled:
             wanted = latency_model.signatures(self.graph, self._all())
-            return Recalled(points=self.timings.points(wanted))
+            return Recalled(points=self.timings.points(wanted, self.multiple))
 
         self._points = self._journal.once("recalled of siblings", Recalled, work).points
         cells = Counter(point.signature for point in self._points)

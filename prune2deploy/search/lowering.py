@@ -13,7 +13,7 @@ keeps; the file that is shipped is calibrated on all samples.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -57,6 +57,7 @@ class Wish:
         max_drop: Largest top-1 accuracy to lose to the precision, as a fraction; without it the
             outputs' difference decides.
         store: File that keeps the int8 ranges, or ``None``.
+        samples: Inputs to judge fp16 by where there is no data; random ones unless told.
     """
 
     precision: str
@@ -66,6 +67,7 @@ class Wish:
     quick: bool = False
     max_drop: float | None = None
     store: Path | None = None
+    samples: Sequence[Mapping[str, parity.Array]] | None = None
 
 
 @dataclass(frozen=True)
@@ -136,15 +138,13 @@ def lower(path: Path, out: Path, wish: Wish) -> Lowered:
     """
     if wish.precision == "fp16":
         tolerance = math.inf if wish.quick else None
-        real = (
-            list(feeds(path, first(wish.batches, QUICK_SAMPLES)))
-            if wish.batches is not None
-            else None
-        )
+        samples = wish.samples
+        if wish.batches is not None:
+            samples = list(feeds(path, first(wish.batches, QUICK_SAMPLES)))
         report = precision.to_fp16(
             path,
             out,
-            samples=real,
+            samples=samples,
             keep=wish.keep,
             tolerance=tolerance,
             accuracy=_accuracy(path, wish),
@@ -258,7 +258,8 @@ def file(path: Path, out: Path, wish: Wish, data: tuple[str | None, Progress]) -
         data: Calibration recipe by name or path (or ``None``), and who hears of its notices.
 
     Raises:
-        ConfigError: int8 without data for an fp32 file, or data where nothing is converted.
+        ConfigError: int8 without data for an fp32 file, data where nothing is converted, or an
+            input or output that is no tensor of numbers.
         ExportError: The model cannot be converted.
         ParityError: The outputs differ too much from those of the file that came in.
     """
@@ -271,13 +272,14 @@ def file(path: Path, out: Path, wish: Wish, data: tuple[str | None, Progress]) -
                 "data does nothing; leave it out, or give the fp32 file for another precision"
             )
         return LoweredFile(path)
+    _, outputs = onnx_file.signature(path)
     batches = open_recipe(recipe, BareFile.read(path)).need("int8") if recipe else None
     if wanted == "int8" and batches is None:
         raise ConfigError(
             f"{path}: found an fp32 file and no calibration data, expected --data RECIPE for int8 "
             "(or a file that holds quantised operators already)"
         )
-    check_labels(batches, [spec.shape for spec in onnx_file.signature(path)[1]])
+    check_labels(batches, [spec.shape for spec in outputs])
     tell(progress, notices(batches))
     made = out / f"{path.stem}.{wanted}.onnx"
     with scratch(out) as folder:  # takes its own name only when it is good enough

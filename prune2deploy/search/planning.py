@@ -75,6 +75,7 @@ def propose(question: Question) -> Wanted | None:
     """The best plan that was not tried; ``None`` when there is no other worth a build.
 
     Raises:
+        SmallestMisses: Every plan is predicted to miss the budget, and the smallest was tried.
         PlanError: A cap on parameters or multiply-accumulates cannot be kept.
     """
     whole, aim_ms = question.problem, question.aim_ms
@@ -88,7 +89,10 @@ def propose(question: Question) -> Wanted | None:
         try:
             found = allocate(problem)
         except SmallestMisses as missed:
-            return _untried(question, Wanted(missed.counts, missed.floor_ms, floor=True))
+            least = Wanted(missed.counts, missed.floor_ms, floor=True)
+            if question.up or _untried(question, least):
+                return None if question.up else least
+            raise
         among = _among(question, problem, found)
         best = among[0] if question.rank is None else min(among, key=_ranking(question.rank))
         wanted = Wanted(

@@ -68,8 +68,8 @@ def multiple(
 ) -> tuple[int, str]:
     """The width step to plan with, and where it is from.
 
-    That of the profile counts where it names one. Else the device is probed, once: the result is
-    kept in the cache. Without a cache it is what this machine's CPU is known to do.
+    That of the profile counts where it names one. Else the device is probed, once: a result that
+    is sure is kept in the cache. Without a cache it is what this machine's CPU is known to do.
 
     Raises:
         BackendError: A probe model could not be built or run.
@@ -79,7 +79,10 @@ def multiple(
     if not timings.kept:
         return measure.native_channel_multiple(), "detected on this machine"
     found = probe(target, backend, timings, progress)
-    return alignment.channel_multiple(found), "probed on this device"
+    source = "probed on this device"
+    if not all(one.sure for one in found):
+        source += ", which was too disturbed to be sure"
+    return alignment.channel_multiple(found), source
 
 
 def settle(shop: Workshop, timings: Timings) -> tuple[int, str]:
@@ -106,6 +109,7 @@ def text(target: Target, found: Sequence[Staircase]) -> str:
     ]
     rows.append(["step", *(str(one.step) for one in found)])
     rows.append(["cliff", *("yes" if one.cliff else "no" for one in found)])
+    rows.append(["sure", *("yes" if one.sure else "no" for one in found)])
     return "\n".join(
         [
             f"{target.name}: least time in ms of small models by width",
@@ -113,7 +117,8 @@ def text(target: Target, found: Sequence[Staircase]) -> str:
             table(["width", *(one.family for one in found)], rows),
             "",
             f"channel multiple {alignment.channel_multiple(found)}: widths that are multiples of "
-            "it waste nothing; a cliff means that widths off 4 leave the fast path",
+            "it waste nothing; a cliff means that widths off 4 leave the fast path; what is not "
+            "sure hangs on one round of timing alone, and is probed again next time",
         ]
     )
 

@@ -116,11 +116,11 @@ class Timings:
         found = self._use(lambda cache: cache.builds(key), none)
         return tuple(build for build in found if build.counts)[-RECALLED:]
 
-    def points(self, signatures: Iterable[str]) -> tuple[Point, ...]:
-        """Timings of operators with these signatures, from any model."""
+    def points(self, signatures: Iterable[str], multiple: int) -> tuple[Point, ...]:
+        """Timings of operators with these signatures, padded to ``multiple``, from any model."""
         wanted = tuple(signatures)
         none: tuple[Point, ...] = ()
-        return self._use(lambda cache: cache.points(wanted), none)
+        return self._use(lambda cache: cache.points(wanted, multiple), none)
 
     def keep(self, graph: Graph, builds: Sequence[Build], whole_ms: float, multiple: int) -> None:
         """Keep builds of a run.
@@ -140,7 +140,7 @@ class Timings:
         ]
 
         def write(cache: LatencyCache) -> None:
-            cache.add_points(points)
+            cache.add_points(points, multiple)
             for build in shares:
                 cache.add_build(key, build)
 

@@ -9,6 +9,7 @@ depend on the device, so another budget, or another target, does not measure the
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import time
@@ -174,7 +175,11 @@ def _key(shop: Workshop, scores: Scores, offered: Sequence[Choice]) -> str:
 
 
 def ranking(shop: Workshop, scores: Scores, worth: Worth) -> Callable[[Plan], float] | None:
-    """The loss of whole plans, each measured once; ``None`` where losses do not decide."""
+    """The loss of whole plans; ``None`` where losses do not decide.
+
+    Each is measured once in a run: data that comes in another order another time would tell plans
+    apart in another way, and a run that goes on must repeat its decisions.
+    """
     if not worth.samples:
         return None
 
@@ -182,14 +187,15 @@ def ranking(shop: Workshop, scores: Scores, worth: Worth) -> Callable[[Plan], fl
     def loss() -> Loss:
         return Loss(shop, scores, _first(shop, worth.samples))
 
-    known: dict[str, float] = {}
+    taken = itertools.count(1)
 
     def rank(plan: Plan) -> float:
-        key = plan.to_json()
-        if key not in known:
-            shop.say("comparing plans of equal predicted latency", 0, f"number {len(known) + 1}")
-            known[key] = loss().of(plan)
-        return known[key]
+        def work() -> float:
+            shop.say("comparing plans of equal predicted latency", 0, f"number {next(taken)}")
+            return loss().of(plan)
+
+        plain = hashlib.sha256(plan.to_json().encode()).hexdigest()
+        return shop.run.journal.once(f"loss of plan/{plain[:16]}", float, work)
 
     return rank
 

@@ -30,7 +30,7 @@ from prune2deploy.graph.calling import (
     tensors_in,
 )
 from prune2deploy.graph.layout import CAT, LEAF, VARYING, Layout, Node, find, leaves
-from prune2deploy.graph.recording import ModuleCall, Operation, Recording, Ref, Struct
+from prune2deploy.graph.recording import ModuleCall, Operation, Recording, Ref, Struct, refs_in
 from prune2deploy.graph.whole import WholeModule
 from prune2deploy.plan.plan import Plan
 from prune2deploy.surgery.answers import check_answers
@@ -89,6 +89,7 @@ class _Writer:
         self.nodes: dict[int, Argument] = {}
         self.names = {number: name for name, number in reversed(recording.stored.items())}
         self.varying: dict[int, tuple[int, int]] = {}
+        self.unspelt: set[int] = set()
         self.reads = recording.reads()
 
     def write(self, source: nn.Module, removed: Sequence[str] = ()) -> fx.GraphModule:
@@ -163,14 +164,17 @@ class _Writer:
         if isinstance(operation.func, WholeModule):
             self._whole(operation, operation.func)
             return
+        read = {ref.number for ref in refs_in((operation.args, operation.kwargs))}
+        if read & self.unspelt and not operation.func._schema.is_mutable:
+            self.unspelt.update(operation.outputs)  # fails below where anything else reads them
+            return
         name = operation.name
         spelling = SPELLINGS.get(name, as_recorded)
         node = spelling(self, operation)
-        if len(operation.outputs) == 1 and not _returns_list(operation):
+        first = name in FIRST_ONLY and not (name in POOLS and self.reads[operation.outputs[1]])
+        if first or (len(operation.outputs) == 1 and not _returns_list(operation)):
             self.nodes[operation.outputs[0]] = node
-            return
-        if name in FIRST_ONLY and not (name in POOLS and self.reads[operation.outputs[1]]):
-            self.nodes[operation.outputs[0]] = node
+            self.unspelt.update(operation.outputs[1:])
             return
         for place, number in enumerate(operation.outputs):
             self.nodes[number] = self.graph.call_function(_item, (node, place))
@@ -197,7 +201,8 @@ class _Writer:
             if name is None:
                 name = f"{PREFIX}{number}"
                 constant = self.recording.values[number].constant
-                assert constant is not None, number
+                if constant is None:
+                    raise PruneError(UNSPELT)
                 self.pruned.register_buffer(name, constant.detach().clone())
             self.nodes[number] = self.graph.get_attr(name)
         return self.nodes[number]
@@ -386,5 +391,9 @@ def _idle(call: ModuleCall, reads: Counter[int]) -> bool:
     return silent and stored is None and reads[call.inputs[0]] == 1
 
 
+UNSPELT = (
+    "the model reads more of a normalisation, an attention or a pooling than torch's functions "
+    "give, so that recorded operators cannot stand for it; compute it by operators of its own"
+)
 SHAPED = (nn.Unflatten, nn.ChannelShuffle, nn.Fold, nn.Upsample)
 """Modules whose settings are sizes of their input: their operators are written out instead."""

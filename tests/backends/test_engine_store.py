@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from prune2deploy import target
+from prune2deploy import target, watched
 from prune2deploy.backends import engine_store, registry
 from prune2deploy.backends.base import Availability, Engine
 from prune2deploy.backends.engine_build import BuildRequest
@@ -90,7 +90,7 @@ def test_lock_keeps_a_second_process_out_until_the_first_ends(tmp_path):
     holder = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path / "x.lock")],
         stdout=subprocess.PIPE,
-        env=engine_store._environment(),
+        env=watched.environment(),
     )
     with holder:
         assert holder.stdout is not None
@@ -150,7 +150,7 @@ def test_an_engine_is_placed_while_no_other_process_may_drop_it(tmp_path, builde
 
     def trimmed(source, target):
         trimming = [sys.executable, "-c", code, str(cache)]
-        subprocess.run(trimming, env=engine_store._environment(), check=True)
+        subprocess.run(trimming, env=watched.environment(), check=True)
         return copy(source, target)
 
     monkeypatch.setattr(shutil, "copyfile", trimmed)

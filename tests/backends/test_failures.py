@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from prune2deploy import target
+from prune2deploy import target, watched
 from prune2deploy.backends import engine_build, engine_store, gpu_driver, registry
 from prune2deploy.backends.engine_build import BuildFailed, BuildRequest
 from prune2deploy.errors import BackendError, BuildError
@@ -43,7 +43,7 @@ def command(*arguments, prefix="", **where):
         capture_output=True,
         text=True,
         timeout=240,
-        env=engine_store._environment(),
+        env=watched.environment(),
         **where,
     )
 
@@ -240,7 +240,7 @@ def test_openvino_is_imported_without_what_calls_home():
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        env=engine_store._environment(),
+        env=watched.environment(),
         check=True,
     )
     assert done.stdout.rstrip().endswith("False")

@@ -9,6 +9,8 @@ SPECS = (
     TensorSpec("half", (2, 4), "float16"),
     TensorSpec("ids", (1, 7), "int64"),
     TensorSpec("mask", (1, 7), "bool"),
+    TensorSpec("gain", (), "float32"),
+    TensorSpec("level", (), "int64"),
 )
 
 
@@ -19,7 +21,10 @@ def test_feeds_fit_their_inputs_and_are_never_zero():
         "half": ((2, 4), "float16"),
         "ids": ((1, 7), "int64"),
         "mask": ((1, 7), "bool"),
+        "gain": ((), "float32"),
+        "level": ((), "int64"),
     }
+    assert all(isinstance(value, np.ndarray) for value in feeds.values())
     for name in ("image", "half"):
         assert np.abs(feeds[name]).min() >= 0.04
         assert np.abs(feeds[name]).max() <= 1.0

@@ -112,3 +112,23 @@ def test_a_length_that_is_the_first_dimension_of_another_input_stays_free(tmp_pa
     for wanted in (Wanted(), Wanted(4)):
         with pytest.raises(ConfigError, match=re.escape("(4, seq, 8)" if wanted.batch else "seq")):
             fixed(tmp_path / "seq.onnx", tmp_path / "made", wanted)
+
+
+def test_inputs_and_outputs_that_are_no_tensors_of_numbers_are_named(tmp_path):
+    helper, kinds = onnx.helper, onnx.TensorProto
+    text = helper.make_tensor_value_info("words", kinds.STRING, [4])
+    numbers = helper.make_tensor_value_info("x", kinds.FLOAT, [1, 4])
+    cases = (
+        ("StringNormalizer", {}, text, helper.make_tensor_value_info("y", kinds.STRING, [4])),
+        ("SplitToSequence", {}, numbers, helper.make_tensor_sequence_value_info("y", 1, None)),
+        ("Cast", {"to": 16}, numbers, helper.make_tensor_value_info("y", kinds.BFLOAT16, [1, 4])),
+    )
+    told = ("'words', a tensor of string", "'y', a sequence", "'y', a tensor of bfloat16")
+    for (operator, attributes, given, made), words in zip(cases, told, strict=True):
+        node = helper.make_node(operator, [given.name], ["y"], **attributes)
+        opset = helper.make_opsetid("", 17)
+        graph = helper.make_graph([node], "g", [given], [made])
+        path = tmp_path / "net.onnx"
+        onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=8), str(path))
+        with pytest.raises(ConfigError, match=f"found {words}, among inputs and outputs"):
+            fixed(path, tmp_path / "out", Wanted())

@@ -13,7 +13,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import nn
 
-from prune2deploy import target
+from prune2deploy import target, watched
 from prune2deploy.backends import (
     devices,
     engine_build,
@@ -195,7 +195,7 @@ registry.for_target(profile).build(Path(sys.argv[2]), profile, Path(sys.argv[3])
 @pytest.mark.rtx
 def test_two_processes_that_build_the_same_engine_get_the_same_whole_file(rtx, model, tmp_path):
     needs_rtx()
-    profile, env = json.dumps(rtx.to_dict()), engine_store._environment()
+    profile, env = json.dumps(rtx.to_dict()), watched.environment()
     builders = [
         subprocess.Popen(
             [sys.executable, "-c", BUILD, profile, str(model), str(tmp_path / name)], env=env
@@ -281,7 +281,7 @@ def test_a_builder_does_not_outlive_the_process_that_wants_its_engine(tmp_path):
         f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
         "time.sleep(300)\n"
     )
-    env = engine_store._environment()
+    env = watched.environment()
     env["PYTHONPATH"] += f":{tmp_path}"
     wanting = subprocess.Popen([sys.executable, "-c", code, str(folder)], env=env)
     deadline = time.monotonic() + 60
@@ -517,7 +517,7 @@ def test_gpu_checks_say_that_there_is_no_gpu_and_end_with_3(tmp_path):
     tool = Path(__file__).resolve().parents[2] / "tools" / "gpu_checks.py"
     done = subprocess.run(
         [sys.executable, str(tool), "--target", "trt-rtx", "--out", str(tmp_path / "r.json")],
-        env=engine_store._environment(),
+        env=watched.environment(),
         capture_output=True,
         text=True,
         check=False,
@@ -538,7 +538,7 @@ def gpu_checks(tmp_path, *arguments):
     tool = Path(__file__).resolve().parents[2] / "tools" / "gpu_checks.py"
     done = subprocess.run(
         [sys.executable, str(tool), "--out", str(out), *arguments],
-        env=engine_store._environment(),
+        env=watched.environment(),
         capture_output=True,
         text=True,
         check=False,

@@ -1,3 +1,4 @@
+import re
 import time
 
 import numpy as np
@@ -48,10 +49,14 @@ def test_it_runs_the_program_beside_the_onnx_file(program, make_target, tmp_path
 
 
 class Mixed(torch.nn.Module):
-    """Returns more than floating-point tensors."""
+    """Returns more than floating-point tensors that were computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.anchors = torch.nn.Parameter(torch.arange(3.0))
 
     def forward(self, x):
-        return x * 2, 0.5, None, x.long() + (1 << 40)
+        return x * 2, 0.5, None, x.long() + (1 << 40), self.anchors
 
 
 def test_outputs_are_the_tensors_alone_in_their_own_types(make_target, tmp_path):
@@ -62,10 +67,11 @@ def test_outputs_are_the_tensors_alone_in_their_own_types(make_target, tmp_path)
     engine = backend.build(path, target, tmp_path / "out")
     with backend.open(engine, target) as session:
         found = session.run({"input": np.full((1, 3), 3, np.float32)})
-    assert list(found) == ["output_0", "output_3"]
+    assert list(found) == ["output_0", "output_3", "output_4"]
     assert found["output_0"].tolist() == [[6.0] * 3]
     assert found["output_3"].tolist() == [[(1 << 40) + 3] * 3]
     assert found["output_3"].dtype == np.int64
+    assert found["output_4"].tolist() == [0.0, 1.0, 2.0]
 
 
 def test_what_pytorch_raises_is_an_error_of_the_backend(program, make_target, tmp_path):
@@ -206,12 +212,11 @@ def test_half_precision_is_exported_and_not_cast(make_onnx, make_target, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"options": {"mode": "fast"}}, "no mode 'fast'"),
-        ({"options": {"mode": "cudagraph"}}, "CUDA graphs need a GPU"),
+        ({"options": {"mode": "fast"}}, "options.mode: found 'fast', expected one of eager"),
+        ({"options": {"mode": "cudagraph"}}, "options.mode: found 'cudagraph' for device 'cpu'"),
+        ({"precision": "int8"}, "precision: found 'int8', expected one of fp32, fp16"),
     ],
 )
-def test_what_cannot_work_is_said_beforehand(make_target, changes, words):
-    found = registry.get("torch").availability(make_target("torch", **changes))
-    assert not found.usable
-    assert words in found.reason
-    assert found.fix
+def test_a_profile_that_cannot_work_is_wrong_input(make_target, changes, words):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        registry.for_target(make_target("torch", **changes))

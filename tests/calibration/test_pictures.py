@@ -32,6 +32,27 @@ def test_letterbox_is_ultralytics_own(size):
     assert np.abs(ours - boxed.transpose(2, 0, 1)).max() <= 1.01  # OpenCV rounds in fixed point
 
 
+@pytest.mark.parametrize("size", [(3000, 1), (1, 500)])
+def test_pictures_of_any_proportions_are_letterboxed(size):
+    out = pictures.prepare(noise(*size), Preprocessing(size=(32, 32), letterbox=True))
+    assert out.shape == (3, 32, 32)
+    assert (out != np.float32(114 / 255)).any(0).sum() == 32, "one line of the picture is left"
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_pictures_are_turned_as_opencv_turns_them(tmp_path, turn):
+    cv2 = pytest.importorskip("cv2")
+    noted = Image.Exif()
+    noted[0x0112] = turn
+    path = tmp_path / "turned.png"
+    noise(30, 20).save(path, exif=noted)
+    as_stored = np.asarray(noise(30, 20)).transpose(2, 0, 1)
+    as_shown = cv2.imread(str(path))[..., ::-1].transpose(2, 0, 1)
+    for upright, expected in ((False, as_stored), (True, as_shown)):
+        how = Preprocessing(size=expected.shape[1:], upright=upright)
+        np.testing.assert_allclose(pictures.read(path, how) * 255, expected, atol=1e-4)
+
+
 def test_letterbox_keeps_proportions_and_fills_with_grey():
     white = Image.new("RGB", (100, 50), (255, 255, 255))
     out = pictures.prepare(white, Preprocessing(size=(64, 64), letterbox=True))

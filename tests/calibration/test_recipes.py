@@ -342,6 +342,53 @@ def test_a_list_of_classes_numbers_the_folders(tmp_path):
         open_recipe(recipe(tmp_path, text), model())
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("\ufeffant\nbee\n", None), ("ant\nbee\nant\n", r"list\.txt: found 'ant' more than once")],
+)
+def test_a_list_of_classes_is_read_as_editors_save_it(tmp_path, text, told):
+    colours(tmp_path / "data", classes=("bee",), each=1)
+    (tmp_path / "list.txt").write_text(text, "utf-8")
+    options = 'reader = "class-folders"\npath = "data"\n[options]\nclasses = "list.txt"'
+    if told:
+        with pytest.raises(ConfigError, match=told):
+            open_recipe(recipe(tmp_path, options), model())
+    else:
+        ((_, labels),) = open_recipe(recipe(tmp_path, options), model())
+        assert labels.tolist() == [1]
+
+
+@pytest.mark.parametrize("bad", [3, 50])
+def test_a_dataset_that_fails_at_a_sample_is_named(bad):
+    class Failing(list):
+        def __getitem__(self, number):
+            return np.ones(4) if number != bad else 1 / 0
+
+    with pytest.raises(ConfigError, match=rf"Failing: sample {bad}: .*ZeroDivisionError"):
+        list(from_dataset(Failing(range(60)), (torch.ones(1, 4),)))
+
+
+@pytest.mark.parametrize("values", [[1.5, 2.0], [2**40, 1]])
+def test_values_that_the_models_type_does_not_hold_are_refused(values):
+    data = [np.array(values)]
+    with pytest.raises(ConfigError, match=r"sample 0: found .*the model takes torch\.int32"):
+        list(from_dataset(data, (torch.ones(1, 2, dtype=torch.int32),)))
+    whole = from_dataset([np.array([3.0, 4.0])], (torch.ones(1, 2, dtype=torch.int32),))
+    assert next(iter(whole))[0][0].tolist() == [[3, 4]]
+
+
+def test_random_values_serve_all_inputs_that_have_samples():
+    examples = (torch.tensor([[-5, -2]]), torch.zeros(1, 0, dtype=torch.int64), torch.ones(1, 1))
+    ((ids, empty, _), _) = next(iter(open_recipe("random", SimpleNamespace(
+        example_inputs=examples, preprocessing=None
+    ))))  # fmt: skip
+    assert ids.min() >= -5 and ids.max() <= -2 and empty.shape[1:] == (0,)
+    with pytest.raises(ConfigError, match="takes a number without dimensions"):
+        open_recipe(
+            "random", SimpleNamespace(example_inputs=(torch.tensor(1),), preprocessing=None)
+        )
+
+
 def test_the_first_samples_are_cut_from_batches_as_they_come():
     data = [((torch.arange(4),), torch.arange(4)), ((torch.arange(4, 7),), None)]
 
@@ -380,7 +427,7 @@ X = torch.zeros(2, 3)
         ((batch for batch in [((X,), None)]), "a generator, which can be read once"),
         (7, "found a int"),
         ([X], r"a tensor of shape \(2, 3\)"),
-        ([(X, None)], r"a tuple of \(a tensor of shape \(2, 3\), NoneType\)"),
+        ([(X, None, X)], r"a tuple of \(a tensor of shape \(2, 3\), NoneType, a tensor"),
         ([((X, "b"), None)], r"a tuple of \(a tuple of \(.*, str\), NoneType\)"),
         ([((X[:0],), None)], r"shape \(0, 3\)"),
     ],
@@ -391,7 +438,7 @@ def test_data_of_another_form_is_told(data, told):
 
 
 def test_data_of_the_form_that_is_expected_is_taken():
-    for data in (None, [((X,), None)], [([X], torch.zeros(2))], [[(X, X), None]]):
+    for data in (None, [((X,), None)], [(X, None)], [([X], torch.zeros(2))], [[(X, X), None]]):
         check_form(data)
 
 

@@ -145,6 +145,34 @@ def test_random_samples_fit_the_file_are_not_zero_and_repeat(tmp_path):
     np.testing.assert_array_equal(parity.random_samples(path)[0]["x"], one["x"])
 
 
+def test_whole_numbers_of_random_samples_are_those_of_an_example(tmp_path):
+    class Picks(nn.Module):
+        def forward(self, x, place):
+            return x[:, place]
+
+    example = (torch.randn(1, 3), torch.tensor([2]))
+    path = to_onnx(Picks(), example, tmp_path / "a.onnx", input_names=("x", "place"))
+    like = parity.as_sample(example, ("x", "place"))
+    (found,) = parity.random_samples(path, like=like)
+    assert found["place"].tolist() == [2]
+    assert not np.array_equal(found["x"], like["x"])
+
+
+def test_inputs_that_a_file_does_not_take_are_told(tmp_path):
+    path = to_onnx(nn.Embedding(1, 3), (torch.zeros(1, dtype=torch.int64),), tmp_path / "a.onnx")
+    with pytest.raises(ExportError, match=r"cannot run .*out of data bounds"):
+        parity.onnx_runner(path)({"input": np.array([1])})
+
+
+def test_names_of_classes_are_compared_by_how_many_differ():
+    expected, found = np.zeros((1, 100), np.int64), np.zeros((1, 100), np.int64)
+    found[0, :3] = 20
+    one = parity.compare(lambda _: {"a": expected}, lambda _: {"a": found}, [X], precision="int8")
+    assert one.error == one.rms_rel == one.max_rel == 0.03
+    texts = np.array(["a", "b"], object), np.array(["a", "c"], object)
+    assert parity.difference(*texts) == (1.0, 0.5)
+
+
 def test_a_file_that_cannot_be_loaded_and_a_training_module_are_refused(tmp_path):
     (tmp_path / "bad.onnx").write_bytes(b"not onnx")
     with pytest.raises(ExportError, match="cannot load"):

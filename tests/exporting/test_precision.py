@@ -15,6 +15,7 @@ from prune2deploy.exporting import activations, keeping, parity, precision, quan
 from prune2deploy.exporting.export import to_onnx
 from prune2deploy.exporting.keeping import Accuracy
 from prune2deploy.exporting.precision import Int8Options, to_fp16, to_int8
+from prune2deploy.exporting.simplify import simplify
 
 
 class Small(nn.Module):
@@ -90,6 +91,41 @@ def test_operators_that_overflow_stay_in_fp32_and_are_named(tmp_path):
     jumps = activations.error_jumps(path, blind, parity.random_samples(path))
     assert np.isinf(next(iter(jumps.values()))), "in fp16 those operators must really overflow"
     assert {name for name, jump in jumps.items() if np.isinf(jump)} <= set(report.kept)
+
+
+def test_outputs_that_are_weights_are_lowered_too(tmp_path):
+    class Anchored(Small):
+        def forward(self, x):
+            return super().forward(x), self.head.bias, torch.ones(2)
+
+    raw = to_onnx(Anchored(), (torch.randn(1, 3, 12, 12),), tmp_path / "raw.onnx")
+    for path in (raw, simplify(raw, tmp_path / "simple.onnx").path):
+        assert to_fp16(path, tmp_path / "half.onnx").passed
+        outputs = onnx.load(str(tmp_path / "half.onnx")).graph.output
+        kinds = {one.type.tensor_type.elem_type for one in outputs}
+        assert kinds == {TensorProto.FLOAT16}
+        report = to_int8(path, tmp_path / "int8.onnx", data(4))
+        assert report.passed and report.parity.error > 0
+
+
+def test_what_cannot_be_converted_is_told(small, tmp_path, monkeypatch):
+    torn = tmp_path / "torn.onnx"
+    onnx.save_model(onnx.load(str(small)), str(torn), save_as_external_data=True, location="w")
+    (tmp_path / "w").write_bytes((tmp_path / "w").read_bytes()[:100])
+    with pytest.raises(ExportError, match=r"torn\.onnx: its weights cannot be read"):
+        to_fp16(torn, tmp_path / "out.onnx")
+    net = nn.Linear(4, 3).double()
+    double = to_onnx(net, (torch.ones(1, 4, dtype=torch.float64),), tmp_path / "double.onnx")
+    with pytest.raises(ExportError, match="found no tensor of fp32 to convert"):
+        to_fp16(double, tmp_path / "out.onnx")
+    monkeypatch.setattr(activations, "SINGLE_FILE_BYTES", 1000)
+    with pytest.raises(ExportError, match="GB with its weights, expected at most"):
+        to_int8(small, tmp_path / "out.onnx", data(2))
+
+
+def test_files_of_old_operator_sets_are_lowered(tmp_path):
+    old = to_onnx(Small(), (torch.randn(1, 3, 12, 12),), tmp_path / "old.onnx", opset=9)
+    assert to_fp16(old, tmp_path / "half.onnx").passed
 
 
 def test_a_tolerance_that_fp16_cannot_keep_is_reported_not_hidden(small, tmp_path):
@@ -369,6 +405,14 @@ def test_ranges_are_kept_by_file_data_and_method(small, tmp_path):
     assert (
         ranges.calibrate(small, data(2), "percentile", data="other", store=store).method != "minmax"
     )
+    beside = tmp_path / "beside.onnx"
+    onnx.save_model(
+        onnx.load(str(small)), str(beside), save_as_external_data=True, location="weights"
+    )
+    ranges.calibrate(beside, data(2), data="mine", store=store)
+    weights = np.fromfile(tmp_path / "weights", np.float32)
+    (weights * 2).tofile(tmp_path / "weights")
+    assert ranges.calibrate(beside, data(2), data="mine", store=store).ranges != first.ranges
     store.write_text(json.dumps({"schema": 1, "ranges": 3}))
     assert ranges.calibrate(small, data(2), data="mine", store=store) == first
 

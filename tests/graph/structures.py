@@ -292,6 +292,18 @@ STRUCTURES = {
         IMAGE,
         ["first"],
     ),
+    "parts of which the last is smaller": (
+        _through(lambda n, x: torch.cat(x.chunk(3, 1)[::-1], 1)),
+        IMAGE,
+        ["first"],
+    ),
+    "a function mapped over samples": (
+        _through(
+            lambda n, x: torch.vmap(lambda one: n.norm(one[None])[0])(x), norm=nn.GroupNorm(4, 8)
+        ),
+        IMAGE,
+        ["first", "norm"],
+    ),
     "overlapping slices": (_through(both_halves, after=6), IMAGE, ["first"]),
     "unbound channels": (
         _through(lambda n, x: torch.stack(x.unbind(1)[:4], 1), after=4),

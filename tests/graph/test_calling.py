@@ -5,10 +5,15 @@ from collections import Counter, deque
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import prune2deploy
 from prune2deploy.graph import trace
 from prune2deploy.graph.calling import quiet
+from prune2deploy.plan.plan import Plan
+from prune2deploy.surgery.slicing import apply
+
+from .zeroed import zeroed
 
 
 class Settings(dict):
@@ -167,3 +172,78 @@ def test_statistics_that_kernels_write_unseen_are_as_they_were():
     graph = trace(model, torch.randn(1, 3, 4, 4) + 1)
     assert not graph.recording.on_shapes
     assert not model.norm.running_mean.any() and (model.norm.running_var == 1).all()
+
+
+class Inferring(nn.Module):
+    """Enters inference mode by itself, and normalises by the batch whatever its mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("var", torch.ones(8))
+
+    @torch.inference_mode()
+    def forward(self, x):
+        return self.last(F.batch_norm(self.first(x), self.mean, self.var, training=True))
+
+
+def test_models_that_enter_inference_mode_are_pruned_and_left_as_they_were():
+    torch.manual_seed(0)
+    model, x = Inferring().eval(), torch.randn(2, 3, 4, 4)
+    graph = trace(model, x)
+    assert [(axis.name, axis.frozen) for axis in graph.axes] == [
+        ("first", None), ("first:1", "model input"), ("last", "model output"),
+    ]  # fmt: skip
+    plan = Plan({"first": (1, 2, 5)})
+    pruned = apply(model, graph, plan)
+    assert not model.mean.any() and model.var.eq(1).all() and not pruned.mean.any()
+    torch.testing.assert_close(pruned(x), zeroed(model, graph, plan)(x))
+
+
+class Rows(nn.Module):
+    """Rows of a table that are shortened when they are read."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.last = nn.Embedding(6, 8, max_norm=0.5), nn.Linear(8, 2)
+
+    def forward(self, numbers):
+        return self.last(self.table(numbers))
+
+
+def test_tables_that_shorten_their_rows_lose_columns():
+    torch.manual_seed(0)
+    model, numbers = Rows().eval(), torch.tensor([[0, 3, 3]])
+    before = model.table.weight.detach().clone()
+    pruned = prune2deploy.prune(model, numbers, ratio=0.5)
+    assert pruned.table.weight.shape == (6, 4) and torch.equal(model.table.weight, before)
+
+
+class Leaking(nn.Module):
+    """A block with a shortcut, whose hidden values are read after it too."""
+
+    def __init__(self, leaks):
+        super().__init__()
+        self.stem, self.block, self.last = nn.Linear(4, 8), Shortcut(), nn.Linear(8, 2)
+        self.leaks = leaks
+
+    def forward(self, x):
+        x = self.block(self.stem(x))
+        return self.last(x + self.block.hidden if self.leaks else x)
+
+
+class Shortcut(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        self.hidden = self.inner(x).relu()
+        return x + self.outer(self.hidden)
+
+
+@pytest.mark.parametrize("leaks", [False, True])
+def test_blocks_whose_inside_is_read_elsewhere_cannot_go(leaks):
+    graph = trace(Leaking(leaks).eval(), torch.randn(2, 4))
+    assert [block.name for block in graph.blocks] == ([] if leaks else ["block"])

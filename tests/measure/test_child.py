@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import signal
@@ -6,6 +7,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -83,9 +85,26 @@ def test_a_child_that_hangs_is_killed(worker, tmp_path):
         time.sleep(600)
         """
     )
-    with pytest.raises(MeasureError, match="did not end within 2 s"):
+    with pytest.raises(MeasureError, match="got no further within 2 s"):
         child.run(SPEC, 2, None, module)
     assert not alive(int((tmp_path / "pid").read_text()))
+
+
+def test_a_slow_child_that_gets_on_is_waited_for(monkeypatch):
+    """Every word of it begins the time anew; what a library prints does not."""
+    said = ["hello", *('{"progress": ["measuring", 0.5]}' for _ in range(9)), '{"result": {}}']
+    lines, waited, now = [line.encode() for line in said], [], itertools.count(0.0, 6.0)
+
+    class Lines:
+        def get(self, timeout):
+            waited.append(timeout)
+            return lines.pop(0)
+
+    monkeypatch.setattr(child.queue, "Queue", Lines)
+    monkeypatch.setattr(child.threading, "Thread", lambda **_: SimpleNamespace(start=lambda: None))
+    monkeypatch.setattr(child.time, "monotonic", lambda: next(now))
+    assert child._listen(SimpleNamespace(stdout=object()), 20.0, None) == {}
+    assert waited == [14.0, 8.0, *[14.0] * 9]
 
 
 def test_what_a_child_started_neither_outlives_it_nor_holds_us_up(worker, tmp_path):

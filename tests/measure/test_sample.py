@@ -1,11 +1,14 @@
 import dataclasses
 import importlib
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from prune2deploy.backends.base import Sample, Session
+from prune2deploy.errors import ConfigError, MeasureError
 from prune2deploy.journal import encode
 from prune2deploy.measure import samples as raw
 from prune2deploy.measure import summary
@@ -183,7 +186,7 @@ def test_progress_is_told_in_order(make_target):
     told = []
     taker, _, _ = sampler(make_target, [noisy(5 * MS, 0), noisy(5 * MS, 1)])
     taker.collect(None, lambda stage, done: told.append((stage, done)))
-    assert {stage for stage, _ in told} == {"warming up", "measuring"}
+    assert list(dict.fromkeys(stage for stage, _ in told)) == ["opening", "warming up", "measuring"]
     shares = [done for stage, done in told if stage == "measuring"]
     assert shares == sorted(shares)
     assert all(0 <= share <= 1 for share in shares)
@@ -265,9 +268,21 @@ def test_what_the_host_takes_beyond_the_device_counts(make_target):
     assert wide < 0.01  # the host's noise is not in it
 
 
-def test_damaged_sample_files_are_named(tmp_path):
-    from prune2deploy.errors import MeasureError
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
+def test_samples_that_do_not_fit_on_the_disk_are_told_as_that(tmp_path):
+    """In the measuring process too, where they would look like a crash of the runtime."""
+    runs = np.arange(3000).reshape(-1, 3)
+    samples = raw.Samples(runs, runs, runs, np.arange(1000), np.zeros((1000, 6), dtype=int), {})
+    part = tmp_path / f"samples.npz.{os.getpid()}.part"
+    part.symlink_to("/dev/full")
+    with pytest.raises(
+        ConfigError, match=r"samples\.npz: the raw samples cannot be written \(No sp"
+    ):
+        raw.save(samples, tmp_path / "samples.npz")
+    assert not list(tmp_path.iterdir())
 
+
+def test_damaged_sample_files_are_named(tmp_path):
     path = tmp_path / "samples.npz"
     path.write_bytes(b"PK nothing")
     with pytest.raises(MeasureError, match=r"samples\.npz"):

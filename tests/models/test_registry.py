@@ -62,6 +62,15 @@ def test_torchvision_classifiers_take_pictures_as_their_first_weights_do(
         assert loaded.module.to("meta").eval()(x).shape == (1, 1000)
 
 
+def test_random_weights_are_known_as_such(tmp_path, own_models):
+    pytest.importorskip("torchvision")
+    loaded = models.load("mobilenet_v2", input_size=(32, 32))
+    assert loaded.random
+    torch.save(loaded.module.state_dict(), tmp_path / "w.pth")
+    assert not models.load("mobilenet_v2", weights=tmp_path / "w.pth").random
+    assert not models.load("own_models_for_tests:net").random
+
+
 def test_the_seed_decides_weights_and_inputs_and_the_callers_random_state_stays():
     pytest.importorskip("torchvision")
     torch.manual_seed(5)
@@ -228,6 +237,12 @@ def broken():
 def number():
     return 3
 
+def leaving():
+    raise SystemExit(3)
+
+def empty():
+    return nn.Linear(5, 2, device="meta"), torch.ones(1, 5)
+
 ready = nn.Linear(5, 2)
 text = "not callable"
 """
@@ -258,6 +273,11 @@ def test_factories_of_the_user(own_models, place):
         ("own_models_for_tests:nett", "has no 'nett'; callables that it has: net"),
         ("own_models_for_tests:broken", "failed: ValueError: out of luck"),
         ("own_models_for_tests:number", "expected a torch.nn.Module"),
+        ("own_models_for_tests:leaving", "failed: SystemExit: 3; put what a script does"),
+        ("own_models_for_tests:empty", "found weight on the device 'meta'"),
+        ("own_models_for_tests.py", "--model own_models_for_tests.py:FUNCTION"),
+        ("best.safetensors", "--model file.py:factory --weights best.safetensors"),
+        ("model.onnx", "found 'model.onnx', an ONNX file"),
         ("own_models_for_tests:text", "is a str; expected a callable"),
         ("no_such_module_here:net", "no module 'no_such_module_here' found"),
         ("nowhere.py:net", "no file 'nowhere.py' found"),
@@ -392,6 +412,8 @@ def test_batch_and_size_must_be_positive():
         models.load("resnet18", batch=0)
     with pytest.raises(ModelError, match="input size"):
         models.load("resnet18", input_size=(0, 5))
+    with pytest.raises(ModelError, match="found 8589934592 pixels"):
+        models.load("resnet18", input_size=(65536, 65536), batch=2)
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ WRAPS = {
     "ddp": lambda s: {f"module.{k}": v for k, v in s.items()},
     "compiled in ddp": lambda s: {f"module._orig_mod.{k}": v for k, v in s.items()},
     "lightning": lambda s: {"state_dict": {f"model.{k}": v for k, v in s.items()}},
+    "lightning, other attribute": lambda s: {"state_dict": {f"a.net.{k}": v for k, v in s.items()}},
     "without counters": lambda s: {k: v for k, v in s.items() if "num_batches" not in k},
 }
 
@@ -44,6 +45,21 @@ def test_weights_arrive_whatever_wraps_them(tmp_path, wrap):
     for name, value in module.state_dict().items():
         if wrap != "without counters" or "num_batches" not in name:
             assert torch.equal(value, wanted[name]), name
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda weight: weight.to_sparse(), "holds sparse numbers in the file"),
+        (lambda weight: weight.to(torch.complex64), "holds complex numbers in the file"),
+        (lambda weight: weight.to(torch.int8), "holds whole numbers in the file and fractions in"),
+    ],
+)
+def test_numbers_of_another_kind_are_not_taken_for_weights(tmp_path, change, told):
+    state = net().state_dict()
+    torch.save({**state, "0.weight": change(state["0.weight"])}, tmp_path / "w.pth")
+    with pytest.raises(ModelError, match=told):
+        load_weights(net(), tmp_path / "w.pth")
 
 
 def test_safetensors(tmp_path):

@@ -78,6 +78,24 @@ def test_a_probed_device_is_not_timed_again(tmp_path):
     assert first[0].step == 8
 
 
+def test_what_hangs_on_one_round_alone_is_told_and_not_kept(tmp_path):
+    """A load over two of three rounds, on half of the widths."""
+    calls, store = itertools.count(), Store()
+    busy = [True]
+
+    def time_ns(path):
+        turn, place = divmod(next(calls), len(WIDTHS))
+        loaded = busy[0] and turn and place % 2
+        return times(16)[int(path.stem.split("-")[1])] * (1.5 if loaded else 1.0)
+
+    options = {"families": ("conv1x1",), "store": store}
+    (first,) = probe_alignment(time_ns, tmp_path, **options)
+    assert first.step == 16 and not first.sure and not store
+    busy[0] = False
+    (second,) = probe_alignment(time_ns, tmp_path, **options)
+    assert second.step == 16 and second.sure and set(store) == {"conv1x1"}
+
+
 @pytest.mark.parametrize("step", [1, 16])
 @pytest.mark.parametrize("begun", range(0, 20, 3))
 def test_what_disturbs_the_host_for_a_while_does_not_make_steps(step, begun, tmp_path):

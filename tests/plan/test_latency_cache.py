@@ -46,6 +46,16 @@ def test_cells_are_found_by_signature_and_the_least_time_stays(tmp_path):
     assert {(p.work, p.ns) for p in found} == expected
 
 
+def test_work_that_is_padded_otherwise_is_other_work(tmp_path):
+    """A width of 20 is 32 on a device with blocks of 16, and stays 20 with blocks of 4."""
+    wide, narrow = (Point("Conv", "Conv(*)", (w, w, w), 4.0) for w in (32.0, 20.0))
+    with LatencyCache.open(tmp_path / "c", HERE) as cache:
+        cache.add_points([wide], 16)
+        cache.add_points([narrow], 4)
+        assert cache.points(["Conv(*)"], 16) == (wide,)
+        assert cache.points(["Conv(*)"], 4) == (narrow,)
+
+
 @pytest.mark.parametrize(
     "other",
     [

@@ -115,3 +115,25 @@ def test_one_value_per_channel_says_nothing_of_variance():
     alone = reestimate_batchnorm(module, [((x[8:],), None)])
     assert alone.layers == 0
     torch.testing.assert_close(module[1].running_mean, eight["1.running_mean"])
+
+
+def test_programs_are_re_estimated_as_layers_are(module):
+    example = batches(1)[0][0]
+    program = torch.export.export(copy.deepcopy(module), example).module()
+    done, expected = (reestimate_batchnorm(m, batches()) for m in (program, module))
+    assert done == expected and done.layers == 2
+    for name, value in program.state_dict().items():
+        torch.testing.assert_close(value, module.state_dict()[name])
+
+
+def test_a_batchnorm_that_runs_twice_gets_the_average_of_both():
+    norm = nn.BatchNorm1d(3)
+    module = nn.Sequential(norm, nn.Linear(3, 3), norm).eval()
+    x = batches(1)[0][0][0][:, :, 0, 0]
+    with torch.no_grad():
+        first = nn.BatchNorm1d(3).train()(x)
+        later = module[1](first)
+    done = reestimate_batchnorm(module, [((x,), None)])
+    assert done.layers == 1
+    torch.testing.assert_close(norm.running_mean, (x.mean(0) + later.mean(0)) / 2)
+    torch.testing.assert_close(norm.running_var, (x.var(0) + later.var(0)) / 2)

@@ -1,4 +1,5 @@
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -219,6 +220,29 @@ def test_a_rate_that_is_too_high_is_named():
     options = FinetuneOptions(device="cpu", epochs=3, lr=1e30, clip=1e30)
     with pytest.raises(ConfigError, match="too high for this model"):
         finetune(student(), None, blobs(), options)
+
+
+def test_a_loss_that_is_no_number_before_anything_was_trained_is_not_the_rates_fault():
+    data = [((torch.full((4, 8), math.nan),), torch.zeros(4, dtype=torch.int64))]
+    with pytest.raises(ConfigError, match=r"nothing has been trained yet.* check the weights"):
+        finetune(student(), None, data, CPU)
+
+
+@pytest.mark.parametrize("shape", [(8, 1), (3,), (8, 3)])
+def test_labels_of_another_shape_are_told(shape):
+    data = [((torch.randn(8, 8),), torch.zeros(shape, dtype=torch.int64))]
+    told = rf"labels: found shape {re.escape(str(shape))} .*expected \(8,\), one whole number"
+    with pytest.raises(ConfigError, match=told):
+        finetune(student(), None, data, CPU)
+    with pytest.raises(ConfigError, match=told):
+        evaluate(student(), data)
+
+
+def test_labels_may_be_shares_of_the_classes_in_training_alone():
+    shares = torch.softmax(torch.randn(8, 3), 1)
+    assert finetune(student(), None, [((torch.randn(8, 8),), shares)], CPU).steps == 6
+    with pytest.raises(ConfigError, match=r"found shape \(8, 3\) \(torch\.float32\)"):
+        evaluate(student(), [((torch.randn(8, 8),), shares)])
 
 
 def test_outputs_that_are_not_class_scores():

@@ -1,6 +1,7 @@
 """A run that goes on: with more builds, with fewer, after it was met, at the ends of the search."""
 
 import json
+from dataclasses import replace
 
 import onnx
 import pytest
@@ -9,8 +10,10 @@ from torch import nn
 
 import prune2deploy
 from prune2deploy.errors import ConfigError, PlanError
+from prune2deploy.plan.allocate import SmallestMisses
 from prune2deploy.plan.choices import allowed, choices, importance_curves
 from prune2deploy.rundir import read_manifest
+from prune2deploy.search import planning
 
 FORMULA = """
 backend = "null"
@@ -71,6 +74,28 @@ def built(result):
     journal = (result.run_dir / "journal.jsonl").read_text().splitlines()
     keys = [json.loads(line)["key"] for line in journal]
     return [key for key in keys if key.endswith("/build") and not key.startswith("00-")]
+
+
+def test_a_run_that_goes_on_tells_of_its_earlier_final_build(start):
+    given = {"speedup": 2.4, "batches": [((torch.randn(8, 3, 12, 12),), None)]}
+    first = start(chain(64, 96, 64), max_builds=2, **given)
+    second = start(chain(64, 96, 64), max_builds=8, resume=True, **given)
+    assert (first.report.steps[-1].number, first.report.steps[-1].step) == (2, "final")
+    assert second.report.builds == len(built(second)) == len(second.report.steps)
+    assert first.report.steps[-1].params in {
+        step.params for step in second.report.steps[:-1] if step.step == "final"
+    }
+    numbers = [step.number for step in second.report.steps]
+    assert numbers == sorted(numbers)
+
+
+def test_a_run_may_be_moved(start, tmp_path):
+    first = start(chain(64, 96), speedup=1.5)
+    assert str(tmp_path) not in (first.run_dir / "journal.jsonl").read_text()
+    first.run_dir.rename(tmp_path / "elsewhere")
+    again = start(chain(64, 96), "elsewhere", speedup=1.5, resume=True)
+    check_agreement(again)
+    assert again.plan == first.plan and again.measurement == first.measurement
 
 
 @pytest.mark.parametrize("data", [False, True])
@@ -148,6 +173,27 @@ def test_blocks_go_where_the_smallest_widths_miss_unless_layers_are_bounded(star
     assert not (bounded.run_dir / "builds").exists()  # no more builds would help
 
 
+def test_blocks_go_too_where_the_smallest_plan_was_tried_before(start, monkeypatch):
+    """Where predictions are bent, the fastest plan is none of the narrowest widths."""
+    real, tried = planning.allocate, []
+
+    def bent(problem):
+        if not tried:
+            ample = replace(problem, budget_ms=0.97 * problem.model.predict({}))
+            tried.append((len(problem.choices), real(ample)))
+            return tried[0][1]
+        many, plan = tried[0]
+        if len(problem.choices) < many:
+            return real(problem)
+        found = SmallestMisses.__new__(SmallestMisses)
+        found.counts, found.floor_ms = plan.counts, plan.predicted_ms
+        raise found
+
+    monkeypatch.setattr(planning, "allocate", bent)
+    result = start(shortcuts(), speedup=1.9)
+    assert result.plan.removed and result.met
+
+
 @pytest.mark.parametrize("speedup", [1.05, 1.9])
 def test_blocks_go_where_widths_alone_cannot_keep_a_cap(start, speedup):
     net = shortcuts()
@@ -178,7 +224,7 @@ def test_a_cap_that_can_be_kept_is_kept_with_data_too(start, cap):
 
 
 def test_a_bound_that_leaves_every_layer_as_it_is_is_named_before_anything_but_the_baseline(start):
-    with pytest.raises(ConfigError, match=r"--max-pruning-ratio 0.05: .* multiples of 8"):
+    with pytest.raises(ConfigError, match=r"max_pruning_ratio 0.05: .* multiples of 8"):
         start(chain(64, 96, 64), speedup=1.3, max_pruning_ratio=0.05)
 
 

@@ -261,7 +261,7 @@ def test_a_model_that_int8_breaks_is_exit_5_and_nothing_is_shipped(
 
 
 def test_int8_without_data_is_refused_before_anything_is_built(net, profile, tmp_path):
-    with pytest.raises(ConfigError, match="--data"):
+    with pytest.raises(ConfigError, match=r"add batches=\.\.\."):
         run(net, profile(), tmp_path / "r", precision="int8")
     assert not (tmp_path / "r/builds").exists()
 
@@ -387,7 +387,7 @@ def test_labels_of_other_classes_are_refused_before_anything_is_built(net, profi
 
 
 def test_max_drop_means_nothing_in_fp32(net, profile, tmp_path, batches):
-    with pytest.raises(ConfigError, match=r"--max-drop 0.1: found precision fp32"):
+    with pytest.raises(ConfigError, match=r"max_drop 0.1: found precision fp32"):
         run(net, profile(), tmp_path / "r", batches=batches, max_drop=0.1)
 
 
@@ -464,3 +464,25 @@ def test_each_runtime_names_its_form_of_int8():
     }
     assert forms.pop("ort") == "cpu"
     assert set(forms.values()) == {"tensorrt"}
+
+
+class Leveled(Net):
+    """Takes a number that has one valid value only, one alone, and what it does not read."""
+
+    def __init__(self):
+        super().__init__()
+        self.levels = nn.Embedding(1, 10)
+
+    def forward(self, x, level, gain, spare):
+        return super().forward(x) * gain + self.levels(level)
+
+
+@pytest.mark.parametrize("wanted", ["fp32", "fp16"])
+def test_stages_are_compared_on_inputs_that_the_model_takes(profile, tmp_path, wanted):
+    level, gain, spare = torch.zeros(1, dtype=torch.int64), torch.tensor(2.0), torch.ones(1, 2)
+    example = (torch.randn(1, 3, 8, 8), level, gain, spare)
+    target = profile(precision=wanted)
+    found = run((Leveled().eval(), example), target, tmp_path / "r", max_builds=2)
+    inputs, _ = onnx_file.signature(found.run_dir / "model.onnx")
+    assert [one.name for one in inputs] == ["x", "level", "gain", "spare"]
+    assert "cannot be compared" not in (found.run_dir / "report.json").read_text()

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from prune2deploy.plan.allocate import allocate, optimality_gap
+from prune2deploy.plan.allocate import SmallestMisses, allocate, optimality_gap
 from prune2deploy.plan.choices import Problem, choices, importance_curves
 from prune2deploy.plan.latency_model import fit
 from prune2deploy.plan.probes import probes
+from prune2deploy.search import planning
 from prune2deploy.search.planning import NEAR, Question, near, propose, pruned
 
 from ..plan.made import builds, chain
@@ -61,6 +62,29 @@ def test_a_plan_that_was_tried_is_not_wanted_again(problem):
         wanted = propose(Question(problem, problem.budget_ms, tried, up=False, rank=lambda _: 0.0))
         assert pruned(problem.graph, wanted.counts) not in tried
         tried.append(pruned(problem.graph, wanted.counts))
+
+
+def test_a_smallest_plan_that_was_tried_is_told_apart_from_nothing_left_to_try(
+    problem, monkeypatch
+):
+    """The fastest plan that is found need not be the narrowest: residuals bend predictions."""
+    counts = {"a1": 32, "a2": 48}
+
+    def missing(one):
+        found = SmallestMisses.__new__(SmallestMisses)
+        found.counts, found.floor_ms = counts, 1.0
+        raise found
+
+    monkeypatch.setattr(planning, "allocate", missing)
+
+    def asked(tried, up):
+        return propose(Question(problem, problem.budget_ms, tried, up=up))
+
+    assert asked([], up=False).counts == counts and asked([], up=False).floor
+    assert asked([], up=True) is None  # smaller than one that met the budget
+    assert asked([counts], up=True) is None
+    with pytest.raises(SmallestMisses):
+        asked([counts], up=False)
 
 
 def test_the_gap_bounds_every_plan_of_the_latency(problem):

@@ -58,6 +58,22 @@ def test_the_step_of_the_formula_is_found_kept_and_used(tmp_path, place, step):
     assert len(heard) == 4 * 12 * ROUNDS  # from the cache
 
 
+def test_a_step_that_is_not_sure_is_told(tmp_path, place, monkeypatch):
+    one, backend, timings = timings_of(profile(tmp_path, 16))
+    taken = iter(range(100_000))
+    real = probing.least_ns
+
+    def disturbed(session):
+        turn, width = divmod(next(taken) % (12 * ROUNDS), 12)
+        return real(session) * (1.5 if turn and width % 2 else 1.0)
+
+    monkeypatch.setattr(probing, "least_ns", disturbed)
+    step, source = probing.multiple(one, backend, timings, silent)
+    assert step == 16 and source == "probed on this device, which was too disturbed to be sure"
+    monkeypatch.setattr(probing, "least_ns", real)
+    assert probing.multiple(one, backend, timings, silent) == (16, "probed on this device")
+
+
 def test_the_profile_overrides_and_without_a_cache_the_cpu_decides(tmp_path, place):
     path = profile(tmp_path, 32)
     one, backend, timings = timings_of(path)

@@ -173,9 +173,9 @@ def test_many_find_a_damaged_cache_at_once_and_none_loses_a_good_one(tmp_path):
 
     def work(_):
         timings = Timings(tmp_path, HERE)
-        timings.points(["Conv(*)"])
+        timings.points(["Conv(*)"], 1)
         timings._use(lambda cache: cache.add_points([point]), None)
-        return timings.points(["Conv(*)"])
+        return timings.points(["Conv(*)"], 1)
 
     with ThreadPoolExecutor(6) as pool:
         found = list(pool.map(work, range(12)))

@@ -16,6 +16,7 @@ from prune2deploy.journal import Journal
 from prune2deploy.plan.allocate import allocate
 from prune2deploy.plan.choices import Problem, choices, importance_curves, trained_curves
 from prune2deploy.plan.latency_model import Build, fit
+from prune2deploy.plan.plan import Plan
 from prune2deploy.search import recall, worth
 from prune2deploy.search.worth import Loss, blended
 
@@ -267,6 +268,38 @@ def test_a_block_without_which_nothing_is_a_number_is_the_last_to_go(tmp_path, l
     )
     lost = worth.of_blocks(shop, {}, worth.Worth({}, "", samples=8, data=True))
     assert lost["one"] == np.inf and 0 <= lost["two"] < np.inf
+
+
+class Shuffled:
+    """Other values each time, as data gives that is shuffled or augmented."""
+
+    def __init__(self):
+        self.times = 0
+
+    def __iter__(self):
+        self.times += 1
+        torch.manual_seed(self.times)
+        yield (torch.randn(8, 3, 4, 4),), None
+
+
+def test_a_plan_keeps_its_loss_when_a_run_goes_on_with_data_in_another_order(tmp_path):
+    model, x, data = Twice().eval(), torch.randn(1, 3, 4, 4), Shuffled()
+    graph, plans = trace(model, x), [Plan({}, removed=(name,)) for name in ("one", "two")]
+
+    def losses():
+        shop = SimpleNamespace(
+            module=model,
+            graph=graph,
+            example_inputs=(x,),
+            run=SimpleNamespace(journal=Journal(tmp_path / "journal.jsonl")),
+            batches=data,
+            say=lambda *_: None,
+        )
+        rank = worth.ranking(shop, {}, worth.Worth({}, "", samples=8, data=True))
+        return [rank(plan) for plan in plans]
+
+    first = losses()
+    assert first[0] != first[1] and losses() == first
 
 
 def test_what_is_lost_with_a_block_beside_the_worth_of_its_axes(tmp_path):

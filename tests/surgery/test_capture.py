@@ -1,5 +1,6 @@
 """Captured modules: what they keep of the code that they replace, and what they cannot hold."""
 
+import copy
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -357,3 +358,17 @@ def test_what_hooks_of_a_module_do_is_done_once(name):
     again = captured(model, x)
     torch.testing.assert_close(again(x), model(x))
     torch.testing.assert_close(in_training(again, x), in_training(model, x))
+
+
+class Statistics(nn.Module):
+    """Hands out the deviation by which a layer norm divided."""
+
+    def forward(self, x):
+        y, _, scale = torch.native_layer_norm(x, x.shape[-1:], None, None, 1e-5)
+        return y.view(-1, 8).sum(1), scale
+
+
+def test_results_that_functions_do_not_give_are_refused_in_words():
+    model, x = Statistics().eval(), torch.randn(2, 8)
+    with pytest.raises(PruneError, match="reads more of a normalisation"):
+        capture(copy.deepcopy(model), model, trace(model, x), Plan({}))

@@ -49,6 +49,37 @@ def test_spectrally_normalised_weights_keep_the_values_that_stay(normed, kind):
     pruned.train()(x).sum().backward()  # which estimates the norm anew
 
 
+class Twice(nn.Module):
+    """Calls a layer twice."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(self.layer(x).relu())
+
+
+@pytest.mark.filterwarnings("ignore:.*spectral_norm.*:FutureWarning")
+@pytest.mark.parametrize(
+    "normed",
+    [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm],
+    ids=["hook", "class"],
+)
+def test_layers_that_are_called_twice_keep_them_too(normed):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 16), Twice(normed(nn.Linear(16, 16))), nn.Linear(16, 2))
+    x = torch.randn(2, 3)
+    for _ in range(20):
+        model(x)
+    model.eval()(x)
+    (axis,) = (graph := trace(model, x)).prunable
+    pruned = apply(model, graph, Plan({axis.name: tuple(range(2, 10))}))
+    pruned(x)
+    stay = slice(2, 10)
+    torch.testing.assert_close(pruned[1].layer.weight, model[1].layer.weight[stay, stay])
+
+
 @pytest.mark.filterwarnings("ignore:.*spectral_norm.*:FutureWarning")
 def test_spectrally_normalised_weights_are_pruned_in_place_likewise():
     model, x, _, _ = spectral(nn.utils.parametrizations.spectral_norm, "linear")
