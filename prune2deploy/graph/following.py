@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from prune2deploy.graph.layout import VARYING, find
 from prune2deploy.graph.recording import Operation, Recording, refs_in
 
 SHAPED = frozenset(
@@ -60,14 +61,22 @@ def followers(operations: Iterable[Operation], inputs: Iterable[int]) -> Followe
 def decided_by_numbers(recording: Recording) -> list[Operation]:
     """Questions about floating-point values, or what is computed from them, that follow the input.
 
-    Masks and sizes that are given as whole numbers, and checks of these, are none.
+    Masks and sizes that are given as whole numbers, and checks of these, are none. How many
+    positions are found by such values is known to the code, and counts as a question.
     """
     if recording.on_shapes:
         return []
     operations, kinds = recording.operations, recording.values
     values = followers(operations, recording.inputs).values
-    numbers = (n for n in values if (kind := kinds[n].dtype) and kind.is_floating_point)
-    return followers(operations, numbers).questions
+    numbers = [n for n in values if (kind := kinds[n].dtype) and kind.is_floating_point]
+    found = followers(operations, numbers)
+    sized = [op for op in operations if _varies(op) and not found.values.isdisjoint(op.outputs)]
+    return found.questions + sized
+
+
+def _varies(operation: Operation) -> bool:
+    """Whether values decide the size of what an operator returns."""
+    return any(find(node).frozen == VARYING for dims in operation.layouts for node in dims)
 
 
 def _aliases(func: Any) -> bool:

@@ -89,7 +89,7 @@ class _Formulas:
     def __init__(self, recording: Recording) -> None:
         self._operations = recording.operations
         self._maker = {number: made[-1] for number, made in recording.makers().items()}
-        self._names = {number: name for name, number in recording.stored.items()}
+        self._names = {number: name for name, number in reversed(recording.stored.items())}
         self._reads: Counter[int] = recording.reads()
 
     def divided(self) -> Iterator[tuple[str, str, int]]:

@@ -103,10 +103,10 @@ def _split(writer: Writer, operation: Operation) -> fx.Node:
 
 
 FACTORIES = {
-    "aten::new_zeros": torch.zeros,
-    "aten::new_ones": torch.ones,
-    "aten::new_empty": torch.empty,
-    "aten::new_full": torch.full,
+    "aten::new_zeros": torch.ops.aten.zeros.default,
+    "aten::new_ones": torch.ops.aten.ones.default,
+    "aten::new_empty": torch.ops.aten.empty.memory_format,
+    "aten::new_full": torch.ops.aten.full.default,
 }
 
 

@@ -84,3 +84,31 @@ def test_a_captured_form_does_not_stand_for_code_that_branches():
     model = Branching(BY_VALUE["comparison"]).eval()
     with pytest.raises(PruneError, match=r"leaves 2 parameters out \(low\.0\.weight\)"):
         capture(copied(model, {}), model, trace(model, X), Plan({}))
+
+
+class Experts(nn.Module):
+    """Each expert sees the samples that are sent to it, and is left out where there are none."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.gate = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.experts, self.last = nn.ModuleList(block(12) for _ in range(3)), nn.Linear(8, 2)
+
+    def forward(self, x):
+        x = self.first(x)
+        chosen, total = self.gate(x).argmax(1), torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            (rows,) = torch.where(chosen == number)
+            if rows.numel():
+                total = total.index_add(0, rows, expert(x[rows]))
+        return self.last(total)
+
+
+def test_an_expert_that_the_example_does_not_reach_holds_back_what_it_may_meet():
+    torch.manual_seed(0)
+    model, many = Experts().eval(), 9 * torch.randn(50, 6)
+    assert model.gate(model.first(many)).argmax(1).unique().numel() == 3
+    graph = trace(model, many)
+    assert sorted(axis.size for axis in graph.prunable) == [8, 12, 12, 12]
+    graph = trace(model, many[:1])
+    assert all(axis.frozen for axis in graph.axes if axis.size in (8, 12))

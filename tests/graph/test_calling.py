@@ -154,6 +154,26 @@ def test_inference_mode_around_the_calls_changes_nothing():
     assert pruned[0].weight.grad is not None
 
 
+class Spare(nn.Module):
+    """Has a part that evaluation leaves out, so that it is run in training mode too."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)
+        self.last, self.spare = nn.Conv2d(8, 2, 1), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = self.norm(self.first(x))
+        return self.last(-x if x.max() > 1e9 else x)
+
+
+def test_statistics_that_kernels_write_unseen_are_as_they_were():
+    model = Spare().eval()
+    graph = trace(model, torch.randn(1, 3, 4, 4) + 1)
+    assert not graph.recording.on_shapes
+    assert not model.norm.running_mean.any() and (model.norm.running_var == 1).all()
+
+
 class Inferring(nn.Module):
     """Enters inference mode by itself, and normalises by the batch whatever its mode."""
 

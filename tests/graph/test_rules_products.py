@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from prune2deploy.graph import trace
 from prune2deploy.surgery.slicing import apply
@@ -81,3 +82,23 @@ def test_widths_of_a_bilinear_layer_follow():
     assert tuple(mix.weight.shape) == (mix.out_features, mix.in1_features, mix.in2_features)
     (layer,) = (layer for layer in graph.layers if layer.weight == "mix.weight")
     assert layer.macs(graph.sizes({})) == 3 * 10 * 8 * 6
+
+
+class Asking(nn.Module):
+    """Learnt queries of a sequence, each of which sees what comes before it."""
+
+    def __init__(self, causal):
+        super().__init__()
+        self.queries, self.causal = free(6, 8), causal
+        self.keys, self.last = nn.Linear(5, 8), nn.Linear(8 * 6, 2)
+
+    def forward(self, x):
+        keys, queries = self.keys(x), self.queries.expand(len(x), -1, -1)
+        found = F.scaled_dot_product_attention(queries, keys, keys, is_causal=self.causal)
+        return self.last(found.flatten(1))
+
+
+@pytest.mark.parametrize(("causal", "reason"), [(False, None), (True, "its order matters")])
+def test_queries_that_see_what_comes_before_them_stay(causal, reason):
+    graph = trace(Asking(causal), torch.randn(3, 6, 5))
+    assert {axis.frozen for axis in graph.axes if axis.size == 6} == {reason}

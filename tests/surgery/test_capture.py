@@ -97,6 +97,73 @@ def test_a_layer_that_is_lent_weights_is_not_called_with_its_own():
     torch.testing.assert_close(captured(model, x)(x), model(x))
 
 
+MAPPED = {
+    "layer": lambda net, x: torch.vmap(net.inner)(x),
+    "dropout": lambda net, x: torch.vmap(lambda row: F.dropout(row, 0.4, net.training))(x),
+    "function": lambda net, x: torch.vmap(lambda row: torch.tanh(net.inner.weight @ row))(x),
+}
+
+
+@pytest.mark.parametrize("name", MAPPED)
+def test_functions_that_are_mapped_over_a_tensor_are_recorded_as_they_run(name):
+    model = Net(MAPPED[name], inner=nn.Linear(8, 8)).eval()
+    again = captured(model, torch.randn(1, 6))
+    x = torch.randn(4, 6)
+    torch.testing.assert_close(again(x), model(x))
+
+
+class Forces(nn.Module):
+    """Returns gradients of what it computes by its layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.SiLU())
+        self.last = nn.Linear(8, 1)
+
+    def forward(self, x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            (found,) = torch.autograd.grad(self.last(self.layers(x)).sum(), x)
+        return found
+
+
+def test_layers_whose_inner_values_gradients_read_are_written_out():
+    model, x = Forces().eval(), torch.randn(4, 6)
+    torch.testing.assert_close(captured(model, x)(x), model(x))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("first", [False, True])
+def test_the_state_of_a_recurrent_layer_follows_the_batch(kind, first):
+    class Reading(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = kind(6, 8, num_layers=2, bidirectional=True, batch_first=first)
+            self.last = nn.Linear(16, 3)
+
+        def forward(self, x):
+            found = self.rnn(x if first else x.transpose(0, 1))[0]
+            return self.last(found if first else found.transpose(0, 1))
+
+    model = Reading().eval()
+    again = captured(model, torch.randn(1, 5, 6))
+    for batch in (1, 3):
+        x = torch.randn(batch, 5, 6)
+        torch.testing.assert_close(again(x), model(x))
+
+
+def test_new_tensors_that_parts_are_written_to_become_values():
+    def shifted(net, x):
+        found = x.new_zeros(x.shape)
+        found[:, 1:] = x[:, :-1]
+        return found
+
+    model, x = Net(shifted).eval(), torch.randn(4, 6)
+    again = captured(model, x)
+    torch.testing.assert_close(again(x), model(x))
+    assert not [n for n in again.graph.nodes if "copy_" in str(n.target)]
+
+
 def paste(model, x):
     """Write what was computed into new tables, and read those only through what is made of them."""
     tables = []

@@ -90,3 +90,21 @@ def test_spectrally_normalised_weights_are_pruned_in_place_likewise():
         stay = np.setdiff1d(np.arange(len(wanted)), gone)
         wanted = wanted[stay][:, stay]
         torch.testing.assert_close(model[1].weight, wanted)
+
+
+@pytest.mark.filterwarnings("ignore:.*spectral_norm.*:FutureWarning")
+@pytest.mark.parametrize(
+    "normed",
+    [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm],
+    ids=["hook", "class"],
+)
+def test_a_weight_of_a_layer_that_is_called_twice_keeps_its_values_too(normed):
+    torch.manual_seed(0)
+    middle = normed(nn.Linear(16, 16))
+    model, x = nn.Sequential(nn.Linear(3, 16), middle, middle, nn.Linear(16, 2)), torch.randn(2, 3)
+    for _ in range(20):
+        model(x)
+    model.eval()(x)
+    pruned = apply(model, trace(model, x), Plan({"0": tuple(range(4, 16))}))
+    pruned(x)
+    torch.testing.assert_close(pruned[1].weight, middle.weight[4:, 4:])
