@@ -27,8 +27,8 @@ from gpu_check_trt import (
     check_transfers,
 )
 
-from prune2deploy import measure
-from prune2deploy.backends import engine_store, gpu_buffers, gpu_driver, gpu_memory
+from prune2deploy import measure, watched
+from prune2deploy.backends import gpu_buffers, gpu_driver, gpu_memory
 from prune2deploy.backends.base import Array, Session
 from prune2deploy.backends.devices import device_index
 from prune2deploy.backends.tensorrt_session import TensorRtSession
@@ -110,7 +110,7 @@ def check_run(bench: Bench, kind: str) -> Facts:
         *("--data", "random", "--max-builds", "4", "--json", "--out", str(out)),
     ]
     done = subprocess.run(
-        line, capture_output=True, text=True, env=engine_store._environment(), check=False
+        line, capture_output=True, text=True, env=watched.environment(), check=False
     )
     assert done.returncode in RUN_CODES, f"exit code {done.returncode}: {done.stderr[-1500:]}"
     told = json.loads(done.stdout)

@@ -32,8 +32,9 @@ from typing import Any
 import torch
 
 from prune2deploy import target as targets
+from prune2deploy import watched
 from prune2deploy.atomic import write_text
-from prune2deploy.backends import engine_store, gpu_driver, registry
+from prune2deploy.backends import gpu_driver, registry
 from prune2deploy.backends.base import Availability
 from prune2deploy.target import Target
 
@@ -85,7 +86,7 @@ def run_check(name: str, target: str, folder: Path, seconds: float) -> dict[str,
             line,
             stdout=file,
             stderr=subprocess.STDOUT,
-            env=engine_store._environment(),
+            env=watched.environment(),
             start_new_session=True,
         )
         try:
