@@ -38,8 +38,8 @@ def fixed(path: Path, out: Path, wanted: Wanted) -> Path:
     """
     import onnx
 
-    onnx_file.signature(path)
     model = onnx.load(str(path), load_external_data=False)
+    onnx_file.signature_of(path, model.graph)
     stored = {tensor.name for tensor in model.graph.initializer}
     inputs = [given for given in model.graph.input if given.name not in stored]
     before = [_shown(given) for given in inputs]

@@ -102,7 +102,11 @@ def signature(path: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...
     """
     import onnx
 
-    graph = onnx.load(str(path), load_external_data=False).graph
+    return signature_of(path, onnx.load(str(path), load_external_data=False).graph)
+
+
+def signature_of(path: Path, graph: Any) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """The same of a graph that has been read; ``path`` is named in errors."""
     weights = {i.name for i in graph.initializer}
     inputs = tuple(_spec(path, value) for value in graph.input if value.name not in weights)
     return inputs, tuple(_spec(path, value) for value in graph.output)

@@ -219,10 +219,10 @@ class Recorder(TorchDispatchMode):
         name, first, taken = self._scopes.pop()
         if self._whole or id(module) not in self._names:
             return
-        if any(map(stands_in, tensors_in((args, kwargs, result)))):
+        taking, giving = list(tensors_in((args, kwargs))), list(tensors_in(result))
+        if any(map(stands_in, (*taking, *giving))):
             return  # operators work on other tensors
-        given = tuple(self.number(t) for t in tensors_in((args, kwargs)))
-        made = tuple(self.number(t) for t in tensors_in(result))
+        given, made = tuple(map(self.number, taking)), tuple(map(self.number, giving))
         leads = isinstance(result, torch.Tensor) and isinstance((*args, None)[0], torch.Tensor)
         plain = isinstance(result, torch.Tensor) and len(args) == 1 and not kwargs
         hooked = bool(module._forward_hooks) or not same_items(args, taken)

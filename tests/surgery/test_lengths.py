@@ -61,26 +61,6 @@ class Twice(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:.*spectral_norm.*:FutureWarning")
-@pytest.mark.parametrize(
-    "normed",
-    [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm],
-    ids=["hook", "class"],
-)
-def test_layers_that_are_called_twice_keep_them_too(normed):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 16), Twice(normed(nn.Linear(16, 16))), nn.Linear(16, 2))
-    x = torch.randn(2, 3)
-    for _ in range(20):
-        model(x)
-    model.eval()(x)
-    (axis,) = (graph := trace(model, x)).prunable
-    pruned = apply(model, graph, Plan({axis.name: tuple(range(2, 10))}))
-    pruned(x)
-    stay = slice(2, 10)
-    torch.testing.assert_close(pruned[1].layer.weight, model[1].layer.weight[stay, stay])
-
-
-@pytest.mark.filterwarnings("ignore:.*spectral_norm.*:FutureWarning")
 def test_spectrally_normalised_weights_are_pruned_in_place_likewise():
     model, x, _, _ = spectral(nn.utils.parametrizations.spectral_norm, "linear")
     wanted = model[1].weight.detach().clone()
@@ -92,19 +72,28 @@ def test_spectrally_normalised_weights_are_pruned_in_place_likewise():
         torch.testing.assert_close(model[1].weight, wanted)
 
 
+FORMS = {  # a layer that is called twice, under two names of one list and inside a module
+    "listed": lambda layer: (layer, layer),
+    "inside": lambda layer: (Twice(layer),),
+}
+
+
 @pytest.mark.filterwarnings("ignore:.*spectral_norm.*:FutureWarning")
 @pytest.mark.parametrize(
     "normed",
     [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm],
     ids=["hook", "class"],
 )
-def test_a_weight_of_a_layer_that_is_called_twice_keeps_its_values_too(normed):
+@pytest.mark.parametrize("form", FORMS)
+def test_a_weight_of_a_layer_that_is_called_twice_keeps_its_values_too(normed, form):
     torch.manual_seed(0)
     middle = normed(nn.Linear(16, 16))
-    model, x = nn.Sequential(nn.Linear(3, 16), middle, middle, nn.Linear(16, 2)), torch.randn(2, 3)
+    model = nn.Sequential(nn.Linear(3, 16), *FORMS[form](middle), nn.Linear(16, 2))
+    x = torch.randn(2, 3)
     for _ in range(20):
         model(x)
     model.eval()(x)
     pruned = apply(model, trace(model, x), Plan({"0": tuple(range(4, 16))}))
     pruned(x)
-    torch.testing.assert_close(pruned[1].weight, middle.weight[4:, 4:])
+    layer = pruned[1].layer if form == "inside" else pruned[1]
+    torch.testing.assert_close(layer.weight, middle.weight[4:, 4:])
