@@ -102,7 +102,7 @@ def quiet(model: nn.Module) -> Iterator[None]:
     sees what the first one saw.
     """
     modules = list(model.modules())
-    saved = [(module, _Attributes(module)) for module in modules]
+    saved = _Attributes(modules)
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -113,8 +113,7 @@ def quiet(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for module, attributes in saved:
-            attributes.restore(module)
+        saved.restore()
 
 
 @contextmanager
@@ -149,16 +148,18 @@ def _meta(modules: list[nn.Module]) -> bool:
 
 
 class _Attributes:
-    """A module's attributes, with what the containers among them hold, however deep."""
+    """The attributes of modules, with what the containers among them hold, however deep."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self._attributes = dict(module.__dict__)
-        self._contents = [(one, _content(one)) for one in _containers(self._attributes.values())]
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self._attributes = [(vars(module), dict(vars(module))) for module in modules]
+        tables = [held for held, _ in self._attributes]
+        self._contents = [(one, _content(one)) for one in _containers(tables)]
 
-    def restore(self, module: nn.Module) -> None:
+    def restore(self) -> None:
         """Set everything back; containers stay the same objects, since others refer to them."""
-        module.__dict__.clear()
-        module.__dict__.update(self._attributes)
+        for table, held in self._attributes:
+            table.clear()
+            table.update(held)
         for container, content in self._contents:
             if not _holds(container, content):  # one that refuses writes holds what it held
                 container.clear()
@@ -169,19 +170,19 @@ NESTING = (dict, list, set, deque, tuple)
 Container = dict[Any, Any] | list[Any] | set[Any] | deque[Any]
 
 
-def _containers(values: Iterable[Any]) -> Iterator[Container]:
-    """The containers among values and within them, each once."""
-    left, seen = [value for value in values if isinstance(value, NESTING)], set[int]()
+def _containers(tables: list[dict[str, Any]]) -> Iterator[Container]:
+    """The containers that are values of the tables and within these, each once."""
+    left: list[Any] = [*tables]
+    seen = set(map(id, tables))
     while left:
         value = left.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if not isinstance(value, tuple):
-            yield value
-        if value:  # most are empty tables of hooks
-            inside = value.values() if isinstance(value, dict) else value
-            left += [item for item in inside if isinstance(item, NESTING)]
+        for item in value.values() if isinstance(value, dict) else value:
+            if isinstance(item, NESTING) and id(item) not in seen:
+                seen.add(id(item))
+                if not isinstance(item, tuple):
+                    yield item
+                if item:  # most are empty tables of hooks
+                    left.append(item)
 
 
 def _content(container: Container) -> dict[Any, Any] | list[Any]:

@@ -1,18 +1,18 @@
 """Record one forward pass: operators, values, module calls, and a layout per dimension.
 
 In: a module, its example inputs. Out: a ``Recording``, which ``axes`` turns into the frozen graph
-and ``capture`` into a module of its own. A ``TorchDispatchMode`` sees every ATen operator, so
+and ``capture`` into a module of its own. Every ATen operator is seen as it runs, so
 everything that runs in Python can be recorded, whatever its control flow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from prune2deploy.errors import TraceError
 from prune2deploy.graph import layout as algebra
@@ -43,11 +43,11 @@ from prune2deploy.graph.recording import Contraction, ModuleCall, Operation, Rec
 from prune2deploy.graph.rules import Call, Value, apply_rule, follow
 from prune2deploy.graph.shapes import on_shapes, outlined
 from prune2deploy.graph.training import couple_training_branches
-from prune2deploy.graph.visible import Apart, stands_in
+from prune2deploy.graph.visible import Watch, stands_in
 from prune2deploy.graph.whole import WholeCall, rule_of
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(Watch):
     """The dispatch mode that fills a ``Recording``."""
 
     def __init__(
@@ -58,7 +58,7 @@ class Recorder(TorchDispatchMode):
         *,
         on_shapes: bool = False,
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        super().__init__()
         self.recording = Recording(example=example, forward_fn=forward_fn, on_shapes=on_shapes)
         self._numbers: dict[int, int] = {}
         self.used: set[int] = set()
@@ -70,15 +70,15 @@ class Recorder(TorchDispatchMode):
         self._whole = 0  # depth at which a module runs that a rule describes as a whole
         self._store(model)
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Run the operator and record it."""
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        if not self._whole:
-            self._record(func, args, kwargs, result)
-        return result
+    def ran(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Record an operator."""
+        if self._whole:
+            return
+        refs = tuple(self.refer(arg) for arg in args)
+        named = {key: self.refer(arg) for key, arg in kwargs.items()}
+        outputs = [result] if isinstance(result, torch.Tensor) else list(tensors_in(result))
+        call = Call(func, args, kwargs, outputs, self)
+        self._note(call, refs, named, apply_rule(call))
 
     def _store(self, model: nn.Module) -> None:
         for name, tensor in stored_tensors(model):
@@ -159,13 +159,6 @@ class Recorder(TorchDispatchMode):
         value.dtype = tensor.dtype
         self.recording.values.append(value)
         return len(self.recording.values) - 1
-
-    def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        refs = tuple(self.refer(arg) for arg in args)
-        named = {key: self.refer(arg) for key, arg in kwargs.items()}
-        outputs = [out] if isinstance(out, torch.Tensor) else list(tensors_in(out))
-        call = Call(func, args, kwargs, outputs, self)
-        self._note(call, refs, named, apply_rule(call))
 
     def _note(
         self, call: Call, refs: tuple[Any, ...], named: dict[str, Any], found: list[Value]
@@ -251,22 +244,21 @@ class Recorder(TorchDispatchMode):
         self.used.update(self.number(tensor) for _, tensor in stored_tensors(module))
         self._note(call, refs, named, values)
 
-    def __enter__(self) -> Recorder:
+    @contextmanager
+    def watching(self) -> Iterator[None]:
         """Watch operators and modules."""
         self._scopes, self._whole = self._scopes[:1], 0
         register = nn.modules.module
-        self._handles = (
+        handles = (
             register.register_module_forward_pre_hook(self.before),
             register.register_module_forward_hook(self.after, with_kwargs=True),
         )
-        super().__enter__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        """Stop watching."""
-        super().__exit__(*error)  # type: ignore[no-untyped-call]  # likewise
-        for handle in self._handles:
-            handle.remove()
+        try:
+            with self:
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def _special(tree: Any) -> bool:
@@ -329,7 +321,7 @@ def _watch(model: nn.Module, recorder: Recorder) -> Any:
     recording = recorder.recording
     example = outlined(recording.example) if recording.on_shapes else recording.example
     recorder.enter_inputs(as_inputs(example))
-    with untouched(model), on_shapes(model, recording.on_shapes), recorder, Apart():
+    with untouched(model), on_shapes(model, recording.on_shapes), recorder.watching():
         result = run(model, example, recording.forward_fn)
         recorder.note_attributes(model)
     return result

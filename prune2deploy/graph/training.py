@@ -8,6 +8,7 @@ cannot run this way (it wants labels, say) is left as the first pass showed it.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -18,12 +19,11 @@ from prune2deploy.graph.calling import as_inputs, run, tensors_in, twice, untouc
 from prune2deploy.graph.recording import Recording
 from prune2deploy.graph.rules import Value
 from prune2deploy.graph.shapes import on_shapes, outlined
-from prune2deploy.graph.visible import Apart
 from prune2deploy.modes import set_training
 
 
 class Recorder(Protocol):
-    """What this needs of the recorder: a context in which operators are recorded.
+    """What this needs of the recorder.
 
     Attributes:
         used: Numbers of the values that some operator took.
@@ -38,9 +38,8 @@ class Recorder(Protocol):
     def value(self, tensor: torch.Tensor) -> Value:
         """The recorded value of a tensor."""
 
-    def __enter__(self) -> Any: ...
-
-    def __exit__(self, *error: Any) -> Any: ...
+    def watching(self) -> AbstractContextManager[None]:
+        """Record what runs inside."""
 
 
 def couple_training_branches(model: nn.Module, recorder: Recorder) -> None:
@@ -68,7 +67,7 @@ def _trained(model: nn.Module, recorder: Recorder, *, wanted: bool) -> Any:
         set_training(model, True)
         recorder.enter_inputs(as_inputs(example))
         try:
-            with on_shapes(model, wanted), recorder, Apart():
+            with on_shapes(model, wanted), recorder.watching():
                 return run(model, example, recorder.recording.forward_fn)
         except Exception:  # noqa: BLE001  the user's training code may ask for anything
             return None

@@ -8,8 +8,8 @@ zero stay unseen: code that passes ``p if self.training else 0`` does not tell i
 evaluation.) And values that are handed to NumPy or put in a list are lost from sight: what is
 computed there would pass for a constant.
 
-Code that enters inference mode by itself is shown operators whole that torch takes apart
-elsewhere; ``Apart`` does that for it.
+``Watch`` shows operators as they run. Code that enters inference mode by itself would run some
+whole that torch takes apart elsewhere; they are taken apart for it.
 """
 
 from __future__ import annotations
@@ -80,21 +80,25 @@ class Visible(TorchFunctionMode):
         return func(*args, **settings)
 
 
-class Apart(TorchDispatchMode):
-    """Runs what an operator is made of in place of one that is made of others.
-
-    It is the last mode to be entered, so that all others see the parts.
-    """
+class Watch(TorchDispatchMode):
+    """Runs operators and shows each to ``ran``; one that is made of others shows these instead."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator, or its parts."""
-        if not _is_made_of_others(func):
-            return func(*args, **(kwargs or {}))
-        with self:
-            return func._op_dk(_COMPOSITE, *args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if _is_made_of_others(func):
+            with self:
+                return func._op_dk(_COMPOSITE, *args, **kwargs)
+        result = func(*args, **kwargs)
+        self.ran(func, args, kwargs, result)
+        return result
+
+    def ran(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Hear of an operator that has run."""
+        raise NotImplementedError
 
 
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from prune2deploy.errors import PruneError
 from prune2deploy.graph.calling import run, tensors_in, untouched
@@ -24,7 +23,7 @@ from prune2deploy.graph.layout import VARYING, Node, leaves
 from prune2deploy.graph.recording import Operation, Recording, refs_in
 from prune2deploy.graph.rules import Value, argument
 from prune2deploy.graph.shapes import Outline, on_shapes, outlined
-from prune2deploy.graph.visible import Apart
+from prune2deploy.graph.visible import Watch
 from prune2deploy.graph.whole import name_of, watched
 from prune2deploy.surgery.widths import Widths
 
@@ -62,21 +61,20 @@ SLICES = frozenset({"aten::slice", "aten::slice_copy"})
 ENDS = ("start", "end")
 
 
-class _Watch(TorchDispatchMode):
+class _Seeing(Watch):
     """Lists each operator that runs."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        super().__init__()
         self.seen: list[Seen] = []
         self.inside: list[nn.Module] = []  # modules that are operators by themselves
         self._alive: list[Any] = []  # torch detaches a new tensor that somebody holds
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+    def ran(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Hear of an operator that has run."""
         self._alive.append(result)
         if not self.inside:
             self.seen.append(Seen(func._schema.name, _shapes(result), func, args, kwargs))
-        return result
 
     def ended(self, module: nn.Module, result: Any) -> None:
         """Hear of a module that is an operator by itself."""
@@ -108,8 +106,8 @@ def runs_as_planned(
     try:
         with untouched(module), on_shapes(module, shapes):
             for _ in range(2):
-                watch = _Watch()
-                with watched(module, watch.inside, watch.ended), watch, Apart():
+                watch = _Seeing()
+                with watched(module, watch.inside, watch.ended), watch:
                     result = run(module, inputs, recording.forward_fn)
                 returned.append([tensor.shape for tensor in tensors_in(result)])
                 if _same_operators(watch.seen, operations, known):

@@ -23,6 +23,7 @@ from prune2deploy.errors import PruneError
 
 ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes})
 TABLES = frozenset({dict, OrderedDict})
+FLAT = frozenset({tuple, set})
 SHARED = (ModuleType, type(threading.Lock()), type(threading.RLock()))
 
 
@@ -103,15 +104,13 @@ def _table(table: dict[Any, Any], memo: dict[int, Any], made: dict[Any, Any]) ->
 
 def _value(value: Any, memo: dict[int, Any]) -> Any:
     kind = type(value)
-    if kind in ATOMS or isinstance(value, SHARED):
+    if kind in ATOMS:
         return value
     if id(value) in memo:
         return memo[id(value)]
-    if kind is tuple and all(type(item) in ATOMS for item in value):
-        return value
-    if kind is set and all(type(item) in ATOMS for item in value):
-        return memo.setdefault(id(value), set(value))
-    if kind not in TABLES:
-        return copy.deepcopy(value, memo)
-    memo[id(value)] = kind()  # entered before it is filled: a table may hold itself
-    return _table(value, memo, memo[id(value)])
+    if kind in TABLES:
+        made = memo[id(value)] = kind()  # entered before it is filled: a table may hold itself
+        return _table(value, memo, made) if value else made
+    if kind in FLAT and all(type(item) in ATOMS for item in value):
+        return memo.setdefault(id(value), kind(value))
+    return value if isinstance(value, SHARED) else copy.deepcopy(value, memo)
