@@ -161,7 +161,7 @@ class Sampler:
             if progress:
                 progress("measuring", min(1.0, seconds / policy.max_seconds))
             if count >= look:
-                look = int(np.ceil(count * stats.LOOK_GROWTH))
+                look = stats.next_look(count)
                 if self._suffices(policy, goal, seconds):
                     return "precise"
             if seconds >= policy.max_seconds and count >= LEAST_BLOCKS:
