@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -11,7 +12,7 @@ from prune2deploy.backends.feeds import random_feeds
 from prune2deploy.measure import host
 from prune2deploy.measure.clock import RealClock, SimulatedClock
 from prune2deploy.measure.goal import Goal
-from prune2deploy.measure.sample import Progress, Sampler
+from prune2deploy.measure.sample import Sampler, silent
 from prune2deploy.measure.samples import Samples
 from prune2deploy.target import Target
 
@@ -22,7 +23,7 @@ def interleaved(
     target: Target,
     *,
     goal: Goal | None,
-    progress: Progress | None,
+    heartbeat: Callable[[], None] = silent,
 ) -> Samples:
     """Open candidate and reference (twice, if the policy wants a control) and sample them."""
 
@@ -37,8 +38,8 @@ def interleaved(
     chosen = [*engines, engines[1]] if target.measure.control else list(engines)
     clock = SimulatedClock() if backend.simulated else RealClock()
     openers = [partial(opener, engine) for engine in chosen]
-    sampler = Sampler(openers, target, clock, simulated=backend.simulated)
-    taken = sampler.collect(goal, progress)
+    sampler = Sampler(openers, target, clock, simulated=backend.simulated, heartbeat=heartbeat)
+    taken = sampler.collect(goal)
     facts = {} if backend.simulated else host.fingerprint()
     facts.update(versions=backend.versions(), threads=target.threads, target=target.sha256)
     return replace(taken, notes={**taken.notes, "fingerprint": facts})

@@ -27,8 +27,6 @@ from prune2deploy.measure.samples import NOISE, Samples
 from prune2deploy.measure.summary import choose_clock, effects, judgeable, times
 from prune2deploy.target import MeasurePolicy, Target
 
-Progress = Callable[[str, float], None]
-"""Called with what is being done and the fraction done (0..1)."""
 Opener = Callable[[], Session]
 """Opens and prepares a session."""
 
@@ -42,12 +40,31 @@ _FLOOR_NS = 1_000  # a run is never taken for shorter when blocks are sized
 _SIMULATED_ROUNDS = 2
 
 
+def silent() -> None:
+    """No heartbeat."""
+
+
 class Sampler:
-    """Takes samples of the engines behind some openers: candidate, reference, perhaps its twin."""
+    """Takes samples of the engines behind some openers: candidate, reference, perhaps its twin.
+
+    Args:
+        openers: One per engine.
+        target: Its measuring policy says how precisely and how long.
+        clock: What time is read from.
+        simulated: Whether runs take no real time.
+        heartbeat: Called again and again while work goes on.
+    """
 
     def __init__(
-        self, openers: Sequence[Opener], target: Target, clock: Clock, *, simulated: bool
+        self,
+        openers: Sequence[Opener],
+        target: Target,
+        clock: Clock,
+        *,
+        simulated: bool,
+        heartbeat: Callable[[], None] = silent,
     ) -> None:
+        self._heartbeat = heartbeat
         self._openers = openers
         self._target = target
         self._clock = clock
@@ -61,28 +78,26 @@ class Sampler:
         self._blocks: list[int] = []
         self._noise: list[tuple[int, ...]] = []
 
-    def collect(self, goal: Goal | None, progress: Progress | None) -> Samples:
+    def collect(self, goal: Goal | None) -> Samples:
         """Warm up, sample until the policy is content, and once more if the device throttled.
 
         Args:
             goal: What must be judged beyond the ratio; ``None`` for the ratio alone.
-            progress: Told how far it is.
         """
         with self._open:
-            samples = self._attempt(goal, progress)
+            samples = self._attempt(goal)
             if not self._simulated and self._throttled(samples):
-                if progress:
-                    progress("cooling down", 0.0)
+                self._heartbeat()
                 self._clock.sleep(COOL_NS)
-                samples = self._attempt(goal, progress)
+                samples = self._attempt(goal)
                 samples = replace(samples, notes={**samples.notes, "cooled": True})
         return samples
 
-    def _attempt(self, goal: Goal | None, progress: Progress | None) -> Samples:
+    def _attempt(self, goal: Goal | None) -> Samples:
         self._rows = [[] for _ in self._openers]
         self._blocks, self._noise = [], []
-        warm = self._warm_up(progress)
-        stopped = self._sample(goal, progress)
+        warm = self._warm_up()
+        stopped = self._sample(goal)
         return self._samples({"warm": warm, "stopped": stopped, "reopened": self._reopen})
 
     def _renew(self) -> None:
@@ -98,19 +113,18 @@ class Sampler:
         self._clock.ran(sample.wall_ns)
         return sample
 
-    def _warm_up(self, progress: Progress | None) -> bool:
+    def _warm_up(self) -> bool:
         """Run until consecutive medians of every engine agree within 2 %; size the blocks."""
         policy = self._target.measure
         started = self._clock.now()
-        opening = self._opening_ns(progress)
+        opening = self._opening_ns()
         limit = started + int(0.25 * policy.max_seconds * 1e9)
         medians: list[list[float]] = [[] for _ in self._sessions]
         settled = False
-        for block in range(WARM_BLOCKS):
+        for _ in range(WARM_BLOCKS):
             for kept, taken in zip(medians, self._warm_block(), strict=True):
                 kept.append(max(float(median(taken)), _FLOOR_NS))
-            if progress:
-                progress("warming up", block / WARM_BLOCKS)
+            self._heartbeat()
             settled = all(stats.settled(values) for values in medians)
             if settled or self._clock.now() > limit:
                 break
@@ -125,13 +139,12 @@ class Sampler:
     def _affordable_ns(self) -> float:
         return self._target.measure.max_seconds * 1e9 / REOPENINGS
 
-    def _opening_ns(self, progress: Progress | None) -> int:
+    def _opening_ns(self) -> int:
         """Open every engine; how long that takes, once the libraries have been loaded."""
         for _ in range(2):
             started = self._clock.now()
             self._renew()
-            if progress:
-                progress("opening", 0.0)
+            self._heartbeat()
             opening = self._clock.now() - started
             if not self._affordable_ns <= opening < REOPENINGS / 4 * self._affordable_ns:
                 break  # the first opening is cheap, or the second would cost too much
@@ -148,7 +161,7 @@ class Sampler:
                 break
         return found
 
-    def _sample(self, goal: Goal | None, progress: Progress | None) -> str:
+    def _sample(self, goal: Goal | None) -> str:
         """Take blocks until a look says stop; return why."""
         policy = self._target.measure
         started = self._clock.now()
@@ -158,8 +171,7 @@ class Sampler:
             self._block(count)
             count += 1
             seconds = (self._clock.now() - started) / 1e9
-            if progress:
-                progress("measuring", min(1.0, seconds / policy.max_seconds))
+            self._heartbeat()
             if count >= look:
                 look = stats.next_look(count)
                 if self._suffices(policy, goal, seconds):
