@@ -23,6 +23,7 @@ from prune2deploy.exporting import export, keeping, parity, program, simplify
 from prune2deploy.exporting.parity import Parity
 from prune2deploy.exporting.simplify import SimplifyReport
 from prune2deploy.graph.axes import Graph
+from prune2deploy.measure import Comparison, Goal
 from prune2deploy.plan.plan import Plan
 from prune2deploy.progress import Progress, Step
 from prune2deploy.rundir import WORK, RunDir
@@ -175,6 +176,22 @@ def profile(shop: Workshop, built: Built) -> tuple[OperatorTiming, ...]:
         )
 
     return shop.run.journal.once(f"{built.key}/profile", Profile, work).operators
+
+
+def compare(shop: Workshop, built: Built, reference: Built, goal: Goal | None = None) -> Comparison:
+    """Measure a build interleaved with the baseline, unless the journal has it already."""
+
+    def work() -> Comparison:
+        shop.say("measuring", built.number)
+        return measure.compare(
+            shop.engine(built),
+            shop.engine(reference),
+            shop.target,
+            raw_path=shop.run / f"raw/{built.key}.npz",
+            goal=goal,
+        )
+
+    return shop.run.journal.once(f"{built.key}/compare", Comparison, work)
 
 
 @dataclass(frozen=True)

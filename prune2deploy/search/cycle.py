@@ -12,13 +12,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from prune2deploy import measure
 from prune2deploy.calibration import notices
 from prune2deploy.config import RunOptions
 from prune2deploy.errors import ConfigError
 from prune2deploy.graph.axes import Block, Graph
 from prune2deploy.importance import score
-from prune2deploy.measure import Comparison, Goal
+from prune2deploy.measure import Goal
 from prune2deploy.plan.allocate import (
     CapTooTightError,
     Curve,
@@ -336,16 +335,5 @@ class Search:
         model learns from the value.
         """
         profile = candidate.profile(self.shop, built)
-
-        def work() -> Comparison:
-            self.shop.say("measuring", built.number)
-            return measure.compare(
-                self.shop.engine(built),
-                self.shop.engine(self.baseline.built),
-                self.shop.target,
-                raw_path=self.shop.run / f"raw/{built.key}.npz",
-                goal=self.goal,
-            )
-
-        seen = self.shop.run.journal.once(f"{built.key}/compare", Comparison, work)
+        seen = candidate.compare(self.shop, built, self.baseline.built, self.goal)
         return Attempt(built, profile, seen, predicted_ms, self.budget, *judge(seen, self.budget))

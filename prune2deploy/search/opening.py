@@ -96,7 +96,6 @@ def measure_baseline(shop: Workshop) -> Baseline:
 
     def work() -> Measurement:
         shop.say("measuring", 0)
-        (shop.run / "raw").mkdir(exist_ok=True)
         return measure.single(
             shop.engine(built), shop.target, raw_path=shop.run / "raw/baseline.npz"
         )

@@ -84,7 +84,6 @@ def settle(shop: Workshop, *, asked: bool) -> tuple[Workshop, Payoff | None]:
 
     def work() -> Comparison:
         shop.say(f"measuring fp32 beside {wanted}", 0)
-        (shop.run / "raw").mkdir(exist_ok=True)
         return measure.compare(
             shop.engine(lowered),
             shop.engine(reference),
