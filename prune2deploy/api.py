@@ -252,29 +252,28 @@ def prune_to_budget(
     options = _options(name, str(target), (budget_ms, speedup), extras)
     profile = targets.load(target)
     batches, resume = given_batches(extras.get("batches")), extras.get("resume", False)
-    names = (
-        _names("input_names", extras.get("input_names")),
-        _names("output_names", extras.get("output_names")),
-    )
+    input_names = _names("input_names", extras.get("input_names"))
+    output_names = _names("output_names", extras.get("output_names"))
     identity = {
         **options.identity(),
         "profile": profile.sha256,
         "finetune": finetune is not None,
-        "names": names,
+        "names": (input_names, output_names),
         "content": content(model, inputs, extras.get("batches")),
     }
     label = f"{name}-{profile.name}-{options.budget.label}"
     place = extras.get("run_dir") or run_folder(label, identity, resume=resume)
     with RunDir(Path(place), identity, resume=resume) as run:
         job = Job(
-            model,
-            inputs,
-            profile,
-            run,
-            batches,
-            finetune,
-            *names,
-            extras.get("progress") or silent,
+            module=model,
+            example_inputs=inputs,
+            target=profile,
+            run=run,
+            batches=batches,
+            finetune=finetune,
+            input_names=input_names,
+            output_names=output_names,
+            progress=extras.get("progress") or silent,
         )
         return carry_out(job, options, name)
 
@@ -375,12 +374,12 @@ def carry_out(job: Job, options: RunOptions, name: str) -> Result:
     if not outcome.starved:  # else --resume with more builds goes on from them
         job.run.clear_work()
     return Result(
-        outcome.module,
-        outcome.final.built.plan,
-        report.met,
-        outcome.verdict,
-        outcome.final.comparison,
-        tuple(a.comparison for a in outcome.attempts),
-        report,
-        job.run.path,
+        module=outcome.module,
+        plan=outcome.final.built.plan,
+        met=report.met,
+        verdict=outcome.verdict,
+        measurement=outcome.final.comparison,
+        measurements=tuple(a.comparison for a in outcome.attempts),
+        report=report,
+        run_dir=job.run.path,
     )

@@ -51,11 +51,11 @@ def run(arguments: argparse.Namespace, progress: Progress) -> Reply:
 def sweep(arguments: argparse.Namespace, progress: Progress) -> Reply:
     """Measure latency against the pruning ratio."""
     options = SweepOptions(
-        arguments.target,
-        config.parse_ratios(arguments.ratios),
-        _model_options(arguments, arguments.precision),
-        arguments.importance,
-        arguments.data,
+        target=arguments.target,
+        ratios=config.parse_ratios(arguments.ratios),
+        model=_model_options(arguments, arguments.precision),
+        importance=arguments.importance,
+        data=arguments.data,
     )
     with _working(arguments, options, "sweep", progress) as job:
         from prune2deploy import sweep as sweeping
@@ -124,25 +124,25 @@ TABLE: Mapping[str, Callable[[argparse.Namespace, Progress], Reply]] = {
 def _model_options(arguments: argparse.Namespace, precision: str | None = None) -> ModelOptions:
     size = arguments.input_size
     return ModelOptions(
-        arguments.model,
-        arguments.weights,
-        None if size is None else config.parse_size(size),
-        arguments.batch,
-        precision,
-        arguments.seed,
-        tuple(arguments.keep),
+        model=arguments.model,
+        weights=arguments.weights,
+        input_size=None if size is None else config.parse_size(size),
+        batch=arguments.batch,
+        precision=precision,
+        seed=arguments.seed,
+        keep=tuple(arguments.keep),
     )
 
 
 def _run_options(arguments: argparse.Namespace) -> RunOptions:
     return RunOptions(
-        Budget(arguments.latency_ms, arguments.speedup, arguments.percentile),
-        arguments.target,
-        _model_options(arguments, arguments.precision),
-        arguments.data,
-        arguments.importance,
-        arguments.finetune,
-        arguments.max_builds,
+        budget=Budget(arguments.latency_ms, arguments.speedup, arguments.percentile),
+        target=arguments.target,
+        model=_model_options(arguments, arguments.precision),
+        data=arguments.data,
+        importance=arguments.importance,
+        finetune_epochs=arguments.finetune,
+        max_builds=arguments.max_builds,
         max_drop=arguments.max_drop,
         cache=not arguments.no_cache,
         max_size_mb=arguments.max_size_mb,
@@ -186,15 +186,15 @@ def _working(
         if arguments.resume and not held.begun:
             tell(progress, [f"{shown(held.path)} holds no run to go on with; a new one begins"])
         yield Job(
-            loaded.module,
-            loaded.example_inputs,
-            target,
-            held,
-            batches,
-            _finetune(options, loaded, batches),
-            loaded.input_names,
-            loaded.output_names,
-            progress,
+            module=loaded.module,
+            example_inputs=loaded.example_inputs,
+            target=target,
+            run=held,
+            batches=batches,
+            finetune=_finetune(options, loaded, batches),
+            input_names=loaded.input_names,
+            output_names=loaded.output_names,
+            progress=progress,
         )
 
 

@@ -65,13 +65,13 @@ def sweep(job: Job, options: SweepOptions, name: str) -> SweepReport:
         points.append(_point(ratio, *seen[same]))
     last = next(iter(seen.values()))[1]
     report = SweepReport(
-        name,
-        shop.target.name,
-        multiple,
-        last.reference.p50_ms,
-        tuple(points),
-        summary.environment(shop.target, last.fingerprint),
-        (*notices(job.batches), *baseline.notes),
+        model=name,
+        target=shop.target.name,
+        channel_multiple=multiple,
+        baseline_ms=last.reference.p50_ms,
+        points=tuple(points),
+        environment=summary.environment(shop.target, last.fingerprint),
+        notes=(*notices(job.batches), *baseline.notes),
     )
     job.run.copy(job.run / baseline.onnx, "baseline.onnx")
     write.write(report, job.run)
@@ -81,11 +81,11 @@ def sweep(job: Job, options: SweepOptions, name: str) -> SweepReport:
 def _point(ratio: float, built: Built, seen: Comparison) -> SweepPoint:
     low, high = seen.ratio_ci95
     return SweepPoint(
-        ratio,
-        built.macs,
-        built.params,
-        seen.candidate.p50_ms,
-        seen.candidate.ci95_ms,
-        1 / seen.ratio,
-        (1 / high, 1 / low),
+        ratio=ratio,
+        macs=built.macs,
+        params=built.params,
+        p50_ms=seen.candidate.p50_ms,
+        ci95_ms=seen.candidate.ci95_ms,
+        speedup=1 / seen.ratio,
+        speedup_ci95=(1 / high, 1 / low),
     )

@@ -90,14 +90,14 @@ def single(engine: Engine, target: Target, *, raw_path: Path | None = None) -> M
     both = summarise(taken, target)
     flags = ("control off",) if off(both.ratio, both.ratio_ci95) else ()
     return Measurement(
-        both.reference,
-        both.clock,
-        both.ratio,
-        both.ratio_ci95,
-        (*both.flags, *flags),
-        both.fingerprint,
-        both.undisturbed_p50_ms,
-        both.disturbance,
+        latency=both.reference,
+        clock=both.clock,
+        control_ratio=both.ratio,
+        control_ci95=both.ratio_ci95,
+        flags=(*both.flags, *flags),
+        fingerprint=both.fingerprint,
+        undisturbed_p50_ms=both.undisturbed_p50_ms,
+        disturbance=both.disturbance,
     )
 
 

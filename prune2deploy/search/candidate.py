@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +216,8 @@ def _assemble(shop: Workshop, name: tuple[int, str], plan: Plan, module: nn.Modu
         tell=told.append,
     )
     shop.say("simplifying", number)
-    report = _simplified(shop, exported)
+    samples = _random_samples(shop, exported)
+    report = simplify.simplify(exported, folder / "simplified.onnx", samples=samples)
     onnx, lowered = _lower(shop, report.path, name)
     shop.say("building", number)
     if shop.backend.takes_program:
@@ -228,25 +229,19 @@ def _assemble(shop: Workshop, name: tuple[int, str], plan: Plan, module: nn.Modu
         borders = _check(shop, module, exported, (engine, lowered), told)
     left = shop.graph.without(plan.removed)
     return Built(
-        number,
-        step,
-        plan,
-        left.params(plan.counts),
-        left.macs(plan.counts),
-        onnx.stat().st_size,
-        _inside(shop.run, onnx),
-        _inside(shop.run, engine.path),
-        time.monotonic() - started,
-        borders,
-        (*told, *_notes(report, lowered)),
-        lowered,
+        number=number,
+        step=step,
+        plan=plan,
+        params=left.params(plan.counts),
+        macs=left.macs(plan.counts),
+        bytes=onnx.stat().st_size,
+        onnx=_inside(shop.run, onnx),
+        engine=_inside(shop.run, engine.path),
+        seconds=time.monotonic() - started,
+        borders=borders,
+        notes=(*told, *_notes(report, lowered)),
+        lowered=lowered,
     )
-
-
-def _simplified(shop: Workshop, exported: Path) -> SimplifyReport:
-    """Simplify a file, compared on an input that the model takes."""
-    samples = _random_samples(shop, exported)
-    return simplify.simplify(exported, exported.with_name("simplified.onnx"), samples=samples)
 
 
 def _notes(report: SimplifyReport, lowered: Lowered | None) -> tuple[str, ...]:
@@ -272,10 +267,10 @@ def _lower(shop: Workshop, path: Path, name: tuple[int, str]) -> tuple[Path, Low
     shop.say(f"converting to {wanted}", number)
     whole = number == 0 or step == "final"
     wish = Wish(
-        wanted,
-        shop.backend.int8_recipe(shop.target),
-        shop.batches,
-        _kept_before(shop, path),
+        precision=wanted,
+        recipe=shop.backend.int8_recipe(shop.target),
+        batches=shop.batches,
+        keep=_kept_before(shop, path),
         quick=step == "probe" or (wanted == "int8" and not whole),
         max_drop=shop.max_drop,
         store=path.with_name("ranges.json"),
@@ -344,11 +339,7 @@ def require(borders: Sequence[Border]) -> None:
 
 def cast(run: parity.Runner, inputs: Sequence[TensorSpec]) -> parity.Runner:
     """Have ``run`` take its inputs in any type: an fp16 engine wants fp16."""
-
-    def cast_and_run(feeds: Mapping[str, Any]) -> Mapping[str, Any]:
-        return run({s.name: feeds[s.name].astype(s.dtype, copy=False) for s in inputs})
-
-    return cast_and_run
+    return lambda feeds: run({s.name: feeds[s.name].astype(s.dtype, copy=False) for s in inputs})
 
 
 def _samples(shop: Workshop, exported: Path) -> Sequence[Mapping[str, Any]]:
@@ -366,11 +357,6 @@ def _random_samples(shop: Workshop, path: Path) -> Sequence[Mapping[str, Any]]:
     """One random input of a file that the model takes, as far as the example tells."""
     example = parity.as_sample(shop.example_inputs, shop.input_names)
     return parity.random_samples(path, like=example)
-
-
-def with_precision(target: Target, wanted: str | None) -> Target:
-    """The target with the precision that the run asks for."""
-    return target if wanted is None else replace(target, precision=wanted)
 
 
 def save_module(run: RunDir, module: nn.Module, example_inputs: tuple[Tensor, ...]) -> str:

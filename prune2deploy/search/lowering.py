@@ -192,15 +192,15 @@ def _described(path: Path, report: PrecisionReport, wish: Wish) -> Lowered:
     limit = parity.TOLERANCE[wish.precision] if wish.quick else report.parity.tolerance
     passed = report.parity.error <= limit if wish.quick else report.passed
     return Lowered(
-        report.precision,
-        report.kept,
-        replace(report.parity, tolerance=limit, passed=passed),
-        passed,
-        wish.quick,
-        report.samples,
-        plain[0] if plain else None,
-        own[0] if own else None,
-        own[1] if own else 0,
+        precision=report.precision,
+        kept=report.kept,
+        parity=replace(report.parity, tolerance=limit, passed=passed),
+        passed=passed,
+        quick=wish.quick,
+        samples=report.samples,
+        top1_fp32=plain[0] if plain else None,
+        top1=own[0] if own else None,
+        scored=own[1] if own else 0,
     )
 
 

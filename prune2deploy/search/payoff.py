@@ -93,13 +93,13 @@ def settle(shop: Workshop, *, asked: bool) -> tuple[Workshop, Payoff | None]:
 
     seen = shop.run.journal.once(f"00-baseline/{wanted}", Comparison, work)
     found = Payoff(
-        wanted,
-        seen.ratio,
-        seen.ratio_ci95,
-        seen.candidate.p50_ms,
-        seen.reference.p50_ms,
-        wanted,
-        asked,
+        precision=wanted,
+        ratio=seen.ratio,
+        ratio_ci95=seen.ratio_ci95,
+        p50_ms=seen.candidate.p50_ms,
+        fp32_p50_ms=seen.reference.p50_ms,
+        chosen=wanted,
+        asked=asked,
     )
     if found.slower and not asked:
         return plain, replace(found, chosen="fp32")
