@@ -21,7 +21,6 @@ from prune2deploy.calibration import filled
 from prune2deploy.errors import ExportError
 from prune2deploy.exporting import export, keeping, parity, program, simplify
 from prune2deploy.exporting.parity import Parity
-from prune2deploy.exporting.simplify import SimplifyReport
 from prune2deploy.graph.axes import Graph
 from prune2deploy.measure import Comparison, Goal
 from prune2deploy.plan.plan import Plan
@@ -204,29 +203,16 @@ class Profile:
 def _assemble(shop: Workshop, name: tuple[int, str], plan: Plan, module: nn.Module) -> Built:
     number, step = name
     started = time.monotonic()
-    folder = shop.run / f"{WORK}/{number:02d}-{step}"
-    shop.say("exporting", number)
-    told: list[str] = []
-    exported = export.to_onnx(
-        module.eval(),
-        shop.example_inputs,
-        folder / "exported.onnx",
-        input_names=shop.input_names,
-        output_names=shop.output_names,
-        tell=told.append,
-    )
-    shop.say("simplifying", number)
-    samples = _random_samples(shop, exported)
-    report = simplify.simplify(exported, folder / "simplified.onnx", samples=samples)
-    onnx, lowered = _lower(shop, report.path, name)
+    notes: list[str] = []
+    exported, onnx, lowered = _export(shop, name, module.eval(), notes)
     shop.say("building", number)
     if shop.backend.takes_program:
         program.save(module, shop.example_inputs, onnx.with_suffix(".pt2"), shop.target.precision)
-    engine = shop.backend.build(onnx, shop.target, folder / "engine")
+    engine = shop.backend.build(onnx, shop.target, onnx.with_name("engine"))
     borders: tuple[Border, ...] = ()
     if step != "probe":
         shop.say("checking", number)
-        borders = _check(shop, module, exported, (engine, lowered), told)
+        borders = _check(shop, module, exported, (engine, lowered), notes)
     left = shop.graph.without(plan.removed)
     return Built(
         number=number,
@@ -239,14 +225,39 @@ def _assemble(shop: Workshop, name: tuple[int, str], plan: Plan, module: nn.Modu
         engine=_inside(shop.run, engine.path),
         seconds=time.monotonic() - started,
         borders=borders,
-        notes=(*told, *_notes(report, lowered)),
+        notes=tuple(notes),
         lowered=lowered,
     )
 
 
-def _notes(report: SimplifyReport, lowered: Lowered | None) -> tuple[str, ...]:
-    simplified = f"simplification: {report.note}" if report.note else ""
-    return tuple(note for note in (simplified, lowered.text() if lowered else "") if note)
+def _export(
+    shop: Workshop, name: tuple[int, str], module: nn.Module, notes: list[str]
+) -> tuple[Path, Path, Lowered | None]:
+    """Export, simplify, and bring to the precision of the run; adds to ``notes``.
+
+    Returns:
+        The file as exported, the file to build from, and how that came to its precision.
+    """
+    number, step = name
+    folder = shop.run / f"{WORK}/{number:02d}-{step}"
+    shop.say("exporting", number)
+    exported = export.to_onnx(
+        module,
+        shop.example_inputs,
+        folder / "exported.onnx",
+        input_names=shop.input_names,
+        output_names=shop.output_names,
+        tell=notes.append,
+    )
+    shop.say("simplifying", number)
+    samples = _random_samples(shop, exported)
+    report = simplify.simplify(exported, folder / "simplified.onnx", samples=samples)
+    if report.note:
+        notes.append(f"simplification: {report.note}")
+    onnx, lowered = _lower(shop, report.path, name)
+    if lowered is not None:
+        notes.append(lowered.text())
+    return exported, onnx, lowered
 
 
 def _inside(run: RunDir, path: Path) -> str:
