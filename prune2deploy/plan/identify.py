@@ -17,6 +17,7 @@ from fractions import Fraction
 from prune2deploy.graph.axes import Counts, Graph, Layer, Polynomial
 from prune2deploy.plan.pairing import Seen
 from prune2deploy.plan.work import (
+    NO_WORK,
     Form,
     Work,
     channel_dim,
@@ -104,9 +105,8 @@ class Identifier:
         return Identified(seen, work, signature(first.kind, inputs, outputs), True, present)
 
     def _constant(self, seen: Seen) -> Identified:
-        none = Polynomial.constant(0)
         signature = f"{seen.kind}:{seen.name}"
-        return Identified(seen, Work(none, none, none), signature, False, len(seen.timings))
+        return Identified(seen, NO_WORK, signature, False, len(seen.timings))
 
     def _forms(
         self, vectors: list[list[Vector]], builds: tuple[int, ...], layer: Layer | None

@@ -41,6 +41,11 @@ class Work:
         return self.macs.axes | self.read.axes | self.written.axes
 
 
+NOTHING = Polynomial.constant(0)
+NO_WORK = Work(NOTHING, NOTHING, NOTHING)
+"""What an operator does whose time depends on no axis."""
+
+
 def is_convolution(kind: str) -> bool:
     """Whether a runtime's operator type is a convolution (which runs in channel blocks)."""
     return any(word in kind.lower() for word in _CONVOLUTIONS)
@@ -99,7 +104,7 @@ def work_of(
     """
     written = _sum(total(form) for form in outputs)
     if not contracts(kind) or not inputs or not outputs:
-        return Work(Polynomial.constant(0), _sum(total(form) for form in inputs), written)
+        return Work(NOTHING, _sum(total(form) for form in inputs), written)
     if weight is not None:
         positions = inputs[0][2:] if is_transposed(kind) else outputs[0][2:]
         macs = total(inputs[weight]) * total(positions) * outputs[0][0]
@@ -127,4 +132,4 @@ def signature(kind: str, inputs: Sequence[Form], outputs: Sequence[Form]) -> str
 
 
 def _sum(parts: Iterable[Polynomial]) -> Polynomial:
-    return sum(parts, Polynomial.constant(0))
+    return sum(parts, NOTHING)
