@@ -191,13 +191,9 @@ def _alike(seen: Seen) -> Seen:
     A module that was captured may lack an input that the model's own code has (a bias that was
     folded, say), and the unpruned build is of the model's own code.
     """
-    ranks = {build: _ranks(timing) for build, timing in seen.timings.items()}
+    ranks = {build: timing.ranks for build, timing in seen.timings.items()}
     common = Counter(ranks.values()).most_common(1)[0][0]
     return replace(seen, timings={b: t for b, t in seen.timings.items() if ranks[b] == common})
-
-
-def _ranks(timing: OperatorTiming) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    return tuple(map(len, timing.input_shapes)), tuple(map(len, timing.output_shapes))
 
 
 def _primitive(vector: Vector) -> Vector:
