@@ -102,8 +102,8 @@ def build(arguments: argparse.Namespace, progress: Progress) -> Reply:
         out.mkdir(parents=True, exist_ok=True)
     from prune2deploy.search import lowering
 
-    wish = lowering.Wish(target.precision, backend.int8_recipe(target))
-    lowered = lowering.file(arguments.onnx, out, wish, (arguments.data, progress))
+    options = lowering.LoweringOptions(target.precision, backend.int8_recipe(target))
+    lowered = lowering.lower_file(arguments.onnx, out, options, arguments.data, progress)
     engine = backend.build(lowered.path, target, out)
     document = {
         "engine": str(engine.path.resolve()),

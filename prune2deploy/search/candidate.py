@@ -27,7 +27,7 @@ from prune2deploy.plan.plan import Plan
 from prune2deploy.progress import Progress, Step
 from prune2deploy.rundir import WORK, RunDir
 from prune2deploy.search import lowering
-from prune2deploy.search.lowering import Lowered, Wish
+from prune2deploy.search.lowering import Lowered, LoweringOptions
 from prune2deploy.surgery.slicing import apply as apply_plan
 from prune2deploy.target import Target
 from prune2deploy.timing import OperatorTiming
@@ -277,7 +277,7 @@ def _lower(shop: Workshop, path: Path, name: tuple[int, str]) -> tuple[Path, Low
         return path.rename(out), None
     shop.say(f"converting to {wanted}", number)
     whole = number == 0 or step == "final"
-    wish = Wish(
+    options = LoweringOptions(
         precision=wanted,
         recipe=shop.backend.int8_recipe(shop.target),
         batches=shop.batches,
@@ -287,7 +287,7 @@ def _lower(shop: Workshop, path: Path, name: tuple[int, str]) -> tuple[Path, Low
         store=path.with_name("ranges.json"),
         samples=_random_samples(shop, path),
     )
-    return out, lowering.lower(path, out, wish)
+    return out, lowering.lower(path, out, options)
 
 
 def _kept_before(shop: Workshop, path: Path) -> tuple[str, ...]:

@@ -45,7 +45,7 @@ from prune2deploy.search.job import (
     unfilled,
 )
 from prune2deploy.search.learning import COVERED, Lessons
-from prune2deploy.search.planning import Question, Wanted
+from prune2deploy.search.planning import PlanRequest, Proposal
 
 
 class Search:
@@ -260,7 +260,7 @@ class Search:
             number = self.next
             self.model = self.lessons.fit()
             try:
-                wanted = self._wanted(number)
+                proposal = self._proposal(number)
             except CapTooTightError:
                 if not self._shorten():
                     raise
@@ -268,14 +268,14 @@ class Search:
             except SmallestMisses:
                 self.floor_missed = True
                 continue
-            if wanted is None:
+            if proposal is None:
                 break
-            built = candidate.build(self.shop, number, "correction", self._plan(wanted.counts))
-            attempt = self.measure(built, wanted.predicted_ms)
+            built = candidate.build(self.shop, number, "correction", self._plan(proposal.counts))
+            attempt = self.measure(built, proposal.predicted_ms)
             self.attempts.append(attempt)
-            self.curve = wanted.curve or self.curve
-            self.ranked += wanted.ranked if wanted.ranked > 1 else 0
-            self.floor_missed = wanted.floor and attempt.verdict != "met"
+            self.curve = proposal.curve or self.curve
+            self.ranked += proposal.ranked if proposal.ranked > 1 else 0
+            self.floor_missed = proposal.floor and attempt.verdict != "met"
             self.lessons.keep()
         self.model = self.lessons.fit()
         self.notes += self.lessons.timings.notes
@@ -301,20 +301,20 @@ class Search:
         speed = self.baseline.p50_ms / seen.reference.p50_ms
         return self.budget.latency_ms * speed * seen.candidate.p50_ms / last.value_ms
 
-    def _wanted(self, number: int) -> Wanted | None:
+    def _proposal(self, number: int) -> Proposal | None:
         """The counts of build ``number``: from the journal, else allocated; None if all tried."""
 
-        def work() -> Wanted | None:
+        def work() -> Proposal | None:
             self.shop.say("planning", number)
             return self._allocate()
 
-        return self.shop.run.journal.maybe(f"{number:02d}-correction/wanted", Wanted, work)
+        return self.shop.run.journal.maybe(f"{number:02d}-correction/wanted", Proposal, work)
 
-    def _allocate(self) -> Wanted | None:
+    def _allocate(self) -> Proposal | None:
         """The best plan that was not tried; ``None`` when there is no other worth a build."""
         problem, rank = self.problem(), self.rank
         return planning.propose(
-            Question(
+            PlanRequest(
                 problem,
                 aim(problem.budget_ms, self._half_width()),
                 self.lessons.tried,

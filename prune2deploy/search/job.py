@@ -23,7 +23,7 @@ from prune2deploy.plan.plan import Plan
 from prune2deploy.progress import Progress, silent
 from prune2deploy.recover import Finetuned
 from prune2deploy.rundir import RunDir
-from prune2deploy.search.accuracy import Accuracy
+from prune2deploy.search.accuracy import Top1
 from prune2deploy.search.candidate import Built
 from prune2deploy.search.payoff import Payoff
 from prune2deploy.target import Target
@@ -162,7 +162,7 @@ class Outcome:
     whole: LatencyModel | None = None
     multiple_source: str = "detected on this machine"
     gap: Gap | None = None
-    accuracy: Accuracy | None = None
+    accuracy: Top1 | None = None
     starved: bool = False
     superseded: tuple[Built, ...] = ()
 
