@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from prune2deploy import __version__, config
 from prune2deploy.errors import ConfigError
+from prune2deploy.target import PRECISIONS
 
 PURPOSE = """Prune a PyTorch model until its measured latency on the target device meets a budget.
 
@@ -93,8 +94,8 @@ def path(text: str) -> Path:
 
 def precision(text: str) -> str:
     """Read the name of a precision."""
-    if text not in config.PRECISIONS:
-        told = f"found {text!r}, expected one of {', '.join(config.PRECISIONS)}"
+    if text not in PRECISIONS:
+        told = f"found {text!r}, expected one of {', '.join(PRECISIONS)}"
         raise argparse.ArgumentTypeError(told)
     return text
 
@@ -145,7 +146,7 @@ def _precision(to: argparse.ArgumentParser) -> None:
     to.add_argument(
         "--precision",
         type=precision,
-        metavar="|".join(config.PRECISIONS),
+        metavar="|".join(PRECISIONS),
         help="of weights and arithmetic (default: the target's)",
     )
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from prune2deploy.errors import ConfigError
+from prune2deploy.target import PRECISIONS
 
-PRECISIONS = ("fp32", "fp16", "int8")
 PERCENTILES = (50, 95, 99)
 _BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
 _WEIGHTS = 0.98  # of a file, at least; names and structure are the rest

@@ -80,8 +80,7 @@ def _staircase(arguments: argparse.Namespace, progress: Progress) -> Reply:
     from prune2deploy.search import probing, recall
 
     target, backend = listing.usable(arguments.target)
-    place = None if arguments.no_cache else recall.folder()
-    timings = recall.Timings(place, recall.context(target, backend))
+    timings = recall.timings(target, backend, cache=not arguments.no_cache)
     found = probing.probe(target, backend, timings, progress)
     written = probing.write(target, found, arguments.out or Path())
     lines = ["", *(f"written {shown(path)}" for path in written), *timings.notes]

@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import io
 from collections.abc import Iterable
+from operator import itemgetter
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -72,13 +73,11 @@ def code_digest(model: nn.Module) -> str:
     kinds = {kind for module in model.modules() for kind in type(module).__mro__}
     for kind in kinds - {*nn.Module.__mro__}:
         functions = [(name, _function(value)) for name, value in vars(kind).items()]
-        text = "".join(f"{n}{_code(f, set())}" for n, f in sorted(functions, key=_name) if f)
+        text = "".join(
+            f"{n}{_code(f, set())}" for n, f in sorted(functions, key=itemgetter(0)) if f
+        )
         found.add(f"{kind.__qualname__}{text}")
     return hashlib.sha256("".join(sorted(found)).encode()).hexdigest()
-
-
-def _name(pair: tuple[str, Any]) -> str:
-    return pair[0]
 
 
 def _settings(part: nn.Module) -> str:

@@ -15,8 +15,9 @@ from typing import Any
 from prune2deploy.backends import registry
 from prune2deploy.backends.base import Engine
 from prune2deploy.backends.feeds import random_feeds
-from prune2deploy.measure import child, run, samples
-from prune2deploy.measure.goal import Goal
+from prune2deploy.measure import child, samples
+from prune2deploy.measure.deadline import Goal
+from prune2deploy.measure.sample import interleaved
 from prune2deploy.measure.samples import Samples
 from prune2deploy.measure.summary import Comparison, LatencyStats, off, summarise
 from prune2deploy.target import Target
@@ -154,7 +155,7 @@ def _take(
     """Take the samples where they belong: simulated ones here, real ones in a child process."""
     backend = registry.for_target(target)
     if backend.simulated:
-        taken = run.interleaved(backend, engines, target, goal=goal)
+        taken = interleaved(backend, engines, target, goal=goal)
         if raw_path is not None:
             samples.save(taken, raw_path)
         return taken

@@ -1,6 +1,6 @@
 """Take interleaved samples of engines until the statistics allow to stop.
 
-In: functions that open prepared sessions, a policy, a clock. Out: raw ``Samples``.
+In: the engines of one comparison, their target and its measuring policy. Out: raw ``Samples``.
 
 Rounds run every session once in a random order and once in the reverse one; rounds make blocks of
 at least ``BLOCK_NS``. Sessions are opened afresh for every block, because where an engine's
@@ -15,14 +15,16 @@ import gc
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from statistics import median
 
 import numpy as np
 
-from prune2deploy.backends.base import Sample, Session
+from prune2deploy.backends.base import Backend, Engine, Sample, Session
+from prune2deploy.backends.feeds import random_feeds
 from prune2deploy.measure import host, stats
-from prune2deploy.measure.clock import Clock
-from prune2deploy.measure.goal import Goal
+from prune2deploy.measure.clock import Clock, RealClock, SimulatedClock
+from prune2deploy.measure.deadline import Goal
 from prune2deploy.measure.samples import NOISE, Samples
 from prune2deploy.measure.summary import choose_clock, effects, judgeable, times
 from prune2deploy.target import MeasurePolicy, Target
@@ -42,6 +44,34 @@ _SIMULATED_ROUNDS = 2
 
 def silent() -> None:
     """No heartbeat."""
+
+
+def interleaved(
+    backend: Backend,
+    engines: tuple[Engine, Engine],
+    target: Target,
+    *,
+    goal: Goal | None,
+    heartbeat: Callable[[], None] = silent,
+) -> Samples:
+    """Open candidate and reference (twice, if the policy wants a control) and sample them."""
+
+    def opener(engine: Engine) -> Session:
+        own = replace(target, precision=engine.precision or target.precision)
+        with ExitStack() as unfinished:
+            session = unfinished.enter_context(backend.open(engine, own))
+            session.prepare(random_feeds(session.inputs, seed=0))
+            unfinished.pop_all()
+        return session
+
+    chosen = [*engines, engines[1]] if target.measure.control else list(engines)
+    clock = SimulatedClock() if backend.simulated else RealClock()
+    openers = [partial(opener, engine) for engine in chosen]
+    sampler = Sampler(openers, target, clock, simulated=backend.simulated, heartbeat=heartbeat)
+    taken = sampler.collect(goal)
+    facts = {} if backend.simulated else host.fingerprint()
+    facts.update(versions=backend.versions(), threads=target.threads, target=target.sha256)
+    return replace(taken, notes={**taken.notes, "fingerprint": facts})
 
 
 class Sampler:

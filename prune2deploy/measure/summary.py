@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from prune2deploy.measure import stats
-from prune2deploy.measure.goal import Goal
+from prune2deploy.measure.deadline import Goal
 from prune2deploy.measure.samples import CPU, DEVICE, WALL, Ints, Samples
 from prune2deploy.measure.stats import Floats
 from prune2deploy.target import Target

@@ -22,8 +22,9 @@ from prune2deploy.backends import registry
 from prune2deploy.backends.base import Backend, Engine
 from prune2deploy.backends.feeds import random_feeds
 from prune2deploy.errors import Prune2DeployError
-from prune2deploy.measure import run, samples
-from prune2deploy.measure.goal import Goal
+from prune2deploy.measure import samples
+from prune2deploy.measure.deadline import Goal
+from prune2deploy.measure.sample import interleaved
 from prune2deploy.target import Target
 
 ALIVE = {"alive": True}
@@ -63,7 +64,7 @@ def _compare(spec: Mapping[str, Any], say: Any) -> dict[str, Any]:
     target, backend, (candidate, reference) = _context(spec)
 
     goal = None if spec["goal"] is None else Goal(**spec["goal"])
-    taken = run.interleaved(
+    taken = interleaved(
         backend,
         (candidate, reference),
         target,

@@ -33,7 +33,7 @@ from prune2deploy.graph.axes import Graph
 from prune2deploy.graph.calling import device_of, quiet, run, stored_tensors, tensors_in
 from prune2deploy.graph.recording import Recording
 from prune2deploy.plan.plan import Plan
-from prune2deploy.recover.batchnorm import reestimate_batchnorm
+from prune2deploy.recover.batchnorm import reestimate_batchnorm, storage
 from prune2deploy.recover.contractions import Contraction, contraction, last_weights, positions_of
 from prune2deploy.recover.distance import apart, outputs
 from prune2deploy.recover.least_squares import correction
@@ -246,7 +246,7 @@ class _Watch(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         self.samples = samples
         self.reads: Counter[str] = Counter()
-        stored = [(_storage(tensor), name) for name, tensor in stored_tensors(module)]
+        stored = [(storage(tensor), name) for name, tensor in stored_tensors(module)]
         shared = Counter(place for place, _ in stored)
         self._names = {place: name for place, name in stored if shared[place] == 1}
 
@@ -262,7 +262,7 @@ class _Watch(TorchDispatchMode):
 
     def name(self, tensor: Tensor | None) -> str | None:
         """Of the stored tensor that a tensor is, or is a view of."""
-        return None if tensor is None else self._names.get(_storage(tensor))
+        return None if tensor is None else self._names.get(storage(tensor))
 
     def see(self, name: str, call: Contraction, made: Tensor) -> bool:
         """Hear of a linear operator; whether it has to be computed again."""
@@ -348,7 +348,3 @@ class _Correcting(_Watch):
         call.add(change)
         self.changed += 1
         return True
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()

@@ -14,7 +14,7 @@ from prune2deploy.journal import encode
 from prune2deploy.measure import samples as raw
 from prune2deploy.measure import summary
 from prune2deploy.measure.clock import Clock, SimulatedClock
-from prune2deploy.measure.goal import Goal
+from prune2deploy.measure.deadline import Goal
 from prune2deploy.measure.sample import WARM_RUNS, Sampler
 from prune2deploy.target import MeasurePolicy
 

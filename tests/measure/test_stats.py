@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from prune2deploy.measure import stats
-from prune2deploy.measure.verdict import verdict
+from prune2deploy.measure.deadline import verdict
 from prune2deploy.target import MeasurePolicy
 
 from .simulated import Host, logarithms
