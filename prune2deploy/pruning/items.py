@@ -191,8 +191,8 @@ class Builder:
             if idxs:
                 return partial(prune, module, idxs)
         raise PruneError(
-            f"{path}: found the channels that its own pruner has to remove neither in its input nor "
-            "in its output"
+            f"{path}: the channels that its own pruner has to remove are in neither its input "
+            "nor its output"
         )
 
     def _through(self, path: str, removal: Mapping[str, Channels], *, out: bool) -> list[int]:
