@@ -41,12 +41,12 @@ from prune2deploy.search.job import Job
 from prune2deploy.surgery.slicing import apply as apply_plan
 from prune2deploy.sweep import uniform_counts
 
-_ALONE = threading.RLock()  # recording and exporting set state of torch that all threads share
+_ALONE = threading.RLock()  # recording and exporting change state of torch that threads share
 
 
 @contextlib.contextmanager
 def _entry() -> Iterator[None]:
-    """What stands around every function here: one call at a time, errors in the words of Python."""
+    """Stand around every public function: one call at a time, errors name Python parameters."""
     with _ALONE, in_python():
         yield
 
@@ -279,7 +279,7 @@ def prune_to_budget(
 
 
 def _inputs(model: nn.Module, example: object, finetune: object) -> tuple[Tensor, ...]:
-    """The positional arguments of the forward pass; checks model and training function too."""
+    """Check model and training function; return the positional arguments of the forward pass."""
     _require_values(model)
     given = example if isinstance(example, tuple | list) else (example,)
     others = [
@@ -321,7 +321,7 @@ def _require_there(model: nn.Module) -> None:
 
 
 def _check_kinds(extras: Extras) -> None:
-    """Raise ConfigError where a setting is none, or of another kind."""
+    """Raise ConfigError at an unknown setting, or one of the wrong type."""
     for key in extras:
         config.one_of("prune_to_budget", key, Extras.__annotations__)
     flags = {"cache": extras.get("cache", True), "resume": extras.get("resume", False)}

@@ -170,7 +170,14 @@ def _working(
     ending: str,
     progress: Progress,
 ) -> Iterator[Job]:
-    """Check, load and hold what a run or a sweep works on; ``ending`` is of the folder's name."""
+    """Check the options, load model and data, and hold the run directory meanwhile.
+
+    Args:
+        arguments: As parsed.
+        options: The same, checked.
+        ending: Last part of the name of a new run directory.
+        progress: Hears of notices and steps.
+    """
     from prune2deploy import listing
 
     target, _ = listing.usable(options.target)
@@ -199,7 +206,7 @@ def _working(
 
 
 def _purposes(options: RunOptions | SweepOptions, target: Target) -> set[str]:
-    """Check criterion and accuracy to keep; return what data is needed for."""
+    """Check the criterion and ``--max-drop``; return the purposes that data is needed for."""
     from prune2deploy.importance import CRITERIA, NAMES, require_data
 
     config.one_of("--importance", options.importance, NAMES)
@@ -216,7 +223,7 @@ def _purposes(options: RunOptions | SweepOptions, target: Target) -> set[str]:
 
 
 def _data(recipe: str | None, loaded: LoadedModel, purposes: set[str]) -> Any:
-    """Open the recipe and check that it is for everything that its data is needed for."""
+    """Open the recipe and check that it serves every purpose that data is needed for."""
     if recipe is None:
         return None
     from prune2deploy import calibration
@@ -228,7 +235,7 @@ def _data(recipe: str | None, loaded: LoadedModel, purposes: set[str]) -> Any:
 
 
 def _finetune(options: RunOptions | SweepOptions, loaded: LoadedModel, batches: Any) -> Any:
-    """The built-in fine-tuning, distilling from the model as it was; None without epochs."""
+    """The built-in fine-tuning, with the unpruned model as teacher; ``None`` without epochs."""
     if isinstance(options, SweepOptions) or not options.finetune_epochs:
         return None
     from prune2deploy.recover import FinetuneOptions, Training
@@ -255,7 +262,7 @@ def _identity(
 def _opened(
     arguments: argparse.Namespace, label: str, identity: dict[str, Any]
 ) -> Iterator[RunDir]:
-    """Hold the folder that was asked for; else a new one, or with ``--resume`` that of the run."""
+    """Hold the folder of ``--out``; without it a new one, or with ``--resume`` that of the run."""
     place = arguments.out or run_folder(label, identity, resume=arguments.resume)
     with RunDir(Path(place), identity, resume=arguments.resume) as held:
         try:

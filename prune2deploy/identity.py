@@ -1,7 +1,7 @@
-"""What a run works on, by content: one run may go on from another only where all of it agrees.
+"""Describes by content what a run works on: a run is resumed only where all of it agrees.
 
-In: a module, its example inputs, calibration data. Out: plain values. Names do not do: a file of
-weights, a model's source or a folder of pictures may change between two commands that are the same.
+In: a module, its example inputs, calibration data. Out: plain values. Names are not enough: a file
+of weights, a model's source or a folder of pictures may change between two equal commands.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def _bytes(value: Any) -> Any:
-    """The content of a tensor, or of what else a module keeps in its state."""
+    """The bytes of a tensor, or of anything else in a module's state."""
     plain = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
     if plain and value.is_meta:
         return b""
@@ -99,7 +99,7 @@ def _function(value: Any) -> FunctionType | None:
 
 
 def _code(function: FunctionType, seen: set[FunctionType]) -> str:
-    """A function, its defaults, and what it names of its own file."""
+    """A function, its defaults, and the functions and constants of its file that it names."""
     seen.add(function)
     given = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
     text = [_compiled(function.__code__)]
@@ -119,7 +119,7 @@ def _names(code: CodeType) -> tuple[str, ...]:
 
 
 def _compiled(value: Any) -> str:
-    """What a code object does, wherever its source stands; other constants as they are written."""
+    """A code object without line numbers and file names; other constants as Python writes them."""
     if isinstance(value, CodeType):
         constants = "".join(map(_compiled, value.co_consts))
         return f"{value.co_code.hex()}{value.co_names}{constants}"

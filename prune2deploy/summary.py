@@ -121,7 +121,7 @@ def _notes(outcome: Outcome) -> tuple[str, ...]:
 
 
 def _speeds(outcome: Outcome) -> tuple[str, ...]:
-    """What the machine's own changes of speed mean for a deadline in milliseconds."""
+    """A note where the machine changed its speed, which matters for a budget in milliseconds."""
     if outcome.final.budget.latency_ms is None:
         return ()
     references = (attempt.comparison.reference for attempt in outcome.attempts)
@@ -137,7 +137,7 @@ def _speeds(outcome: Outcome) -> tuple[str, ...]:
 
 
 def verdict_text(outcome: Outcome) -> str:
-    """The verdict in words; an unreachable budget is told with its floor."""
+    """The verdict in words; for an unreachable budget with the latency of the smallest plan."""
     told = VERDICTS[outcome.verdict]
     final = outcome.final
     if outcome.verdict == "uncertain" and final.budget.percentile != 50:

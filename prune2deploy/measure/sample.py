@@ -3,10 +3,10 @@
 In: the engines of one comparison, their target and its measuring policy. Out: raw ``Samples``.
 
 Rounds run every session once in a random order and once in the reverse one; rounds make blocks of
-at least ``BLOCK_NS``. Sessions are opened afresh for every block, because where an engine's
-buffers happen to lie in memory sways its latency by about one per cent until it is closed (measured
-with six copies of one network in one process); a ratio from a single opening would be wrong by
-that much however narrow its interval. Where opening is too slow for this they stay open.
+at least ``BLOCK_NS``. Sessions are opened afresh for every block, because the places of an engine's
+buffers in memory change its latency by about one per cent until it is closed (measured with six
+copies of one network in one process). A ratio from a single opening would be wrong by that much,
+however narrow its interval. Where opening is too slow for this, sessions stay open.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ def _profile(spec: Mapping[str, Any], say: Any) -> dict[str, Any]:
 
 
 def affordable(runs: int, seconds: float, limit: float) -> int:
-    """How many of ``runs`` of some seconds each fit into a limit, three at least."""
+    """How many of ``runs``, each of some seconds, fit into the limit; three at least."""
     return max(min(runs, 3), min(runs, int(limit / max(seconds, 1e-9))))
 
 

@@ -72,7 +72,7 @@ class Gap:
 
 
 class SmallestMisses(BudgetUnreachable):
-    """Even the least widths, without any block that may go, are predicted to miss the budget.
+    """Even the narrowest widths, without all removable blocks, are predicted to miss the budget.
 
     Attributes:
         floor_ms: Predicted latency of the fastest plan found.
@@ -270,7 +270,7 @@ def _result(problem: Problem, found: Found, method: str) -> Allocation:
 
 
 def _rising(points: list[tuple[float, float]]) -> Curve:
-    """The points that no other beats in both latency and worth."""
+    """The Pareto front: points that no other beats in both latency and worth."""
     best: list[tuple[float, float]] = []
     for ms, worth in sorted(points, key=lambda p: (p[0], -p[1])):
         if not best or worth > best[-1][1] + 1e-12:

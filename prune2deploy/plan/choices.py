@@ -1,4 +1,4 @@
-"""What an allocator chooses between: for every decision the widths it may take and their worth.
+"""What an allocator chooses between: the widths that every axis may take, and their worth.
 
 In: a graph and, per axis, a curve of worth over kept channels (retained importance, or minus the
 measured loss). Out: one choice per free axis or tie of axes, on the grid of widths that the
@@ -233,10 +233,10 @@ def allowed(size: int, step: int, least: int, limit: int) -> Ints:
 
 
 def leaving_choice(graph: Graph, multiple: int) -> int:
-    """``multiple``, halved until its narrowest widths save half of what any could.
+    """``multiple``, halved until the narrowest widths on its grid save enough work.
 
-    What is saved is counted in multiply-accumulates. A step that only layers of little work can
-    follow leaves no budget within reach.
+    Enough is half of the multiply-accumulates that the narrowest widths off any grid would save. A
+    step that only layers of little work can follow would put most budgets out of reach.
     """
     most = _saved(graph, 1)
     while multiple > 1 and _saved(graph, multiple) < _REACH * most:

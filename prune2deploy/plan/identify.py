@@ -1,4 +1,4 @@
-"""Match the operators of built engines to the graph by looking at how their shapes vary.
+"""Matches the operators of built engines to the graph by how their shapes vary.
 
 In: profiles of several builds of one architecture at different widths. Out: for every operator
 its symbolic shapes, i.e. each dimension as a formula of axis widths. A runtime's names need not

@@ -1,4 +1,4 @@
-"""The work of all operators as sums of products of chosen widths: what evaluating rests on.
+"""The work of all operators as sums of products of chosen widths, as ``evaluate`` needs it.
 
 In: a problem. Out: its limits, the monomials of every operator that a choice or a block changes,
 and what the others cost. Where parameters or multiply-accumulates are capped, every parameter and

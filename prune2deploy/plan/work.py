@@ -1,4 +1,4 @@
-"""How much work an operator does, as formulas of axis widths: what its time is fitted on.
+"""How much work an operator does, as formulas of axis widths; its time is fitted on that.
 
 In: the kind of an operator and its shapes, every dimension a formula. Out: multiply-accumulates,
 elements read and elements written, and a signature that says which operators may share costs.

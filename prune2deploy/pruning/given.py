@@ -1,4 +1,4 @@
-"""What callers hand over, as the graph needs it: layers, pruning functions, ways to run a model."""
+"""Turns what callers give (layers, pruning functions, forward functions) into what graphs need."""
 
 from __future__ import annotations
 

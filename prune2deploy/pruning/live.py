@@ -1,4 +1,4 @@
-"""A model that is pruned in place, with a graph that follows it by arithmetic alone.
+"""A model that is pruned in place, with a graph that is kept up to date without tracing again.
 
 ``prune2deploy.prune`` works on copies; here the caller's own module loses its channels. After each
 removal the graph is shrunk, not traced again: members keep the positions that stay, renumbered.

@@ -1,4 +1,4 @@
-"""Reconstruction: the weights that are left take over what the pruned ones did, no training.
+"""Reconstruction: the remaining weights are fitted to make up for the pruned ones, no training.
 
 In: a pruned module, the original, and calibration samples without labels. Out: the module's
 weights changed in place so that each layer gives again, from what is left of its inputs, what it
@@ -48,7 +48,7 @@ MEMORY = 2 << 30  # bytes, about, that activations and noted outputs may each ta
 LIVE = 4  # activations of the largest size that are alive at once, about
 ROWS = (4096, 32768)  # noted per layer: 16 per input, within these
 WIDEST = 8192  # inputs beyond which a layer is left alone: its normal equations would be too large
-JUDGING = 8  # one sample of so many has no part in fitting and judges the whole
+JUDGING = 8  # one sample in so many is held out of fitting, and judges the result
 CHUNK = 32  # samples, when statistics are taken
 SAME = 1e-10  # of the outputs' energy: what is missing less than this needs no correction
 
@@ -279,7 +279,7 @@ class _Listening(_Watch):
         self._stored = dict(stored_tensors(module))
         self._kept, self._factors, self._rows = kept, factors, rows
         self._noted: dict[str, _Noted] = {}
-        self._dice = torch.Generator().manual_seed(0)
+        self._random = torch.Generator().manual_seed(0)
 
     def once(self) -> dict[str, _Noted]:
         """What was noted of stored tensors that are read once."""
@@ -293,7 +293,7 @@ class _Listening(_Watch):
             return False
         wanted = max(ROWS[0], 16 * call.weight.numel() // made.shape[call.channel_dim])
         some = min(count, math.ceil(min(wanted, self._rows) / self.samples))
-        positions = torch.randperm(count, generator=self._dice)[:some].to(made.device)
+        positions = torch.randperm(count, generator=self._random)[:some].to(made.device)
         given = call.rows_out(made, self.samples, positions)
         if name in self._factors:  # the pruned layer gives so many times as much
             factor = self._factors[name].movedim(dim, 0).flatten(1)[:, 0]

@@ -1,4 +1,4 @@
-"""What accuracy the shipped file keeps, where the data of the run has class labels.
+"""Top-1 accuracy before and after, where the data of the run has class labels.
 
 In: the unpruned build and the one that is shipped. Out: top-1 of both ONNX files on the same
 samples. These are samples of the run's own data: where the run trains on them, they flatter it.

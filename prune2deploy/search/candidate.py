@@ -37,7 +37,7 @@ PROFILE_RUNS = 30
 
 @dataclass(frozen=True)
 class Border:
-    """Agreement at one border between two stages."""
+    """Parity of two stages that follow each other."""
 
     stages: str
     parity: Parity
@@ -132,7 +132,7 @@ class Workshop:
 
 
 def baseline(shop: Workshop) -> Built:
-    """Build the unpruned model; in a lower precision than fp32 it is a build of its own."""
+    """Build the unpruned model. Its build in a precision below fp32 has a name of its own."""
     wanted = shop.target.precision
     return build(shop, 0, "baseline" if wanted == "fp32" else f"baseline-{wanted}", Plan({}))
 

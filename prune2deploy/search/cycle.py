@@ -76,7 +76,7 @@ class Search:
         self.ranked = 0
 
     def unpruned(self) -> None:
-        """Where the budget is in milliseconds, see first whether the model as it is meets it."""
+        """For a budget in milliseconds, see first whether the unpruned model meets it already."""
         limit = self.budget.latency_ms
         if limit is None or self.baseline.p50_ms > limit or not self._within_caps():
             return
@@ -106,7 +106,7 @@ class Search:
 
     @property
     def done(self) -> bool:
-        """Whether an attempt meets the budget and fills it, or needs no pruning at all."""
+        """Whether an attempt meets and fills the budget, or the unpruned model meets it."""
         return any(a.filled or (a.verdict == "met" and a.built.number == 0) for a in self.attempts)
 
     @property
@@ -203,10 +203,10 @@ class Search:
 
     @property
     def _removable(self) -> tuple[Block, ...]:
-        """Blocks that may still go.
+        """Blocks that may still be taken out.
 
-        None where layers may lose only a part of their channels, or where the runtime does not
-        tell operators apart, so that nothing is known of what a block costs.
+        None where ``max_pruning_ratio`` limits what a layer may lose, or where the runtime has no
+        profile of single operators, so that the cost of a block is unknown.
         """
         stay = self.options.max_pruning_ratio is not None or not self.baseline.profile
         return () if stay else depth.removable(self.graph)

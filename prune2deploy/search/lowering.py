@@ -40,13 +40,13 @@ from prune2deploy.exporting.precision import Int8Options, PrecisionReport
 from prune2deploy.exporting.ranges import feeds
 from prune2deploy.progress import Progress, tell
 
-QUICK_SAMPLES = 8  # that int8 ranges come from while only latency matters
-SCORED_SAMPLES = 512  # at most, that the accuracy of a file is taken on
+QUICK_SAMPLES = 8  # samples for int8 ranges where only latency matters
+SCORED_SAMPLES = 512  # most samples that the accuracy of a file is taken on
 
 
 @dataclass(frozen=True, eq=False)
 class LoweringOptions:
-    """What a file is to become.
+    """How to bring a file to a lower precision.
 
     Attributes:
         precision: ``fp16`` or ``int8``.
@@ -72,7 +72,7 @@ class LoweringOptions:
 
 @dataclass(frozen=True)
 class Lowered:
-    """How a file came to its precision.
+    """What bringing a file to its precision took.
 
     Attributes:
         precision: ``fp16`` or ``int8``.

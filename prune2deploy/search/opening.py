@@ -23,7 +23,7 @@ from prune2deploy.search import candidate
 from prune2deploy.search.candidate import Workshop
 from prune2deploy.search.job import Baseline, Job
 
-_RUN_ON = ("importance", "bn", "sensitivity", "finetune")  # purposes whose data the model is run on
+_RUN_ON = ("importance", "bn", "sensitivity", "finetune")  # purposes that run the model on data
 
 
 def open_workshop(
@@ -65,7 +65,7 @@ def open_workshop(
 
 
 def _check_batch(job: Job) -> None:
-    """Give the model one sample of data more than its example inputs hold.
+    """Run the model on one sample more than its example inputs hold: it must take any batch.
 
     Raises:
         ConfigError: It fails, and the data serves a purpose for which it is given to the model.
