@@ -41,12 +41,12 @@ from prune2deploy.search.job import Job
 from prune2deploy.surgery.slicing import apply as apply_plan
 from prune2deploy.sweep import uniform_counts
 
-_ALONE = threading.RLock()  # recording and exporting set state of torch that all threads share
+_ALONE = threading.RLock()  # recording and exporting change state of torch that threads share
 
 
 @contextlib.contextmanager
 def _entry() -> Iterator[None]:
-    """What stands around every function here: one call at a time, errors in the words of Python."""
+    """Stand around every public function: one call at a time, errors name Python parameters."""
     with _ALONE, in_python():
         yield
 
@@ -252,35 +252,34 @@ def prune_to_budget(
     options = _options(name, str(target), (budget_ms, speedup), extras)
     profile = targets.load(target)
     batches, resume = given_batches(extras.get("batches")), extras.get("resume", False)
-    names = (
-        _names("input_names", extras.get("input_names")),
-        _names("output_names", extras.get("output_names")),
-    )
+    input_names = _names("input_names", extras.get("input_names"))
+    output_names = _names("output_names", extras.get("output_names"))
     identity = {
         **options.identity(),
         "profile": profile.sha256,
         "finetune": finetune is not None,
-        "names": names,
+        "names": (input_names, output_names),
         "content": content(model, inputs, extras.get("batches")),
     }
     label = f"{name}-{profile.name}-{options.budget.label}"
     place = extras.get("run_dir") or run_folder(label, identity, resume=resume)
     with RunDir(Path(place), identity, resume=resume) as run:
         job = Job(
-            model,
-            inputs,
-            profile,
-            run,
-            batches,
-            finetune,
-            *names,
-            extras.get("progress") or silent,
+            module=model,
+            example_inputs=inputs,
+            target=profile,
+            run=run,
+            batches=batches,
+            finetune=finetune,
+            input_names=input_names,
+            output_names=output_names,
+            progress=extras.get("progress") or silent,
         )
         return carry_out(job, options, name)
 
 
 def _inputs(model: nn.Module, example: object, finetune: object) -> tuple[Tensor, ...]:
-    """The positional arguments of the forward pass; checks model and training function too."""
+    """Check model and training function; return the positional arguments of the forward pass."""
     _require_values(model)
     given = example if isinstance(example, tuple | list) else (example,)
     others = [
@@ -322,7 +321,7 @@ def _require_there(model: nn.Module) -> None:
 
 
 def _check_kinds(extras: Extras) -> None:
-    """Raise ConfigError where a setting is none, or of another kind."""
+    """Raise ConfigError at an unknown setting, or one of the wrong type."""
     for key in extras:
         config.one_of("prune_to_budget", key, Extras.__annotations__)
     flags = {"cache": extras.get("cache", True), "resume": extras.get("resume", False)}
@@ -375,12 +374,12 @@ def carry_out(job: Job, options: RunOptions, name: str) -> Result:
     if not outcome.starved:  # else --resume with more builds goes on from them
         job.run.clear_work()
     return Result(
-        outcome.module,
-        outcome.final.built.plan,
-        report.met,
-        outcome.verdict,
-        outcome.final.comparison,
-        tuple(a.comparison for a in outcome.attempts),
-        report,
-        job.run.path,
+        module=outcome.module,
+        plan=outcome.final.built.plan,
+        met=report.met,
+        verdict=outcome.verdict,
+        measurement=outcome.final.comparison,
+        measurements=tuple(a.comparison for a in outcome.attempts),
+        report=report,
+        run_dir=job.run.path,
     )

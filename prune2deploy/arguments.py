@@ -1,4 +1,4 @@
-"""The arguments of every command: what there is, how it is read, and what is said of a wrong one.
+"""The arguments of every command: their declaration, their parsing, and errors about wrong ones.
 
 In: ``argv``. Out: a namespace with a value for every option of the command. Nothing here imports a
 library, so that ``--help`` needs none. Which values fit together is the business of ``config``.
@@ -10,11 +10,15 @@ import argparse
 import difflib
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from prune2deploy import __version__, config
 from prune2deploy.errors import ConfigError
+from prune2deploy.target import PRECISIONS
+
+T = TypeVar("T")
 
 PURPOSE = """Prune a PyTorch model until its measured latency on the target device meets a budget.
 
@@ -25,7 +29,7 @@ EXIT_CODES = """exit codes: 0 budget met, 2 wrong usage or input, 3 target or de
 available, 4 budget unreachable, 5 parity failed, 6 measurement too unstable to decide,
 130 interrupted, 1 a bug of this program"""
 
-_OURS = {  # words of argparse, and those of this package
+_OURS = {  # how argparse says it, and how this package does
     "expected one argument": "found nothing after it, expected a value",
     "the following arguments are required:": "found too few arguments, expected also",
 }
@@ -70,17 +74,19 @@ def _is_number(word: str) -> bool:
 
 def number(text: str) -> float:
     """Read a number; which ones fit is checked with the other options."""
-    if not _is_number(text):
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected a number such as 2 or 0.5")
-    return float(text)
+    return _read(float, text, "a number such as 2 or 0.5")
 
 
 def whole(text: str) -> int:
     """Read a whole number."""
+    return _read(int, text, "a whole number")
+
+
+def _read(kind: Callable[[str], T], text: str, expected: str) -> T:
     try:
-        return int(text)
+        return kind(text)
     except ValueError:
-        told = f"found {text!r}, expected a whole number"
+        told = f"found {text!r}, expected {expected}"
         raise argparse.ArgumentTypeError(told) from None
 
 
@@ -89,14 +95,6 @@ def path(text: str) -> Path:
     if not text.strip():
         raise argparse.ArgumentTypeError("found an empty path, expected that of a file or folder")
     return Path(text)
-
-
-def precision(text: str) -> str:
-    """Read the name of a precision."""
-    if text not in config.PRECISIONS:
-        told = f"found {text!r}, expected one of {', '.join(config.PRECISIONS)}"
-        raise argparse.ArgumentTypeError(told)
-    return text
 
 
 def _model(to: argparse.ArgumentParser) -> None:
@@ -109,7 +107,7 @@ def _model(to: argparse.ArgumentParser) -> None:
         "or yours as FILE.py:FACTORY or PACKAGE.MODULE:FACTORY (default: resnet50)",
     )
     group.add_argument(
-        "--weights", type=path, metavar="FILE", help="state dict, of torch.save or safetensors"
+        "--weights", type=path, metavar="FILE", help="state dict (torch.save or safetensors)"
     )
     group.add_argument(
         "--batch", type=whole, default=1, metavar="N", help="samples per inference (default: 1)"
@@ -117,23 +115,22 @@ def _model(to: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--input-size",
         metavar="HxW",
-        help="in pixels; one number for a square (default: the model's)",
+        help="input height and width in pixels; one number for a square (default: the model's)",
     )
     group.add_argument(
-        "--seed", type=whole, default=0, metavar="N", help="of all random values (default: 0)"
+        "--seed", type=whole, default=0, metavar="N", help="seed of all random values (default: 0)"
     )
     group.add_argument(
         "--keep",
         action="append",
         default=[],
         metavar="LAYER",
-        help="name or pattern ('layer1*') of layers that keep all output channels; may be repeated",
+        help="name or pattern ('layer1*') of layers that keep all channels; may be repeated",
     )
 
 
 def _target(to: argparse.ArgumentParser) -> None:
-    group = to.add_argument_group("the target")
-    group.add_argument(
+    to.add_argument_group("the target").add_argument(
         "--target",
         required=True,
         metavar="NAME",
@@ -144,14 +141,14 @@ def _target(to: argparse.ArgumentParser) -> None:
 def _precision(to: argparse.ArgumentParser) -> None:
     to.add_argument(
         "--precision",
-        type=precision,
-        metavar="|".join(config.PRECISIONS),
-        help="of weights and arithmetic (default: the target's)",
+        type=partial(config.one_of, "--precision", choices=PRECISIONS),
+        metavar="|".join(PRECISIONS),
+        help="number format of weights and arithmetic (default: the target's)",
     )
 
 
 def _data(to: Any, uses: str) -> None:
-    to.add_argument("--data", metavar="RECIPE", help=f"TOML file that says where data lies; {uses}")
+    to.add_argument("--data", metavar="RECIPE", help=f"TOML file that describes data; {uses}")
 
 
 def _importance(to: Any) -> None:
@@ -170,7 +167,7 @@ def _results(to: argparse.ArgumentParser) -> None:
         "--out", type=path, metavar="FOLDER", help="where to write (default: a new one in runs/)"
     )
     group.add_argument(
-        "--resume", action="store_true", help="go on with the same command that was interrupted"
+        "--resume", action="store_true", help="continue a run of this command that was interrupted"
     )
 
 
@@ -180,17 +177,17 @@ def _budget(to: argparse.ArgumentParser) -> None:
         "--latency-ms",
         type=number,
         metavar="MS",
-        help="most milliseconds that an inference may take",
+        help="greatest latency of one inference, in milliseconds",
     )
     budget.add_argument(
-        "--speedup", type=number, metavar="S", help="times as fast as it is now, here"
+        "--speedup", type=number, metavar="S", help="times as fast as the unpruned model"
     )
     budget.add_argument(
         "--percentile",
         type=whole,
         default=50,
         metavar="P",
-        help="of the latency that --latency-ms bounds: 50, 95 or 99 (default: 50)",
+        help="percentile of the latency that has to meet --latency-ms: 50, 95 or 99 (default: 50)",
     )
 
 
@@ -200,7 +197,7 @@ def _run(to: argparse.ArgumentParser) -> None:
     _model(to)
     _caps(to)
     accuracy = to.add_argument_group("accuracy")
-    _data(accuracy, "without it a pruned model needs training")
+    _data(accuracy, "without data a pruned model needs training")
     accuracy.add_argument(
         "--finetune", type=whole, default=0, metavar="EPOCHS", help="train a classifier on --data"
     )
@@ -210,7 +207,7 @@ def _run(to: argparse.ArgumentParser) -> None:
         "--max-drop",
         type=number,
         metavar="FRACTION",
-        help="top-1 accuracy that fp16 or int8 may cost (0.01 is one point); needs labels",
+        help="largest top-1 accuracy that fp16 or int8 may cost, 0.01 for one point; needs labels",
     )
     search = to.add_argument_group("the search")
     search.add_argument(
@@ -218,7 +215,7 @@ def _run(to: argparse.ArgumentParser) -> None:
         type=whole,
         default=config.RunOptions.max_builds,
         metavar="N",
-        help="engines to build besides the baseline (default: %(default)s)",
+        help="most engines to build besides the baseline (default: %(default)s)",
     )
     search.add_argument(
         "--no-cache", action="store_true", help="neither use nor keep timings of other runs"
@@ -229,19 +226,19 @@ def _run(to: argparse.ArgumentParser) -> None:
 def _caps(to: argparse.ArgumentParser) -> None:
     group = to.add_argument_group("further limits")
     group.add_argument(
-        "--max-size-mb", type=number, metavar="MB", help="of all weights (10**6 bytes)"
+        "--max-size-mb", type=number, metavar="MB", help="greatest size of all weights"
     )
     group.add_argument(
         "--max-macs",
         type=number,
         metavar="N",
-        help="multiply-accumulates of an inference, as 1.5e9",
+        help="most multiply-accumulates of one inference, as 1.5e9",
     )
     group.add_argument(
         "--max-pruning-ratio",
         type=number,
         metavar="R",
-        help="most that any layer loses: with 0.75 each keeps at least a quarter; no block goes",
+        help="largest fraction of its channels that a layer may lose; no block is taken out",
     )
 
 
@@ -251,7 +248,7 @@ def _sweep(to: argparse.ArgumentParser) -> None:
         "--ratios",
         default="0:0.9:0.1",
         metavar="LIST",
-        help="of channels to remove: START:STOP:STEP or 0.25,0.5 (default: 0:0.9:0.1)",
+        help="of channels to remove, as START:STOP:STEP or 0.25,0.5 (default: 0:0.9:0.1)",
     )
     _model(to)
     _importance(to)
@@ -264,22 +261,30 @@ def _measure(to: argparse.ArgumentParser) -> None:
     to.add_argument("onnx", type=path, nargs="?", metavar="FILE.onnx", help="what to measure")
     _target(to)
     to.add_argument(
-        "--against", type=path, metavar="OTHER.onnx", help="measure both in turn, for their ratio"
+        "--against",
+        type=path,
+        metavar="OTHER.onnx",
+        help="measure both side by side, for their ratio",
     )
     to.add_argument(
-        "--batch", type=whole, metavar="N", help="for a free first dimension (default: 1)"
+        "--batch",
+        type=whole,
+        metavar="N",
+        help="batch size if the file leaves it open (default: 1)",
     )
-    to.add_argument("--input-size", metavar="HxW", help="for free height and width")
+    to.add_argument(
+        "--input-size", metavar="HxW", help="height and width, where the file leaves them open"
+    )
     probe = to.add_argument_group("instead of a file")
     probe.add_argument(
         "--probe-alignment",
         action="store_true",
-        help="find the widths that the device runs well at",
+        help="find the channel multiple that the device runs well at",
     )
     probe.add_argument(
-        "--out", type=path, metavar="FOLDER", help="for picture and JSON (default: .)"
+        "--out", type=path, metavar="FOLDER", help="where picture and JSON go (default: .)"
     )
-    probe.add_argument("--no-cache", action="store_true", help="probe again, keep nothing")
+    probe.add_argument("--no-cache", action="store_true", help="probe again, and keep nothing")
 
 
 def _build(to: argparse.ArgumentParser) -> None:
@@ -294,9 +299,13 @@ def _build(to: argparse.ArgumentParser) -> None:
 
 def _report(to: argparse.ArgumentParser) -> None:
     to.add_argument(
-        "runs", type=path, nargs="+", metavar="RUN_DIR", help="one to render again, more to compare"
+        "runs",
+        type=path,
+        nargs="+",
+        metavar="RUN_DIR",
+        help="one run to render again, more to compare",
     )
-    to.add_argument("--out", type=path, metavar="FOLDER", help="for the page that compares runs")
+    to.add_argument("--out", type=path, metavar="FOLDER", help="where the page that compares goes")
 
 
 class Command(NamedTuple):

@@ -46,7 +46,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _open_streams() -> None:
-    """Have both streams, and have standard output write what its encoding lacks as escapes."""
+    """Replace streams that are closed, and let standard output escape what it cannot encode."""
     sys.stdout = sys.stdout or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     sys.stderr = sys.stderr or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -54,7 +54,7 @@ def _open_streams() -> None:
 
 
 def _system(error: OSError, out: Any, *, as_json: bool) -> int:
-    """A full disk, a file that cannot be read or written, a reader that is gone (``| head``)."""
+    """Report what the system refused: a full disk, a file, a closed pipe (``| head``)."""
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
@@ -111,7 +111,7 @@ def _complain(error: BaseException, code: int, out: Any, *, as_json: bool) -> in
 
 
 def _bug(error: Exception, out: Any, *, as_json: bool) -> int:
-    """Whatever nothing above knows; memory that ran out is no bug."""
+    """Report a bug of this package with its traceback; memory that ran out is no bug."""
     if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
         detail = f" ({str(error).splitlines()[0]})" if str(error) else ""
         told = ConfigError(

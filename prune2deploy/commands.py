@@ -51,11 +51,11 @@ def run(arguments: argparse.Namespace, progress: Progress) -> Reply:
 def sweep(arguments: argparse.Namespace, progress: Progress) -> Reply:
     """Measure latency against the pruning ratio."""
     options = SweepOptions(
-        arguments.target,
-        config.parse_ratios(arguments.ratios),
-        _model_options(arguments, arguments.precision),
-        arguments.importance,
-        arguments.data,
+        target=arguments.target,
+        ratios=config.parse_ratios(arguments.ratios),
+        model=_model_options(arguments, arguments.precision),
+        importance=arguments.importance,
+        data=arguments.data,
     )
     with _working(arguments, options, "sweep", progress) as job:
         from prune2deploy import sweep as sweeping
@@ -124,25 +124,25 @@ TABLE: Mapping[str, Callable[[argparse.Namespace, Progress], Reply]] = {
 def _model_options(arguments: argparse.Namespace, precision: str | None = None) -> ModelOptions:
     size = arguments.input_size
     return ModelOptions(
-        arguments.model,
-        arguments.weights,
-        None if size is None else config.parse_size(size),
-        arguments.batch,
-        precision,
-        arguments.seed,
-        tuple(arguments.keep),
+        model=arguments.model,
+        weights=arguments.weights,
+        input_size=None if size is None else config.parse_size(size),
+        batch=arguments.batch,
+        precision=precision,
+        seed=arguments.seed,
+        keep=tuple(arguments.keep),
     )
 
 
 def _run_options(arguments: argparse.Namespace) -> RunOptions:
     return RunOptions(
-        Budget(arguments.latency_ms, arguments.speedup, arguments.percentile),
-        arguments.target,
-        _model_options(arguments, arguments.precision),
-        arguments.data,
-        arguments.importance,
-        arguments.finetune,
-        arguments.max_builds,
+        budget=Budget(arguments.latency_ms, arguments.speedup, arguments.percentile),
+        target=arguments.target,
+        model=_model_options(arguments, arguments.precision),
+        data=arguments.data,
+        importance=arguments.importance,
+        finetune_epochs=arguments.finetune,
+        max_builds=arguments.max_builds,
         max_drop=arguments.max_drop,
         cache=not arguments.no_cache,
         max_size_mb=arguments.max_size_mb,
@@ -170,7 +170,14 @@ def _working(
     ending: str,
     progress: Progress,
 ) -> Iterator[Job]:
-    """Check, load and hold what a run or a sweep works on; ``ending`` is of the folder's name."""
+    """Check the options, load model and data, and hold the run directory meanwhile.
+
+    Args:
+        arguments: As parsed.
+        options: The same, checked.
+        ending: Last part of the name of a new run directory.
+        progress: Hears of notices and steps.
+    """
     from prune2deploy import listing
 
     target, _ = listing.usable(options.target)
@@ -186,20 +193,20 @@ def _working(
         if arguments.resume and not held.begun:
             tell(progress, [f"{shown(held.path)} holds no run to go on with; a new one begins"])
         yield Job(
-            loaded.module,
-            loaded.example_inputs,
-            target,
-            held,
-            batches,
-            _finetune(options, loaded, batches),
-            loaded.input_names,
-            loaded.output_names,
-            progress,
+            module=loaded.module,
+            example_inputs=loaded.example_inputs,
+            target=target,
+            run=held,
+            batches=batches,
+            finetune=_finetune(options, loaded, batches),
+            input_names=loaded.input_names,
+            output_names=loaded.output_names,
+            progress=progress,
         )
 
 
 def _purposes(options: RunOptions | SweepOptions, target: Target) -> set[str]:
-    """Check criterion and accuracy to keep; return what data is needed for."""
+    """Check the criterion and ``--max-drop``; return the purposes that data is needed for."""
     from prune2deploy.importance import CRITERIA, NAMES, require_data
 
     config.one_of("--importance", options.importance, NAMES)
@@ -216,7 +223,7 @@ def _purposes(options: RunOptions | SweepOptions, target: Target) -> set[str]:
 
 
 def _data(recipe: str | None, loaded: LoadedModel, purposes: set[str]) -> Any:
-    """Open the recipe and check that it is for everything that its data is needed for."""
+    """Open the recipe and check that it serves every purpose that data is needed for."""
     if recipe is None:
         return None
     from prune2deploy import calibration
@@ -228,7 +235,7 @@ def _data(recipe: str | None, loaded: LoadedModel, purposes: set[str]) -> Any:
 
 
 def _finetune(options: RunOptions | SweepOptions, loaded: LoadedModel, batches: Any) -> Any:
-    """The built-in fine-tuning, distilling from the model as it was; None without epochs."""
+    """The built-in fine-tuning, with the unpruned model as teacher; ``None`` without epochs."""
     if isinstance(options, SweepOptions) or not options.finetune_epochs:
         return None
     from prune2deploy.recover import FinetuneOptions, Training
@@ -255,7 +262,7 @@ def _identity(
 def _opened(
     arguments: argparse.Namespace, label: str, identity: dict[str, Any]
 ) -> Iterator[RunDir]:
-    """Hold the folder that was asked for; else a new one, or with ``--resume`` that of the run."""
+    """Hold the folder of ``--out``; without it a new one, or with ``--resume`` that of the run."""
     place = arguments.out or run_folder(label, identity, resume=arguments.resume)
     with RunDir(Path(place), identity, resume=arguments.resume) as held:
         try:

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from prune2deploy.errors import ConfigError
+from prune2deploy.target import PRECISIONS
 
-PRECISIONS = ("fp32", "fp16", "int8")
 PERCENTILES = (50, 95, 99)
 _BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
 _WEIGHTS = 0.98  # of a file, at least; names and structure are the rest
 MOST_RATIOS = 1000  # of one sweep
-MOST_SEED = 2**63 - 1  # that every generator of random numbers takes
+MOST_SEED = 2**63 - 1  # the largest that all random generators accept
 FILL = 0.97  # of the budget: a model measured at or above it wastes too little to go on
 
 
@@ -219,7 +219,7 @@ class SweepOptions:
 
 
 def _plain(options: RunOptions | SweepOptions) -> dict[str, Any]:
-    """All values as JSON has them; what no layer is asked to keep goes unsaid."""
+    """All values as JSON holds them; without ``keep`` where that is empty, as in older runs."""
     found: dict[str, Any] = json.loads(json.dumps(asdict(options), default=str))
     if not found["model"]["keep"]:
         del found["model"]["keep"]
@@ -297,7 +297,7 @@ def whole(value: float) -> int:
 
 
 def one_of(what: str, found: str, choices: Iterable[str]) -> str:
-    """Return ``found`` if it is among ``choices``.
+    """Return ``found`` if it is among ``choices``; ``what`` names the option in the error.
 
     Raises:
         ConfigError: It is not; the nearest names are offered.

@@ -80,8 +80,7 @@ def _staircase(arguments: argparse.Namespace, progress: Progress) -> Reply:
     from prune2deploy.search import probing, recall
 
     target, backend = listing.usable(arguments.target)
-    place = None if arguments.no_cache else recall.folder()
-    timings = recall.Timings(place, recall.context(target, backend))
+    timings = recall.timings(target, backend, cache=not arguments.no_cache)
     found = probing.probe(target, backend, timings, progress)
     written = probing.write(target, found, arguments.out or Path())
     lines = ["", *(f"written {shown(path)}" for path in written), *timings.notes]
@@ -102,8 +101,8 @@ def build(arguments: argparse.Namespace, progress: Progress) -> Reply:
         out.mkdir(parents=True, exist_ok=True)
     from prune2deploy.search import lowering
 
-    wish = lowering.Wish(target.precision, backend.int8_recipe(target))
-    lowered = lowering.file(arguments.onnx, out, wish, (arguments.data, progress))
+    options = lowering.LoweringOptions(target.precision, backend.int8_recipe(target))
+    lowered = lowering.lower_file(arguments.onnx, out, options, arguments.data, progress)
     engine = backend.build(lowered.path, target, out)
     document = {
         "engine": str(engine.path.resolve()),

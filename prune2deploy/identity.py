@@ -1,7 +1,7 @@
-"""What a run works on, by content: one run may go on from another only where all of it agrees.
+"""Describes by content what a run works on: a run is resumed only where all of it agrees.
 
-In: a module, its example inputs, calibration data. Out: plain values. Names do not do: a file of
-weights, a model's source or a folder of pictures may change between two commands that are the same.
+In: a module, its example inputs, calibration data. Out: plain values. Names are not enough: a file
+of weights, a model's source or a folder of pictures may change between two equal commands.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import io
 from collections.abc import Iterable
+from operator import itemgetter
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -49,7 +50,7 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def _bytes(value: Any) -> Any:
-    """The content of a tensor, or of what else a module keeps in its state."""
+    """The bytes of a tensor, or of anything else in a module's state."""
     plain = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
     if plain and value.is_meta:
         return b""
@@ -72,13 +73,11 @@ def code_digest(model: nn.Module) -> str:
     kinds = {kind for module in model.modules() for kind in type(module).__mro__}
     for kind in kinds - {*nn.Module.__mro__}:
         functions = [(name, _function(value)) for name, value in vars(kind).items()]
-        text = "".join(f"{n}{_code(f, set())}" for n, f in sorted(functions, key=_name) if f)
+        text = "".join(
+            f"{n}{_code(f, set())}" for n, f in sorted(functions, key=itemgetter(0)) if f
+        )
         found.add(f"{kind.__qualname__}{text}")
     return hashlib.sha256("".join(sorted(found)).encode()).hexdigest()
-
-
-def _name(pair: tuple[str, Any]) -> str:
-    return pair[0]
 
 
 def _settings(part: nn.Module) -> str:
@@ -100,7 +99,7 @@ def _function(value: Any) -> FunctionType | None:
 
 
 def _code(function: FunctionType, seen: set[FunctionType]) -> str:
-    """A function, its defaults, and what it names of its own file."""
+    """A function, its defaults, and the functions and constants of its file that it names."""
     seen.add(function)
     given = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
     text = [_compiled(function.__code__)]
@@ -120,7 +119,7 @@ def _names(code: CodeType) -> tuple[str, ...]:
 
 
 def _compiled(value: Any) -> str:
-    """What a code object does, wherever its source stands; other constants as they are written."""
+    """A code object without line numbers and file names; other constants as Python writes them."""
     if isinstance(value, CodeType):
         constants = "".join(map(_compiled, value.co_consts))
         return f"{value.co_code.hex()}{value.co_names}{constants}"

@@ -11,7 +11,7 @@ from prune2deploy.graph.axes import Axis, Graph
 from prune2deploy.report.text import table
 from prune2deploy.units import readable
 
-TEXT = (0, 5, 6)  # columns of words
+TEXT = (0, 5, 6)  # columns aligned to the left
 LAYERED = frozenset({"weight", "bias", "running_mean", "running_var"})
 PLACES = 3  # members named in the table; the document names all
 

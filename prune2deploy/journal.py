@@ -111,7 +111,7 @@ class Journal:
         return self.read(key, kind)
 
     def maybe(self, key: str, kind: type[T], work: Callable[[], T | None]) -> T | None:
-        """The same for work that may have nothing to give, which is not asked again either."""
+        """The same for work that may give ``None``; that is kept too, and not asked for again."""
         if key not in self._values:
             self.write(key, work())
         return None if self._values[key] is None else self.read(key, kind)

@@ -73,7 +73,7 @@ def prune_to_budget(job: Job, options: RunOptions) -> Outcome:
 
 
 def _allowed(run: RunDir, asked: int) -> int:
-    """The most builds that any session of the run was allowed: what was built is not undone."""
+    """The most builds that a session of this run was allowed: a later one cannot undo them."""
     key = "builds allowed"
     before = run.journal.read(key, int) if key in run.journal else 0
     if asked > before:
@@ -82,10 +82,10 @@ def _allowed(run: RunDir, asked: int) -> int:
 
 
 def _recover(search: Search, paid: Payoff | None) -> Outcome:
-    """Get accuracy back on the best plan, and measure what is shipped.
+    """Get accuracy back on the best plan, and measure the model that is shipped.
 
-    What misses the budget is kept for its user to judge, so its weights are fitted too;
-    training, which may take hours, is left out.
+    A model that misses the budget is shipped too, for its user to judge: its weights are fitted,
+    but it is not trained, which may take hours.
     """
     job, shop, lessons = search.job, search.shop, search.lessons
     found = search.best()
@@ -101,26 +101,26 @@ def _recover(search: Search, paid: Payoff | None) -> Outcome:
     if unreachable:
         search.notes += bounded(search.options)
     return Outcome(
-        "unreachable" if unreachable else found.verdict,
-        module,
-        found,
-        search.baseline,
-        tuple(search.attempts),
-        tuple(lessons.probes),
-        search.model,
-        shop.graph,
-        lessons.multiple,
-        shop.target,
-        found.value_ms if search.out_of_reach else None,
-        tuple(search.notes),
-        paid,
-        search.curve,
-        lessons.whole,
-        lessons.multiple_source,
-        _gap(search, plan),
-        accuracy.take(shop, search.baseline.built, found.built),
-        search.starved,
-        _superseded(search),
+        verdict="unreachable" if unreachable else found.verdict,
+        module=module,
+        final=found,
+        baseline=search.baseline,
+        attempts=tuple(search.attempts),
+        probes=tuple(lessons.probes),
+        model=search.model,
+        graph=shop.graph,
+        multiple=lessons.multiple,
+        multiple_source=lessons.multiple_source,
+        target=shop.target,
+        floor_ms=found.value_ms if search.out_of_reach else None,
+        notes=tuple(search.notes),
+        paid=paid,
+        curve=search.curve,
+        whole=lessons.whole,
+        gap=_gap(search, plan),
+        accuracy=accuracy.take(shop, search.baseline.built, found.built),
+        starved=search.starved,
+        superseded=_superseded(search),
     )
 
 
@@ -153,7 +153,7 @@ def _recovered(
 
 
 def _gap(search: Search, plan: Plan) -> Gap | None:
-    """How far the plan is from the best one of its predicted latency."""
+    """A bound on what other widths of the plan's predicted latency could keep beyond it."""
     others = plan.kept and plan.removed == search.lessons.removed and not search.floor_missed
     if search.model is None or not others:
         return None

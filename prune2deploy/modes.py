@@ -1,4 +1,4 @@
-"""Training and evaluation mode: a model is put into one, and each part gets its own flag back.
+"""Puts a model into training or evaluation mode, and gives every part its own flag back.
 
 A program of ``torch.export`` has the mode that it was exported in written into its operators, and
 its ``train`` and ``eval`` do nothing but raise. Wherever such a program stands in a model, only

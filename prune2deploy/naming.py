@@ -1,8 +1,8 @@
-"""Options by their names in Python, in messages that name them as the command line does.
+"""Turns option names in messages into the names of Python parameters.
 
-Every stage names an option as it is typed, ``--max-drop``, because most of its callers typed it.
-Whoever calls a function gave ``max_drop``: :func:`in_python` stands around the functions of the
-Python interface, and is the only place that knows both names.
+Messages of all stages name options as they are typed on the command line (``--max-drop``). A caller
+of the Python interface gave ``max_drop`` instead: :func:`in_python` stands around the functions of
+that interface and rewrites the messages of their errors. No other place knows both names.
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ _ALIKE = (
     "max-builds", "max-size-mb", "max-macs", "max-pruning-ratio",
 )  # fmt: skip
 _NAMES = {**{name: name.replace("-", "_") for name in _ALIKE}, **_OTHERS}
-_OPTION = re.compile(
-    rf"--({'|'.join(_NAMES)})(?![\w-])( [A-Z]+\b)?"
-)  # with what stands for a value
+_OPTION = re.compile(rf"--({'|'.join(_NAMES)})(?![\w-])( [A-Z]+\b)?")  # and its placeholder
 
 
 def spelled(text: str) -> str:
@@ -41,7 +39,7 @@ def spelled(text: str) -> str:
 
 @contextlib.contextmanager
 def in_python() -> Iterator[None]:
-    """Have errors that leave the block name parameters."""
+    """Rewrite errors that leave the block so that they name parameters."""
     try:
         yield
     except Prune2DeployError as error:

@@ -1,4 +1,4 @@
-"""What long work reports while it runs; the command line draws it, a library caller may not.
+"""How long work reports its progress; the command line draws it, other callers may ignore it.
 
 In: nothing. Out: :class:`Step`, and the type of the callable that takes it.
 """
@@ -36,7 +36,7 @@ NOTICE = "notice"
 
 
 def tell(progress: Progress, notices: Iterable[str]) -> None:
-    """Say what the user must know before the work goes on."""
+    """Report notices: what the user must know before the work goes on."""
     for notice in notices:
         progress(Step(NOTICE, 0, 0, notice))
 

@@ -1,4 +1,4 @@
-"""What every sub-command shares: the form of its answer, and refusing options that do nothing.
+"""What every sub-command shares: the form of its answer, and the refusal of useless options.
 
 In: parsed arguments. Out: plain values. Nothing here reads files or imports a library.
 """

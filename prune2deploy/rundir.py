@@ -238,7 +238,7 @@ def _locked(file: IO[str]) -> bool:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what the system says while ``path`` is written into an error a user can act on."""
+    """Turn errors of the system while ``path`` is written into errors that a user can act on."""
     try:
         yield
     except OSError as error:

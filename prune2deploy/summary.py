@@ -121,7 +121,7 @@ def _notes(outcome: Outcome) -> tuple[str, ...]:
 
 
 def _speeds(outcome: Outcome) -> tuple[str, ...]:
-    """What the machine's own changes of speed mean for a deadline in milliseconds."""
+    """A note where the machine changed its speed, which matters for a budget in milliseconds."""
     if outcome.final.budget.latency_ms is None:
         return ()
     references = (attempt.comparison.reference for attempt in outcome.attempts)
@@ -137,7 +137,7 @@ def _speeds(outcome: Outcome) -> tuple[str, ...]:
 
 
 def verdict_text(outcome: Outcome) -> str:
-    """The verdict in words; an unreachable budget is told with its floor."""
+    """The verdict in words; for an unreachable budget with the latency of the smallest plan."""
     told = VERDICTS[outcome.verdict]
     final = outcome.final
     if outcome.verdict == "uncertain" and final.budget.percentile != 50:
@@ -197,8 +197,8 @@ def manifest(outcome: Outcome, report: RunReport) -> dict[str, Any]:
             "text": outcome.target.text,
         },
         "host": encode(seen.fingerprint),
-        "baseline": _entry(report.baseline),
-        "final": _entry(report.final),
+        "baseline": encode(report.baseline),
+        "final": encode(report.final),
         "parity": [encode(line) for line in report.parity],
         "precision": _precision(outcome),
         "accuracy": encode(report.accuracy),
@@ -231,35 +231,21 @@ def _precision(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _entry(row: Row) -> dict[str, Any]:
-    return dict(encode(row))
-
-
 def _row(latency: LatencyStats, built: Built) -> Row:
-    return Row(
-        latency.p50_ms,
-        latency.p95_ms,
-        latency.p99_ms,
-        latency.ci95_ms,
-        latency.samples,
-        built.params,
-        built.macs,
-        built.bytes,
-        latency.unbounded,
-    )
+    return Row(**vars(latency), params=built.params, macs=built.macs, bytes=built.bytes)
 
 
 def _parity(built: Built) -> list[ParityLine]:
     return [
         ParityLine(
-            border.stages,
-            border.parity.max_abs,
-            border.parity.max_rel,
-            border.parity.tolerance,
-            border.parity.worst_output,
-            border.parity.passed,
-            border.parity.error,
-            border.parity.judged,
+            border=border.stages,
+            max_abs=border.parity.max_abs,
+            max_rel=border.parity.max_rel,
+            tolerance=border.parity.tolerance,
+            output=border.parity.worst_output,
+            passed=border.parity.passed,
+            error=border.parity.error,
+            judged=border.parity.judged,
         )
         for border in built.borders
     ]
@@ -315,11 +301,11 @@ def _axes(outcome: Outcome) -> tuple[AxisLine, ...]:
     steps = grid(outcome.graph, outcome.multiple)
     return tuple(
         AxisLine(
-            axis.name,
-            counts.get(axis.name, axis.size) if axis.name in left else 0,
-            axis.size,
-            axis.frozen,
-            axis.name in counts and counts[axis.name] % steps[axis.name] != 0,
+            name=axis.name,
+            kept=counts.get(axis.name, axis.size) if axis.name in left else 0,
+            size=axis.size,
+            frozen=axis.frozen,
+            off_step=axis.name in counts and counts[axis.name] % steps[axis.name] != 0,
         )
         for axis in outcome.graph.axes
     )
@@ -355,14 +341,14 @@ def _steps(outcome: Outcome) -> tuple[BuildLine, ...]:
     ]
     tried = [
         BuildLine(
-            a.built.number,
-            a.built.step,
-            a.built.params,
-            a.built.macs,
-            a.predicted_ms * a.comparison.reference.p50_ms / outcome.baseline.p50_ms,
-            a.comparison.candidate.p50_ms,
-            a.comparison.candidate.ci95_ms,
-            a.verdict,
+            number=a.built.number,
+            step=a.built.step,
+            params=a.built.params,
+            macs=a.built.macs,
+            predicted_ms=a.predicted_ms * a.comparison.reference.p50_ms / outcome.baseline.p50_ms,
+            measured_ms=a.comparison.candidate.p50_ms,
+            ci95_ms=a.comparison.candidate.ci95_ms,
+            verdict=a.verdict,
         )
         for a in outcome.attempts
     ]

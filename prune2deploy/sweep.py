@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from prune2deploy import measure, summary
+from prune2deploy import summary
 from prune2deploy.calibration import notices
 from prune2deploy.config import SweepOptions
 from prune2deploy.graph import Graph
@@ -20,7 +20,7 @@ from prune2deploy.plan.choices import Floats, choices, importance_curves
 from prune2deploy.report import write
 from prune2deploy.report.content import SweepPoint, SweepReport
 from prune2deploy.search import candidate, opening, probing, recall
-from prune2deploy.search.candidate import Built, Workshop
+from prune2deploy.search.candidate import Built
 from prune2deploy.search.job import Job
 
 
@@ -61,45 +61,31 @@ def sweep(job: Job, options: SweepOptions, name: str) -> SweepReport:
         same = plan.to_json()
         if same not in seen:
             built = candidate.build(shop, number, "ratio", plan) if plan.kept else baseline
-            seen[same] = (built, _compare(shop, built, baseline))
+            seen[same] = (built, candidate.compare(shop, built, baseline))
         points.append(_point(ratio, *seen[same]))
     last = next(iter(seen.values()))[1]
     report = SweepReport(
-        name,
-        shop.target.name,
-        multiple,
-        last.reference.p50_ms,
-        tuple(points),
-        summary.environment(shop.target, last.fingerprint),
-        (*notices(job.batches), *baseline.notes),
+        model=name,
+        target=shop.target.name,
+        channel_multiple=multiple,
+        baseline_ms=last.reference.p50_ms,
+        points=tuple(points),
+        environment=summary.environment(shop.target, last.fingerprint),
+        notes=(*notices(job.batches), *baseline.notes),
     )
     job.run.copy(job.run / baseline.onnx, "baseline.onnx")
     write.write(report, job.run)
     return report
 
 
-def _compare(shop: Workshop, built: Built, baseline: Built) -> Comparison:
-    def work() -> Comparison:
-        shop.say("measuring", built.number)
-        (shop.run / "raw").mkdir(exist_ok=True)
-        return measure.compare(
-            shop.engine(built),
-            shop.engine(baseline),
-            shop.target,
-            raw_path=shop.run / f"raw/{built.key}.npz",
-        )
-
-    return shop.run.journal.once(f"{built.key}/compare", Comparison, work)
-
-
 def _point(ratio: float, built: Built, seen: Comparison) -> SweepPoint:
     low, high = seen.ratio_ci95
     return SweepPoint(
-        ratio,
-        built.macs,
-        built.params,
-        seen.candidate.p50_ms,
-        seen.candidate.ci95_ms,
-        1 / seen.ratio,
-        (1 / high, 1 / low),
+        ratio=ratio,
+        macs=built.macs,
+        params=built.params,
+        p50_ms=seen.candidate.p50_ms,
+        ci95_ms=seen.candidate.ci95_ms,
+        speedup=1 / seen.ratio,
+        speedup_ci95=(1 / high, 1 / low),
     )

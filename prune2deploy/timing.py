@@ -24,3 +24,8 @@ class OperatorTiming:
     input_shapes: tuple[Shape, ...]
     output_shapes: tuple[Shape, ...]
     ns: float
+
+    @property
+    def ranks(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """How many dimensions each input and each output has."""
+        return tuple(map(len, self.input_shapes)), tuple(map(len, self.output_shapes))

@@ -1,4 +1,4 @@
-"""Starts a module in a process that ends when the one that started it does, however that ends.
+"""Runs a module in a child process that never outlives its parent, however the parent ends.
 
     python .../watched.py MODULE ORDER.json     (with a pipe as standard input)
 

@@ -117,7 +117,10 @@ USAGE = {
     "no target": (["run", "--speedup", "2"], "expected also --target"),
     "no value": (["run", "--target"], "--target: found nothing after it"),
     "half a sample": ([*run(), "--batch", "1.5"], "--batch: found '1.5', expected a whole number"),
-    "precision": ([*run(), "--precision", "FP16"], "found 'FP16', expected one of fp32"),
+    "precision": (
+        [*run(), "--precision", "FP16"],
+        "found 'FP16'; did you mean fp16? expected one of fp16, fp32, int8",
+    ),
     "model without its option": (["run", "resnet50", "--target", "ort"], "found 'resnet50'"),
     "folder of an empty variable": ([*run(), "--out", ""], "--out: found an empty path"),
     "file of an empty variable": (["measure", "", "--target", "ort"], "found an empty path"),

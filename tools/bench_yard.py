@@ -26,7 +26,7 @@ from prune2deploy.plan.latency_model import Build, LatencyModel, fit
 from prune2deploy.plan.plan import Plan
 from prune2deploy.plan.probes import probes
 from prune2deploy.search.job import aim
-from prune2deploy.search.planning import NUDGE, Question, propose, pruned
+from prune2deploy.search.planning import NUDGE, PlanRequest, propose, pruned
 from prune2deploy.surgery.slicing import apply
 from prune2deploy.target import Target
 
@@ -165,7 +165,7 @@ def correct(
         problem = Problem(yard.graph, yard.fit(), among, limit_ms)
         up = any(trial.share <= limit for trial in trials)
         tried = [pruned(yard.graph, t.setting) for t in trials if isinstance(t.setting, Mapping)]
-        found = propose(Question(problem, aim(limit_ms, NUDGE), tried, up, rank))
+        found = propose(PlanRequest(problem, aim(limit_ms, NUDGE), tried, up, rank))
         if found is None:
             break
         if all(build.counts != found.counts for build in yard.builds):

@@ -33,7 +33,7 @@ Convert = Callable[[Path, Collection[str]], None]
 
 
 @dataclass(frozen=True)
-class Accuracy:
+class AccuracyLimit:
     """What decides in place of the outputs' difference.
 
     Attributes:
@@ -70,7 +70,7 @@ class Judge:
         path: Path,
         samples: Sequence[Mapping[str, Array]],
         precision: str,
-        limits: tuple[float | None, Accuracy | None],
+        limits: tuple[float | None, AccuracyLimit | None],
     ) -> None:
         self.path, self.samples = path, samples
         self._runner = parity.onnx_runner(path)

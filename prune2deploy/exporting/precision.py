@@ -24,7 +24,7 @@ from prune2deploy.calibration import Batch
 from prune2deploy.errors import ExportError
 from prune2deploy.exporting import keeping, parity, quantize
 from prune2deploy.exporting.activations import extremes, load_named, sort_nodes
-from prune2deploy.exporting.keeping import Accuracy, Found, Judge
+from prune2deploy.exporting.keeping import AccuracyLimit, Found, Judge
 from prune2deploy.exporting.parity import Array, Parity
 from prune2deploy.exporting.ranges import calibrate, feeds
 
@@ -81,7 +81,7 @@ class Int8Options:
     method: str = "minmax"
     keep: tuple[str, ...] = ()
     max_error: float | None = None
-    accuracy: Accuracy | None = None
+    accuracy: AccuracyLimit | None = None
     data: str = ""
     store: Path | None = None
 
@@ -102,7 +102,7 @@ def to_fp16(
     samples: Sequence[Mapping[str, Array]] | None = None,
     tolerance: float | None = None,
     keep: Sequence[str] = (),
-    accuracy: Accuracy | None = None,
+    accuracy: AccuracyLimit | None = None,
 ) -> PrecisionReport:
     """Write ``path`` in half precision, inputs and outputs included, to ``out``.
 

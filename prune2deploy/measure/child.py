@@ -1,8 +1,8 @@
 """Run a measurement in a fresh process of its own, and leave nothing of it behind.
 
-In: a specification in plain values. Out: the last message of the child. The child writes one JSON
-document per line: progress, a result, or an error that is raised again here. It ends when this
-process does, however that ends (see ``watched``).
+In: a specification in plain values. Out: the result that the child reports. The child writes one
+JSON document per line: a heartbeat, its result, or an error that is raised again here. It ends when
+this process does, however that ends (see ``watched``).
 """
 
 from __future__ import annotations
@@ -16,20 +16,17 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from prune2deploy import errors, watched
 from prune2deploy.errors import MeasureError, Prune2DeployError
 
-Progress = Callable[[str, float], None]
-
 
 def run(
     spec: Mapping[str, Any],
     seconds: float,
-    progress: Progress | None,
     module: str = "prune2deploy.measure.worker",
 ) -> dict[str, Any]:
     """Start a worker module on ``spec`` and wait for its result.
@@ -37,7 +34,6 @@ def run(
     Args:
         spec: What the worker is to do (see there); ``threads`` limits the libraries' thread pools.
         seconds: How long the child may be silent; it is killed beyond that.
-        progress: Told what the child reports.
         module: What to run as the worker.
 
     Raises:
@@ -58,12 +54,12 @@ def run(
                 start_new_session=True,
             )
             try:
-                result = _listen(process, seconds, progress)
+                result = _listen(process, seconds)
             finally:
                 _end(process)
             if result is None:
                 log.seek(0)
-                raise MeasureError(_obituary(process.returncode, spec, log.read()))
+                raise MeasureError(_crash_message(process.returncode, spec, log.read()))
     return result
 
 
@@ -72,9 +68,7 @@ def _environment(threads: int) -> dict[str, str]:
     return watched.environment() | dict.fromkeys(names, str(threads))
 
 
-def _listen(
-    process: subprocess.Popen[bytes], seconds: float, progress: Progress | None
-) -> dict[str, Any] | None:
+def _listen(process: subprocess.Popen[bytes], seconds: float) -> dict[str, Any] | None:
     """Return the result; ``None`` when the child ended without one."""
     assert process.stdout is not None
     lines: queue.Queue[bytes | None] = queue.Queue()
@@ -96,10 +90,8 @@ def _listen(
             raise _error(message)
         if "result" in message:
             return dict(message["result"])
-        if "progress" in message:
+        if "alive" in message:
             deadline = time.monotonic() + seconds
-            if progress:
-                progress(str(message["progress"][0]), float(message["progress"][1]))
 
 
 def _read(stream: IO[bytes], lines: queue.Queue[bytes | None]) -> None:
@@ -127,10 +119,10 @@ def _error(message: Mapping[str, Any]) -> Prune2DeployError:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill the child and what it started (it leads a group), and take its exit status.
+    """Kill the child's process group, which holds what it started too, and collect its status.
 
-    A grandchild that lives on would hold the child's standard output open, on which the reader
-    waits for ever.
+    A surviving grandchild would keep the child's standard output open, and the reader would wait
+    on it for ever.
     """
     with contextlib.suppress(ProcessLookupError):  # the whole group has ended already
         os.killpg(process.pid, signal.SIGKILL)
@@ -140,7 +132,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             stream.close()
 
 
-def _obituary(code: int, spec: Mapping[str, Any], log: bytes) -> str:
+def _crash_message(code: int, spec: Mapping[str, Any], log: bytes) -> str:
     cause = f"ended with status {code}"
     if code < 0:
         cause = f"was killed by {signal.Signals(-code).name}"

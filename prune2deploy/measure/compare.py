@@ -15,9 +15,9 @@ from typing import Any
 from prune2deploy.backends import registry
 from prune2deploy.backends.base import Engine
 from prune2deploy.backends.feeds import random_feeds
-from prune2deploy.measure import child, run, samples
-from prune2deploy.measure.goal import Goal
-from prune2deploy.measure.sample import Progress
+from prune2deploy.measure import child, samples
+from prune2deploy.measure.deadline import Goal
+from prune2deploy.measure.sample import interleaved
 from prune2deploy.measure.samples import Samples
 from prune2deploy.measure.summary import Comparison, LatencyStats, off, summarise
 from prune2deploy.target import Target
@@ -33,7 +33,6 @@ def compare(
     target: Target,
     *,
     raw_path: Path | None = None,
-    progress: Progress | None = None,
     goal: Goal | None = None,
 ) -> Comparison:
     """Time two engines side by side.
@@ -43,7 +42,6 @@ def compare(
         reference: What it is compared with, usually the baseline.
         target: Where; its policy says how precisely and how long.
         raw_path: Keep the raw samples in this file (``.npz``).
-        progress: Called with a stage and the fraction done.
         goal: A deadline that the candidate is held against; sampling goes on until it can be
             judged as well, within the time limit. ``None`` for the ratio alone.
 
@@ -51,7 +49,7 @@ def compare(
         MeasureError: The measuring process crashed or did not end.
         BackendError: An engine could not be opened or run.
     """
-    taken = _take((candidate, reference), target, raw_path, (goal, progress))
+    taken = _take((candidate, reference), target, raw_path, goal)
     return summarise(taken, target)
 
 
@@ -81,13 +79,7 @@ class Measurement:
     disturbance: Mapping[str, float] = field(default_factory=dict)
 
 
-def single(
-    engine: Engine,
-    target: Target,
-    *,
-    raw_path: Path | None = None,
-    progress: Progress | None = None,
-) -> Measurement:
+def single(engine: Engine, target: Target, *, raw_path: Path | None = None) -> Measurement:
     """Time one engine: two copies of it side by side, so that the control comes for free.
 
     Raises:
@@ -95,18 +87,18 @@ def single(
         BackendError: The engine could not be opened or run.
     """
     policy = replace(target.measure, control=False)
-    taken = _take((engine, engine), replace(target, measure=policy), raw_path, (None, progress))
+    taken = _take((engine, engine), replace(target, measure=policy), raw_path, None)
     both = summarise(taken, target)
     flags = ("control off",) if off(both.ratio, both.ratio_ci95) else ()
     return Measurement(
-        both.reference,
-        both.clock,
-        both.ratio,
-        both.ratio_ci95,
-        (*both.flags, *flags),
-        both.fingerprint,
-        both.undisturbed_p50_ms,
-        both.disturbance,
+        latency=both.reference,
+        clock=both.clock,
+        control_ratio=both.ratio,
+        control_ci95=both.ratio_ci95,
+        flags=(*both.flags, *flags),
+        fingerprint=both.fingerprint,
+        undisturbed_p50_ms=both.undisturbed_p50_ms,
+        disturbance=both.disturbance,
     )
 
 
@@ -139,7 +131,7 @@ def profile(
     known_ns = sum(timing.ns for timing in beside[1]) if beside else 0.0
     engines = (engine, beside[0]) if beside and known_ns else (engine,)
     spec = {**_spec(engines, target, "profile"), "runs": runs}
-    result = child.run(spec, STARTUP_SECONDS + target.measure.max_seconds, None)
+    result = child.run(spec, STARTUP_SECONDS + target.measure.max_seconds)
     again = result["reference_ns"]
     scale = known_ns / statistics.geometric_mean(again) if again and all(again) else 1.0
     return tuple(
@@ -158,13 +150,12 @@ def _take(
     engines: tuple[Engine, Engine],
     target: Target,
     raw_path: Path | None,
-    stopping: tuple[Goal | None, Progress | None],
+    goal: Goal | None,
 ) -> Samples:
     """Take the samples where they belong: simulated ones here, real ones in a child process."""
-    goal, progress = stopping
     backend = registry.for_target(target)
     if backend.simulated:
-        taken = run.interleaved(backend, engines, target, goal=goal, progress=progress)
+        taken = interleaved(backend, engines, target, goal=goal)
         if raw_path is not None:
             samples.save(taken, raw_path)
         return taken
@@ -176,8 +167,7 @@ def _take(
             "goal": None if goal is None else asdict(goal),
             "scratch": [folder],
         }
-        limit = STARTUP_SECONDS + 2.5 * target.measure.max_seconds
-        child.run(spec, limit, progress)
+        child.run(spec, STARTUP_SECONDS + 2.5 * target.measure.max_seconds)
         return samples.load(raw)
 
 

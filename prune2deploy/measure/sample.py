@@ -1,12 +1,12 @@
 """Take interleaved samples of engines until the statistics allow to stop.
 
-In: functions that open prepared sessions, a policy, a clock. Out: raw ``Samples``.
+In: the engines of one comparison, their target and its measuring policy. Out: raw ``Samples``.
 
 Rounds run every session once in a random order and once in the reverse one; rounds make blocks of
-at least ``BLOCK_NS``. Sessions are opened afresh for every block, because where an engine's
-buffers happen to lie in memory sways its latency by about one per cent until it is closed (measured
-with six copies of one network in one process); a ratio from a single opening would be wrong by
-that much however narrow its interval. Where opening is too slow for this they stay open.
+at least ``BLOCK_NS``. Sessions are opened afresh for every block, because the places of an engine's
+buffers in memory change its latency by about one per cent until it is closed (measured with six
+copies of one network in one process). A ratio from a single opening would be wrong by that much,
+however narrow its interval. Where opening is too slow for this, sessions stay open.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ import gc
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from statistics import median
 
 import numpy as np
 
-from prune2deploy.backends.base import Sample, Session
+from prune2deploy.backends.base import Backend, Engine, Sample, Session
+from prune2deploy.backends.feeds import random_feeds
 from prune2deploy.measure import host, stats
-from prune2deploy.measure.clock import Clock
-from prune2deploy.measure.goal import Goal
+from prune2deploy.measure.clock import Clock, RealClock, SimulatedClock
+from prune2deploy.measure.deadline import Goal
 from prune2deploy.measure.samples import NOISE, Samples
 from prune2deploy.measure.summary import choose_clock, effects, judgeable, times
 from prune2deploy.target import MeasurePolicy, Target
 
-Progress = Callable[[str, float], None]
-"""Called with what is being done and the fraction done (0..1)."""
 Opener = Callable[[], Session]
 """Opens and prepares a session."""
 
@@ -42,12 +42,59 @@ _FLOOR_NS = 1_000  # a run is never taken for shorter when blocks are sized
 _SIMULATED_ROUNDS = 2
 
 
+def silent() -> None:
+    """No heartbeat."""
+
+
+def interleaved(
+    backend: Backend,
+    engines: tuple[Engine, Engine],
+    target: Target,
+    *,
+    goal: Goal | None,
+    heartbeat: Callable[[], None] = silent,
+) -> Samples:
+    """Open candidate and reference (twice, if the policy wants a control) and sample them."""
+
+    def opener(engine: Engine) -> Session:
+        own = replace(target, precision=engine.precision or target.precision)
+        with ExitStack() as unfinished:
+            session = unfinished.enter_context(backend.open(engine, own))
+            session.prepare(random_feeds(session.inputs, seed=0))
+            unfinished.pop_all()
+        return session
+
+    chosen = [*engines, engines[1]] if target.measure.control else list(engines)
+    clock = SimulatedClock() if backend.simulated else RealClock()
+    openers = [partial(opener, engine) for engine in chosen]
+    sampler = Sampler(openers, target, clock, simulated=backend.simulated, heartbeat=heartbeat)
+    taken = sampler.collect(goal)
+    facts = {} if backend.simulated else host.fingerprint()
+    facts.update(versions=backend.versions(), threads=target.threads, target=target.sha256)
+    return replace(taken, notes={**taken.notes, "fingerprint": facts})
+
+
 class Sampler:
-    """Takes samples of the engines behind some openers: candidate, reference, perhaps its twin."""
+    """Takes samples of the engines behind some openers: candidate, reference, perhaps its twin.
+
+    Args:
+        openers: One per engine.
+        target: Its measuring policy says how precisely and how long.
+        clock: What time is read from.
+        simulated: Whether runs take no real time.
+        heartbeat: Called again and again while work goes on.
+    """
 
     def __init__(
-        self, openers: Sequence[Opener], target: Target, clock: Clock, *, simulated: bool
+        self,
+        openers: Sequence[Opener],
+        target: Target,
+        clock: Clock,
+        *,
+        simulated: bool,
+        heartbeat: Callable[[], None] = silent,
     ) -> None:
+        self._heartbeat = heartbeat
         self._openers = openers
         self._target = target
         self._clock = clock
@@ -61,28 +108,26 @@ class Sampler:
         self._blocks: list[int] = []
         self._noise: list[tuple[int, ...]] = []
 
-    def collect(self, goal: Goal | None, progress: Progress | None) -> Samples:
+    def collect(self, goal: Goal | None) -> Samples:
         """Warm up, sample until the policy is content, and once more if the device throttled.
 
         Args:
             goal: What must be judged beyond the ratio; ``None`` for the ratio alone.
-            progress: Told how far it is.
         """
         with self._open:
-            samples = self._attempt(goal, progress)
+            samples = self._attempt(goal)
             if not self._simulated and self._throttled(samples):
-                if progress:
-                    progress("cooling down", 0.0)
+                self._heartbeat()
                 self._clock.sleep(COOL_NS)
-                samples = self._attempt(goal, progress)
+                samples = self._attempt(goal)
                 samples = replace(samples, notes={**samples.notes, "cooled": True})
         return samples
 
-    def _attempt(self, goal: Goal | None, progress: Progress | None) -> Samples:
+    def _attempt(self, goal: Goal | None) -> Samples:
         self._rows = [[] for _ in self._openers]
         self._blocks, self._noise = [], []
-        warm = self._warm_up(progress)
-        stopped = self._sample(goal, progress)
+        warm = self._warm_up()
+        stopped = self._sample(goal)
         return self._samples({"warm": warm, "stopped": stopped, "reopened": self._reopen})
 
     def _renew(self) -> None:
@@ -98,19 +143,18 @@ class Sampler:
         self._clock.ran(sample.wall_ns)
         return sample
 
-    def _warm_up(self, progress: Progress | None) -> bool:
+    def _warm_up(self) -> bool:
         """Run until consecutive medians of every engine agree within 2 %; size the blocks."""
         policy = self._target.measure
         started = self._clock.now()
-        opening = self._opening_ns(progress)
+        opening = self._opening_ns()
         limit = started + int(0.25 * policy.max_seconds * 1e9)
         medians: list[list[float]] = [[] for _ in self._sessions]
         settled = False
-        for block in range(WARM_BLOCKS):
+        for _ in range(WARM_BLOCKS):
             for kept, taken in zip(medians, self._warm_block(), strict=True):
                 kept.append(max(float(median(taken)), _FLOOR_NS))
-            if progress:
-                progress("warming up", block / WARM_BLOCKS)
+            self._heartbeat()
             settled = all(stats.settled(values) for values in medians)
             if settled or self._clock.now() > limit:
                 break
@@ -125,13 +169,12 @@ class Sampler:
     def _affordable_ns(self) -> float:
         return self._target.measure.max_seconds * 1e9 / REOPENINGS
 
-    def _opening_ns(self, progress: Progress | None) -> int:
+    def _opening_ns(self) -> int:
         """Open every engine; how long that takes, once the libraries have been loaded."""
         for _ in range(2):
             started = self._clock.now()
             self._renew()
-            if progress:
-                progress("opening", 0.0)
+            self._heartbeat()
             opening = self._clock.now() - started
             if not self._affordable_ns <= opening < REOPENINGS / 4 * self._affordable_ns:
                 break  # the first opening is cheap, or the second would cost too much
@@ -148,7 +191,7 @@ class Sampler:
                 break
         return found
 
-    def _sample(self, goal: Goal | None, progress: Progress | None) -> str:
+    def _sample(self, goal: Goal | None) -> str:
         """Take blocks until a look says stop; return why."""
         policy = self._target.measure
         started = self._clock.now()
@@ -158,10 +201,9 @@ class Sampler:
             self._block(count)
             count += 1
             seconds = (self._clock.now() - started) / 1e9
-            if progress:
-                progress("measuring", min(1.0, seconds / policy.max_seconds))
+            self._heartbeat()
             if count >= look:
-                look = int(np.ceil(count * stats.LOOK_GROWTH))
+                look = stats.next_look(count)
                 if self._suffices(policy, goal, seconds):
                     return "precise"
             if seconds >= policy.max_seconds and count >= LEAST_BLOCKS:

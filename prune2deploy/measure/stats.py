@@ -76,12 +76,9 @@ def interval(effects: Floats, seed: int = 0) -> tuple[Floats, Floats]:
     return centre - widen * (centre - low), centre + widen * (high - centre)
 
 
-def looks(first: int, last: int) -> list[int]:
-    """Numbers of blocks at which stopping is considered, from ``first`` to ``last``."""
-    found = [first]
-    while found[-1] < last:
-        found.append(min(last, int(np.ceil(found[-1] * LOOK_GROWTH))))
-    return found
+def next_look(blocks: int) -> int:
+    """At how many blocks stopping is considered next, after a look at ``blocks``."""
+    return int(np.ceil(blocks * LOOK_GROWTH))
 
 
 def precise(effects: Floats, policy: MeasurePolicy) -> npt.NDArray[np.bool_]:

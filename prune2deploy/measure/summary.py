@@ -1,10 +1,10 @@
 """From raw samples to results: which clock counts, ratio, percentiles, flags. Pure functions.
 
-The ratio of candidate to reference comes from pairs; the scale in milliseconds from the wall
-median of the reference in the same session, so an interval in milliseconds is as wide as both
-together. Where a device tells its own time, a run counts as that
-plus what the host takes beyond it (launching, waiting) in the median run of the same engine: the
-device's time is steady and leaves out what its user waits for, wall time is neither.
+The ratio of candidate to reference comes from pairs of runs. The scale in milliseconds comes from
+the median wall time of the reference in the same session, so an interval in milliseconds holds the
+errors of both. Where a device reports its own time, a run counts as that time plus what the host
+adds (launching, waiting) in the median run of the same engine: device time is steady but leaves
+out the waiting, and wall time includes the waiting but is not steady.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 
 from prune2deploy.measure import stats
-from prune2deploy.measure.goal import Goal
+from prune2deploy.measure.deadline import Goal
 from prune2deploy.measure.samples import CPU, DEVICE, WALL, Ints, Samples
 from prune2deploy.measure.stats import Floats
 from prune2deploy.target import Target
 from prune2deploy.units import ms
 
 CLOCKS = ("wall", "cpu", "device")
-DISTURBED = frozenset({"noisy host", "steal", "throttled", "drift"})  # flags that no model raises
+DISTURBED = frozenset({"noisy host", "steal", "throttled", "drift"})  # flags that the host causes
 
 
 @dataclass(frozen=True)

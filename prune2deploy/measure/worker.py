@@ -4,7 +4,7 @@ The specification has ``task`` (``"compare"`` or ``"profile"``), ``target`` (``T
 ``engines`` (path, onnx, backend of each: candidate, reference, which profiling may lack), and for
 comparing ``raw`` (where the samples go) and ``goal`` (or null), for profiling ``runs``;
 ``scratch`` lists folders to remove should the parent be killed. Messages go to standard output, one
-JSON document a line.
+JSON document a line; ``ALIVE`` tells the parent that there is no reason to give up waiting.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ from prune2deploy.backends import registry
 from prune2deploy.backends.base import Backend, Engine
 from prune2deploy.backends.feeds import random_feeds
 from prune2deploy.errors import Prune2DeployError
-from prune2deploy.measure import run, samples
-from prune2deploy.measure.goal import Goal
+from prune2deploy.measure import samples
+from prune2deploy.measure.deadline import Goal
+from prune2deploy.measure.sample import interleaved
 from prune2deploy.target import Target
+
+ALIVE = {"alive": True}
 
 
 def main(argv: list[str]) -> int:
@@ -60,14 +63,16 @@ def _context(spec: Mapping[str, Any]) -> tuple[Target, Backend, list[Engine]]:
 def _compare(spec: Mapping[str, Any], say: Any) -> dict[str, Any]:
     target, backend, (candidate, reference) = _context(spec)
 
-    def progress(stage: str, done: float) -> None:
-        say({"progress": [stage, done]})
-
     goal = None if spec["goal"] is None else Goal(**spec["goal"])
-    engines = candidate, reference
-    taken = run.interleaved(backend, engines, target, goal=goal, progress=progress)
+    taken = interleaved(
+        backend,
+        (candidate, reference),
+        target,
+        goal=goal,
+        heartbeat=lambda: say(ALIVE),
+    )
     samples.save(taken, Path(spec["raw"]))
-    return {"raw": spec["raw"]}
+    return {}
 
 
 def _profile(spec: Mapping[str, Any], say: Any) -> dict[str, Any]:
@@ -82,12 +87,12 @@ def _profile(spec: Mapping[str, Any], say: Any) -> dict[str, Any]:
         found = []
         for one in references:
             found.append(sum(t.ns for t in backend.profile(one, target, feeds, -(-runs // 2))))
-            say({"progress": ["profiling", 0.0]})
+            say(ALIVE)
         return found
 
     before = around()
     timings = backend.profile(engine, target, feeds, runs)
-    say({"progress": ["profiling", 0.5]})
+    say(ALIVE)
     return {
         "operators": [dataclasses.asdict(t) for t in timings],
         "reference_ns": [*before, *around()],
@@ -95,7 +100,7 @@ def _profile(spec: Mapping[str, Any], say: Any) -> dict[str, Any]:
 
 
 def affordable(runs: int, seconds: float, limit: float) -> int:
-    """How many of ``runs`` of some seconds each fit into a limit, three at least."""
+    """How many of ``runs``, each of some seconds, fit into the limit; three at least."""
     return max(min(runs, 3), min(runs, int(limit / max(seconds, 1e-9))))
 
 

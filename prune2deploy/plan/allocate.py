@@ -26,6 +26,7 @@ from prune2deploy.plan.plan import Plan
 from prune2deploy.plan.search import Found, search, smallest
 from prune2deploy.plan.terms import Flags
 
+GAP_SECONDS = 10.0  # that bounding the gap of a plan may take
 METHODS = ("lagrangian", "milp", *BASELINES)
 
 Curve = tuple[tuple[float, float], ...]
@@ -44,7 +45,6 @@ class Allocation:
             where no bound was computed or operators had to be approximated.
         method: One of ``METHODS``.
         curve: What other latencies are worth, as found on the way.
-        linearised: Operators whose cost the exact method approximated.
         removed: Blocks to take out.
     """
 
@@ -54,7 +54,6 @@ class Allocation:
     gap: float | None
     method: str
     curve: Curve
-    linearised: int = 0
     removed: tuple[str, ...] = ()
 
 
@@ -73,7 +72,7 @@ class Gap:
 
 
 class SmallestMisses(BudgetUnreachable):
-    """Even the least widths, without any block that may go, are predicted to miss the budget.
+    """Even the narrowest widths, without all removable blocks, are predicted to miss the budget.
 
     Attributes:
         floor_ms: Predicted latency of the fastest plan found.
@@ -135,39 +134,28 @@ def allocate(problem: Problem, method: str = "lagrangian", *, seconds: float = 2
     return _exact(problem, evaluator, found, seconds)
 
 
-def optimality_gap(
-    problem: Problem, counts: Counts, removed: Sequence[str] = (), *, seconds: float = 10.0
-) -> Gap | None:
+def optimality_gap(problem: Problem, counts: Counts) -> Gap | None:
     """Bound what the best plan of the same predicted latency could keep beyond this one.
 
     Args:
-        problem: Its caps hold; its budget does not matter.
+        problem: Its caps hold; its budget does not matter. No block of it may go.
         counts: The plan; its widths must be among the options.
-        removed: Blocks of the problem that the plan lacks.
-        seconds: Time limit of the exact solver.
 
     Returns:
-        ``None`` where the solver found no bound in its time.
-
-    Raises:
-        PlanError: A block is not among those that may go.
+        ``None`` where the solver found no bound within ``GAP_SECONDS``.
     """
-    names = [block.name for block in problem.blocks]
-    if not set(removed) <= set(names):
-        raise PlanError(f"blocks {sorted(removed)} were removed, but only {names} may be")
-    kept = np.array([name not in removed for name in names], dtype=bool)
     picks = [
         int(np.searchsorted(c.options, counts.get(c.axes[0], c.size))) for c in problem.choices
     ]
-    same = replace(problem, budget_ms=problem.predict(picks, kept.tolist()))
+    same = replace(problem, budget_ms=problem.predict(picks))
     evaluator = Evaluator(same)
-    evaluator.assign(picks, kept)
-    solved = solve(evaluator, seconds=seconds)
+    evaluator.assign(picks)
+    solved = solve(evaluator, seconds=GAP_SECONDS)
     if not np.isfinite(solved.bound):
         return None
     least, most = problem.ends
     more = max(0.0, solved.bound - evaluator.worth) / max(most - least, 1e-12)
-    return Gap(more, exact=not solved.linearised and not solved.thinned)
+    return Gap(more, exact=solved.exact)
 
 
 def channels(graph: Graph, scores: Mapping[str, npt.ArrayLike], counts: Counts) -> Plan:
@@ -265,10 +253,9 @@ def _exact(problem: Problem, evaluator: Evaluator, found: Found, seconds: float)
         evaluator.assign(solved.chosen, solved.kept)
         found.offer(evaluator)
     gap = None
-    if not solved.linearised and not solved.thinned and np.isfinite(solved.bound):
+    if solved.exact and np.isfinite(solved.bound):
         gap = max(0.0, solved.bound - found.worth) / max(abs(solved.bound), 1e-12)
-    result = _result(problem, found, "milp")
-    return replace(result, gap=gap, linearised=solved.linearised)
+    return replace(_result(problem, found, "milp"), gap=gap)
 
 
 def _result(problem: Problem, found: Found, method: str) -> Allocation:
@@ -283,7 +270,7 @@ def _result(problem: Problem, found: Found, method: str) -> Allocation:
 
 
 def _rising(points: list[tuple[float, float]]) -> Curve:
-    """The points that no other beats in both latency and worth."""
+    """The Pareto front: points that no other beats in both latency and worth."""
     best: list[tuple[float, float]] = []
     for ms, worth in sorted(points, key=lambda p: (p[0], -p[1])):
         if not best or worth > best[-1][1] + 1e-12:

@@ -1,4 +1,4 @@
-"""What an allocator chooses between: for every decision the widths it may take and their worth.
+"""What an allocator chooses between: the widths that every axis may take, and their worth.
 
 In: a graph and, per axis, a curve of worth over kept channels (retained importance, or minus the
 measured loss). Out: one choice per free axis or tie of axes, on the grid of widths that the
@@ -233,10 +233,10 @@ def allowed(size: int, step: int, least: int, limit: int) -> Ints:
 
 
 def leaving_choice(graph: Graph, multiple: int) -> int:
-    """``multiple``, halved until its narrowest widths save half of what any could.
+    """``multiple``, halved until the narrowest widths on its grid save enough work.
 
-    What is saved is counted in multiply-accumulates. A step that only layers of little work can
-    follow leaves no budget within reach.
+    Enough is half of the multiply-accumulates that the narrowest widths off any grid would save. A
+    step that only layers of little work can follow would put most budgets out of reach.
     """
     most = _saved(graph, 1)
     while multiple > 1 and _saved(graph, multiple) < _REACH * most:
@@ -332,6 +332,12 @@ def _scores(name: str, size: int, scores: Mapping[str, npt.ArrayLike]) -> Floats
     return found - min(0.0, float(found.min()))
 
 
+def decided_together(graph: Graph) -> list[tuple[str, ...]]:
+    """Names of the prunable axes: those of each tie, then every other one by itself."""
+    tied = {name for tie in graph.ties for name in tie}
+    return [*graph.ties, *((axis.name,) for axis in graph.prunable if axis.name not in tied)]
+
+
 def choices(
     graph: Graph,
     curves: Mapping[str, Floats],
@@ -351,17 +357,14 @@ def choices(
     """
     steps = grid(graph, multiple)
     shares = floors(graph, steps, least)
-    tied = graph.ties
-    alone = {axis.name for axis in graph.prunable} - {name for tie in tied for name in tie}
-    units = [*tied, *((axis.name,) for axis in graph.prunable if axis.name in alone)]
     found = []
-    for axes in units:
-        size = min(graph[name].size for name in axes)
+    for axes in decided_together(graph):
+        size = graph[axes[0]].size
+        if any(graph[name].size != size for name in axes):
+            raise PlanError(f"tied axes must have equal sizes, found {axes}")
         step = math.lcm(*(steps[name] for name in axes))
         options = allowed(size, step, _least(max(shares[name] for name in axes), size), limit)
-        if len({graph[name].size for name in axes}) > 1:
-            raise PlanError(f"tied axes must have equal sizes, found {axes}")
-        by_axis = np.array([curves[name][options] for name in axes])
         if len(options) > 1:
-            found.append(Choice(tuple(axes), size, options, by_axis))
+            by_axis = np.array([curves[name][options] for name in axes])
+            found.append(Choice(axes, size, options, by_axis))
     return tuple(found)

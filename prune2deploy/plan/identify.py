@@ -1,4 +1,4 @@
-"""Match the operators of built engines to the graph by looking at how their shapes vary.
+"""Matches the operators of built engines to the graph by how their shapes vary.
 
 In: profiles of several builds of one architecture at different widths. Out: for every operator
 its symbolic shapes, i.e. each dimension as a formula of axis widths. A runtime's names need not
@@ -17,6 +17,7 @@ from fractions import Fraction
 from prune2deploy.graph.axes import Counts, Graph, Layer, Polynomial
 from prune2deploy.plan.pairing import Seen
 from prune2deploy.plan.work import (
+    NO_WORK,
     Form,
     Work,
     channel_dim,
@@ -104,9 +105,8 @@ class Identifier:
         return Identified(seen, work, signature(first.kind, inputs, outputs), True, present)
 
     def _constant(self, seen: Seen) -> Identified:
-        none = Polynomial.constant(0)
         signature = f"{seen.kind}:{seen.name}"
-        return Identified(seen, Work(none, none, none), signature, False, len(seen.timings))
+        return Identified(seen, NO_WORK, signature, False, len(seen.timings))
 
     def _forms(
         self, vectors: list[list[Vector]], builds: tuple[int, ...], layer: Layer | None
@@ -191,13 +191,9 @@ def _alike(seen: Seen) -> Seen:
     A module that was captured may lack an input that the model's own code has (a bias that was
     folded, say), and the unpruned build is of the model's own code.
     """
-    ranks = {build: _ranks(timing) for build, timing in seen.timings.items()}
+    ranks = {build: timing.ranks for build, timing in seen.timings.items()}
     common = Counter(ranks.values()).most_common(1)[0][0]
     return replace(seen, timings={b: t for b, t in seen.timings.items() if ranks[b] == common})
-
-
-def _ranks(timing: OperatorTiming) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    return tuple(map(len, timing.input_shapes)), tuple(map(len, timing.output_shapes))
 
 
 def _primitive(vector: Vector) -> Vector:

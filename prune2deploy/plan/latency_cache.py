@@ -1,9 +1,9 @@
-"""Timings kept between runs, addressed by what they are timings of.
+"""Timings kept between runs, in one SQLite file.
 
 In: points (signature, work, nanoseconds) and whole builds, each of one device, runtime, precision
-and thread count. Out: the same again, for another budget or a related model on that device. One
-SQLite file; several processes may use it at once. Only the least time of a cell is kept, since
-contention only ever adds.
+and thread count. Out: the same again, for another budget or a related model on that device. Several
+processes may use the file at once. Of several timings of the same work only the least is kept,
+since contention only ever adds.
 """
 
 from __future__ import annotations

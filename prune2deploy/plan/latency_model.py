@@ -17,20 +17,20 @@ whole-model measurements; ``method`` then says ``"macs"``.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from prune2deploy.errors import PlanError
-from prune2deploy.graph.axes import Counts, Graph, Polynomial
+from prune2deploy.graph.axes import Counts, Graph
 from prune2deploy.plan.costs import Cost, Point, fit_costs
 from prune2deploy.plan.identify import Identified, Identifier
 from prune2deploy.plan.pairing import align
-from prune2deploy.plan.work import Work, is_convolution
+from prune2deploy.plan.work import NO_WORK, Work, is_convolution
 from prune2deploy.timing import OperatorTiming
-from prune2deploy.units import NS_PER_MS
+from prune2deploy.units import NS_PER_MS, ms
 
 Array = npt.NDArray[np.float64]
 
@@ -82,8 +82,8 @@ class OperatorModel:
         kind: The runtime's operator type.
         signature: What it shares its cost with.
         work: Work as formulas of axis widths.
-        padded: Whether channels count in whole blocks.
         cost: Nanoseconds per unit of work and per call.
+        padded: Whether channels count in whole blocks.
         seen: float array (builds, 3), natural log of the work in each build.
         residual: float array (builds,), natural log of seen time over predicted time.
         share: Fraction of the builds that contain the operator (fusion may differ).
@@ -94,10 +94,10 @@ class OperatorModel:
     kind: str
     signature: str
     work: Work
-    padded: bool
     cost: Cost
-    seen: Array
-    residual: Array
+    padded: bool = False
+    seen: Array = field(default_factory=lambda: np.zeros((0, 3)))
+    residual: Array = field(default_factory=lambda: np.zeros(0))
     share: float = 1.0
     matched: bool = True
 
@@ -105,6 +105,14 @@ class OperatorModel:
     def axes(self) -> frozenset[str]:
         """Axes that its time depends on."""
         return self.work.axes
+
+    def time_ns(self, work: Array) -> Array:
+        """Nanoseconds that it takes for work in numbers, float array (..., 3)."""
+        return time_ns(work, np.array(self.cost), self.seen, self.residual)
+
+    def ns(self, sizes: Counts) -> float:
+        """Nanoseconds that it takes at some axis sizes."""
+        return float(self.time_ns(np.array(numbers(self.work, sizes))))
 
 
 def time_ns(work: Array, cost: Array, seen: Array, residual: Array) -> Array:
@@ -153,7 +161,7 @@ class LatencyModel:
         """Predicted milliseconds of every operator, in the order of ``operators``."""
         raw, padded = widths(self.sizes, counts, self.multiple)
         return tuple(
-            operator.share * _one(operator, padded if operator.padded else raw) / NS_PER_MS
+            operator.share * ms(operator.ns(padded if operator.padded else raw))
             for operator in self.operators
         )
 
@@ -330,27 +338,23 @@ def _operator(
 ) -> OperatorModel:
     points = _points(one, sizes)
     times = np.array([point.ns for point in points.values()])
-    share = one.present / builds
-    padded = is_convolution(one.seen.kind)
-    common = (one.seen.name, one.seen.kind, one.signature)
+    steady = OperatorModel(
+        name=one.seen.name,
+        kind=one.seen.kind,
+        signature=one.signature,
+        work=NO_WORK,
+        cost=(0.0, 0.0, 0.0, float(np.median(times) if one.matched else times[0])),
+        padded=is_convolution(one.seen.kind),
+        share=one.present / builds,
+        matched=one.matched,
+    )
     if not one.work.axes:
-        none = Polynomial.constant(0)
-        steady = float(times[0]) if not one.matched else float(np.median(times))
-        empty = Work(none, none, none)
-        cost = (0.0, 0.0, 0.0, steady)
-        nothing = np.zeros((0, 3)), np.zeros(0)
-        return OperatorModel(*common, empty, padded, cost, *nothing, share, one.matched)
+        return steady
     work = np.array([point.work for point in points.values()])
-    cost = costs[one.signature]
-    plain = time_ns(work, np.array(cost), np.zeros((0, 3)), np.zeros(0))
+    varying = replace(steady, work=one.work, cost=costs[one.signature])
+    plain = varying.time_ns(work)
     residual = np.log(np.maximum(times, 1.0) / np.maximum(plain, 1.0))
-    seen = np.log(np.maximum(work, 1.0))
-    return OperatorModel(*common, one.work, padded, cost, seen, residual, share, one.matched)
-
-
-def _one(operator: OperatorModel, sizes: Counts) -> float:
-    work = np.array(numbers(operator.work, sizes))
-    return float(time_ns(work, np.array(operator.cost), operator.seen, operator.residual))
+    return replace(varying, seen=np.log(np.maximum(work, 1.0)), residual=residual)
 
 
 def anchored(model: LatencyModel, builds: Sequence[Build]) -> LatencyModel:
@@ -369,27 +373,16 @@ def _fit_macs(graph: Graph, sizes: Mapping[str, int], builds: Sequence[Build]) -
             f"{len(builds)} builds without a profile or a measured latency found; the latency "
             "model needs at least one of both: profile or measure the unpruned model"
         )
-    none = Polynomial.constant(0)
     points = [
         Point("model", "model", (float(graph.macs(b.counts)), 0.0, 0.0), b.measured_ms * NS_PER_MS)
         for b in measured
         if b.measured_ms is not None
     ]
     cost = fit_costs(points, points[0].ns)["model"]
-    nothing = np.zeros((0, 3)), np.zeros(0)
+    each = (cost[0], 0.0, 0.0, 0.0)
     operators = [
-        OperatorModel(
-            layer.name,
-            layer.operator,
-            "model",
-            Work(layer.macs, none, none),
-            False,
-            (cost[0], 0.0, 0.0, 0.0),
-            *nothing,
-        )
-        for layer in graph.layers
+        OperatorModel(y.name, y.operator, "model", replace(NO_WORK, macs=y.macs), each)
+        for y in graph.layers
     ]
-    calls = (0.0, 0.0, 0.0, cost[3])
-    empty = Work(none, none, none)
-    fixed = OperatorModel("fixed cost", "fixed", "fixed", empty, False, calls, *nothing)
+    fixed = OperatorModel("fixed cost", "fixed", "fixed", NO_WORK, (0.0, 0.0, 0.0, cost[3]))
     return LatencyModel(sizes, 1, (*operators, fixed), (), "macs")

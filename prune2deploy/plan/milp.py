@@ -8,7 +8,7 @@ variable per pair of options, tied to the binaries by its marginals (the local-c
 formulation of pairwise problems; Halp and its successors pose the same knapsack). Operators of
 more than two choices (long concatenations) are split into their products of at most two widths,
 with the residual as it is at the present assignment (and the third width of a product, too);
-they are counted, the solution is checked with the true costs, and the bound is then not exact.
+the solution is checked with the true costs, and the bound is then not exact.
 
 A block that may go is one more choice, between *out* and *in*. The choices inside it have one
 more option, *out*, at which everything that involves them costs nothing; it is taken if and only
@@ -31,6 +31,7 @@ from prune2deploy.plan.evaluate import Evaluator
 from prune2deploy.plan.terms import Flags
 
 _PAIRS = 250_000  # pair variables beyond which options are thinned out
+_GAP = 1e-4  # relative optimality gap at which the solver may stop
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,16 +42,15 @@ class Solved:
         chosen: Options, or ``None`` when it found no assignment within its time. Choices that
             went with blocks have the option of the reference.
         kept: Which blocks are kept, bool array.
-        bound: No assignment is worth more than this (on the options that were offered).
-        linearised: Number of operators whose cost was approximated.
-        thinned: Whether some options were left out to keep the problem small.
+        bound: No assignment is worth more than this.
+        exact: False where the cost of an operator was approximated, or options were left out to
+            keep the problem small: the bound is then an estimate.
     """
 
     chosen: Ints | None
     kept: Flags
     bound: float
-    linearised: int
-    thinned: bool
+    exact: bool
 
 
 Tables = Mapping[tuple[int, ...], Floats]
@@ -61,15 +61,14 @@ choice are its options, and *out* where it goes with blocks; those of a block ar
 """
 
 
-def solve(evaluator: Evaluator, *, seconds: float, gap: float = 1e-4) -> Solved:
+def solve(evaluator: Evaluator, *, seconds: float) -> Solved:
     """Maximise worth within the limits.
 
     Args:
         evaluator: Holds the problem and a reference assignment; it is left as it was.
         seconds: Time limit of the solver.
-        gap: Relative optimality gap at which the solver may stop.
     """
-    tables, constant, linearised = _tables(evaluator)
+    tables, constant, exact = _tables(evaluator)
     offered = _offered(evaluator, tables)
     every = evaluator.problem.choices
     states = _states(evaluator, offered)
@@ -83,19 +82,19 @@ def solve(evaluator: Evaluator, *, seconds: float, gap: float = 1e-4) -> Solved:
         constraints=[*model.constraints(), *_blocks(evaluator, model)],
         bounds=Bounds(0, 1),
         integrality=model.integrality,
-        options={"time_limit": seconds, "mip_rel_gap": gap},
+        options={"time_limit": seconds, "mip_rel_gap": _GAP},
     )
     bound = np.inf if result.mip_dual_bound is None else constant[-1] - result.mip_dual_bound
-    thinned = any(len(o) < len(c.options) for o, c in zip(offered, every, strict=True))
+    exact &= all(len(o) == len(c.options) for o, c in zip(offered, every, strict=True))
     if result.x is None:
-        return Solved(None, evaluator.kept.copy(), float(bound), linearised, thinned)
+        return Solved(None, evaluator.kept.copy(), float(bound), exact)
     taken = [int(np.argmax(part)) for part in np.split(result.x, model.starts[1:])[: len(states)]]
     picks = [
         int(options[state]) if state < len(options) else int(now)
         for options, state, now in zip(offered, taken, evaluator.chosen, strict=False)
     ]
     kept = np.array(taken[len(offered) :], dtype=bool)
-    return Solved(np.array(picks, dtype=np.int64), kept, float(bound), linearised, thinned)
+    return Solved(np.array(picks, dtype=np.int64), kept, float(bound), exact)
 
 
 def _states(evaluator: Evaluator, offered: list[Ints]) -> list[Ints]:
@@ -108,20 +107,20 @@ def _states(evaluator: Evaluator, offered: list[Ints]) -> list[Ints]:
     return found + [np.arange(2, dtype=np.int64) for _ in evaluator.problem.blocks]
 
 
-def _tables(evaluator: Evaluator) -> tuple[dict[tuple[int, ...], Floats], Floats, int]:
+def _tables(evaluator: Evaluator) -> tuple[dict[tuple[int, ...], Floats], Floats, bool]:
     """Sum operators and worth by what they involve; what involves nothing is constant.
 
     Returns:
-        Tables, constant costs and worth (limits + 1,), how many operators were approximated.
+        Tables, constant costs and worth (limits + 1,), whether no operator was approximated.
     """
     limits = len(evaluator.limits)
     constant = np.append(evaluator.constant, -sum(b.loss for b in evaluator.problem.blocks))
     tables: dict[tuple[int, ...], Floats] = {}
-    linearised = 0
+    exact = True
     for operator in range(len(evaluator.terms.cost)):
         involved = evaluator.involved(operator)
         if len(involved) > 2:
-            linearised += 1
+            exact = False
             parts = evaluator.spread(operator)
         else:
             parts = {involved: evaluator.table(operator, involved)}
@@ -136,7 +135,7 @@ def _tables(evaluator: Evaluator) -> tuple[dict[tuple[int, ...], Floats], Floats
     for choices, worth, blocks in _worths(evaluator):
         key, table = _with_blocks(evaluator, choices, worth, blocks)
         tables.setdefault(key, np.zeros((limits + 1, *table.shape)))[limits] += table
-    return tables, constant, linearised
+    return tables, constant, exact
 
 
 def _worths(evaluator: Evaluator) -> list[tuple[tuple[int, ...], Floats, list[int]]]:

@@ -12,7 +12,7 @@ with one of its kind, and equal names and ranks decide between several ways to d
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,28 +92,13 @@ def _pairs(model: Profile, profile: Profile) -> list[tuple[int, int]]:
 
 def _scores(model: Profile, profile: Profile) -> npt.NDArray[np.float64]:
     """What pairing each operator with each is worth, float array (model, profile); 0 is no pair."""
-    equal = {
-        weight: np.equal.outer(_coded([part(t) for t in model]), _coded([part(t) for t in profile]))
-        for weight, part in ((1.0, _kind), (_RANKS, _ranks), (_NAME, _name))
-    }
-    found = sum((weight * same for weight, same in equal.items()), np.zeros(equal[1.0].shape))
-    return np.asarray(np.where(equal[1.0], found, 0.0))
 
+    def equal(fact: Callable[[OperatorTiming], object]) -> npt.NDArray[np.bool_]:
+        rows, columns = ([hash(fact(timing)) for timing in one] for one in (model, profile))
+        return np.equal.outer(np.array(rows, dtype=np.int64), np.array(columns, dtype=np.int64))
 
-def _coded(values: Sequence[object]) -> npt.NDArray[np.int64]:
-    return np.array([hash(value) for value in values], dtype=np.int64)
-
-
-def _kind(timing: OperatorTiming) -> object:
-    return timing.kind
-
-
-def _name(timing: OperatorTiming) -> object:
-    return timing.name
-
-
-def _ranks(timing: OperatorTiming) -> object:
-    return tuple(map(len, timing.input_shapes)), tuple(map(len, timing.output_shapes))
+    worth = 1 + _RANKS * equal(lambda timing: timing.ranks) + _NAME * equal(lambda t: t.name)
+    return np.asarray(np.where(equal(lambda timing: timing.kind), worth, 0.0))
 
 
 def _aligned(scores: npt.NDArray[np.float64]) -> list[tuple[int, int]]:

@@ -14,7 +14,7 @@ from collections import Counter
 import numpy as np
 
 from prune2deploy.graph.axes import Graph
-from prune2deploy.plan.choices import allowed, grid
+from prune2deploy.plan.choices import allowed, decided_together, grid
 
 _TRIES = 24
 _LEAST = 0.25  # of an axis; narrower plans are rarely wanted and say little about wide ones
@@ -22,7 +22,7 @@ _OPTIONS = 64
 
 
 def probes(
-    graph: Graph, number: int, *, multiple: int, seed: int = 0, least: float = _LEAST
+    graph: Graph, number: int, *, multiple: int, seed: int = 0
 ) -> tuple[dict[str, int], ...]:
     """Draw plans for probe builds; more of them begin with the same ones.
 
@@ -31,24 +31,20 @@ def probes(
         number: How many.
         multiple: Channel multiple of the target.
         seed: Of the random draw.
-        least: Smallest fraction of its channels that an axis keeps.
 
     Returns:
         Kept channels of every prunable axis, per probe.
     """
     rng = np.random.default_rng(seed)
-    tied = graph.ties
-    bound = {name for tie in tied for name in tie}
-    units = [*tied, *((axis.name,) for axis in graph.prunable if axis.name not in bound)]
-    steps = grid(graph, multiple)
-    options = [_options(graph, axes, steps, least) for axes in units]
+    units, steps = decided_together(graph), grid(graph, multiple)
+    options = [_options(graph, axes, steps) for axes in units]
     codes: list[tuple[int, ...]] = [(int(one[-1]),) for one in options]
     plans = []
     for _ in range(number):
         met: Counter[tuple[int, ...]] = Counter()
         plan = {}
         for place, (axes, widths) in enumerate(zip(units, options, strict=True)):
-            tried = [_with(codes[place], int(w)) for w in rng.choice(widths, _TRIES)]
+            tried = [(*codes[place], int(w)) for w in rng.choice(widths, _TRIES)]
             codes[place] = min(tried, key=lambda code: met[code])
             met[codes[place]] += 1
             width = codes[place][-1]
@@ -57,13 +53,9 @@ def probes(
     return tuple(plans)
 
 
-def _with(code: tuple[int, ...], width: int) -> tuple[int, ...]:
-    return (*code, width)
-
-
 def _options(
-    graph: Graph, axes: tuple[str, ...], steps: dict[str, int], least: float
+    graph: Graph, axes: tuple[str, ...], steps: dict[str, int]
 ) -> np.typing.NDArray[np.int64]:
     size = graph[axes[0]].size
     step = math.lcm(*(steps[name] for name in axes))
-    return allowed(size, step, max(1, math.ceil(least * size)), _OPTIONS)
+    return allowed(size, step, max(1, math.ceil(_LEAST * size)), _OPTIONS)

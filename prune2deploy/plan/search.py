@@ -219,11 +219,10 @@ def exchange(evaluator: Evaluator, found: Found) -> None:
     """
     fill(evaluator)
     found.offer(evaluator)
-    steps: tuple[Callable[[int, int], int], ...] = (lambda o, _: o - 1, lambda o, n: min(o + 1, n))
     for _ in range(_EXCHANGES):
         before = found.worth
         for g in range(len(evaluator.problem.choices)):
-            for step in steps:
+            for step in (-1, 1):
                 _try(evaluator, found, g, step)
         for block in range(len(evaluator.problem.blocks)):
             _try_block(evaluator, found, block)
@@ -231,12 +230,11 @@ def exchange(evaluator: Evaluator, found: Found) -> None:
             return
 
 
-def _try(evaluator: Evaluator, found: Found, g: int, step: Callable[[int, int], int]) -> None:
-    start = found.chosen
-    assert start is not None
-    last = len(evaluator.problem.choices[g].options) - 1
-    option = step(int(start[g]), last)
-    if option < 0 or option == start[g]:
+def _try(evaluator: Evaluator, found: Found, g: int, step: int) -> None:
+    """Move one choice by a step, narrow another where a limit is exceeded, and fill up."""
+    assert found.chosen is not None
+    option = int(found.chosen[g]) + step
+    if not 0 <= option < len(evaluator.problem.choices[g].options):
         return
     found.restore(evaluator)
     if evaluator.idle(g):

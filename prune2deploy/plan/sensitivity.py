@@ -11,6 +11,7 @@ norms then choose the channels. Nothing here builds an engine, so one set serves
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,7 +27,7 @@ Loss = Callable[[Counts], float]
 Tell = Callable[[int, int], None]
 """Hears of progress: evaluations done, evaluations in all."""
 
-_FRACTIONS = (0.75, 0.5, 0.25)
+_FRACTIONS = (0.75, 0.5, 0.25)  # of the full width: where losses are measured
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,6 @@ def measure(
     choices: Sequence[Choice],
     loss: Loss,
     *,
-    fractions: Sequence[float] = _FRACTIONS,
     known: Mapping[str, Sensitivity] | None = None,
     tell: Tell | None = None,
     keep: Callable[[Sensitivity], None] | None = None,
@@ -84,7 +84,6 @@ def measure(
     Args:
         choices: The decisions, with the widths allowed.
         loss: Loss of the model with the given counts; axes that are absent keep all channels.
-        fractions: Widths to try, as fractions of the full one; moved to the nearest option.
         known: Results of an earlier call by first axis; these are not measured again.
         tell: Hears of progress.
         keep: Is given each result as soon as it is there.
@@ -96,31 +95,34 @@ def measure(
         PlanError: The loss of the unpruned model is not finite.
     """
     found = dict(known or {})
-    tried = {choice.axes[0]: _widths(choice, fractions) for choice in choices}
-    todo = [choice for choice in choices if choice.axes[0] not in found]
+    todo = [(choice, _widths(choice)) for choice in choices if choice.axes[0] not in found]
     if not todo:
         return found
-    total = sum(len(tried[choice.axes[0]]) for choice in todo) + 1
-    base = loss({})
+    evaluations = itertools.count(1)
+    total = 1 + sum(len(widths) for _, widths in todo)
+
+    def evaluated(counts: Counts) -> float:
+        value = loss(counts)
+        if tell is not None:
+            tell(next(evaluations), total)
+        return value
+
+    base = evaluated({})
     if not np.isfinite(base):
         raise PlanError(f"the unpruned model has loss {base} on the data; check data and weights")
-    done = 1
-    for choice in todo:
-        rises = []
-        for width in tried[choice.axes[0]]:
-            value = loss(dict.fromkeys(choice.axes, width))
-            rises.append(value - base if np.isfinite(value) else np.inf)
-            done += 1
-            if tell is not None:
-                tell(done, total)
-        worst = max([r for r in rises if np.isfinite(r)], default=1.0)
-        finite = [r if np.isfinite(r) else 10.0 * max(worst, 1.0) for r in rises]
-        widths = (*tried[choice.axes[0]], choice.size)
-        one = Sensitivity(choice.axes, choice.size, widths, (*finite, 0.0))
+    for choice, widths in todo:
+        rises = [evaluated(dict.fromkeys(choice.axes, width)) - base for width in widths]
+        one = Sensitivity(choice.axes, choice.size, (*widths, choice.size), (*_finite(rises), 0.0))
         found[choice.axes[0]] = one
         if keep is not None:
             keep(one)
     return found
+
+
+def _finite(rises: Sequence[float]) -> list[float]:
+    """Losses that are no number count as ten times the worst of the others, and as 10 at least."""
+    worst = max((rise for rise in rises if np.isfinite(rise)), default=1.0)
+    return [rise if np.isfinite(rise) else 10.0 * max(worst, 1.0) for rise in rises]
 
 
 def curves(graph: Graph, measured: Mapping[str, Sensitivity]) -> dict[str, Floats]:
@@ -134,8 +136,8 @@ def curves(graph: Graph, measured: Mapping[str, Sensitivity]) -> dict[str, Float
     return found
 
 
-def _widths(choice: Choice, fractions: Sequence[float]) -> tuple[int, ...]:
-    """The options nearest to the wanted fractions, ascending, without the full width."""
+def _widths(choice: Choice) -> tuple[int, ...]:
+    """The options nearest to ``_FRACTIONS``, ascending, without the full width."""
     options = choice.options[:-1]
-    near = {int(options[np.argmin(np.abs(options - f * choice.size))]) for f in fractions}
+    near = {int(options[np.argmin(np.abs(options - f * choice.size))]) for f in _FRACTIONS}
     return tuple(sorted(near))

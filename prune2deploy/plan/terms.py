@@ -1,4 +1,4 @@
-"""The work of all operators as sums of products of chosen widths: what evaluating rests on.
+"""The work of all operators as sums of products of chosen widths, as ``evaluate`` needs it.
 
 In: a problem. Out: its limits, the monomials of every operator that a choice or a block changes,
 and what the others cost. Where parameters or multiply-accumulates are capped, every parameter and
@@ -17,6 +17,7 @@ import numpy.typing as npt
 from prune2deploy.graph.axes import Graph, Polynomial
 from prune2deploy.plan.choices import Floats, Ints, Problem
 from prune2deploy.plan.latency_model import OperatorModel, time_ns
+from prune2deploy.plan.work import NOTHING
 from prune2deploy.units import NS_PER_MS
 
 Flags = npt.NDArray[np.bool_]
@@ -123,10 +124,11 @@ def _timed(problem: Problem, number: int, operator: OperatorModel) -> _Row:
 
 def _counted(problem: Problem, formula: Polynomial, limit: int, lost: frozenset[int]) -> _Row:
     """Something that is counted and not timed."""
-    zero = Polynomial.constant(0)
     unit = np.array([1.0, 0.0, 0.0, 0.0])
     blocks = lost | _owners(problem, formula.axes)
-    return _Row(unit, (formula, zero, zero), False, limit, np.zeros((0, 3)), np.zeros(0), blocks)
+    return _Row(
+        unit, (formula, NOTHING, NOTHING), False, limit, np.zeros((0, 3)), np.zeros(0), blocks
+    )
 
 
 def _owners(problem: Problem, axes: frozenset[str]) -> frozenset[int]:

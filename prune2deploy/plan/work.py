@@ -1,4 +1,4 @@
-"""How much work an operator does, as formulas of axis widths: what its time is fitted on.
+"""How much work an operator does, as formulas of axis widths; its time is fitted on that.
 
 In: the kind of an operator and its shapes, every dimension a formula. Out: multiply-accumulates,
 elements read and elements written, and a signature that says which operators may share costs.
@@ -39,6 +39,11 @@ class Work:
     def axes(self) -> frozenset[str]:
         """Names of the axes that the work depends on."""
         return self.macs.axes | self.read.axes | self.written.axes
+
+
+NOTHING = Polynomial.constant(0)
+NO_WORK = Work(NOTHING, NOTHING, NOTHING)
+"""What an operator does whose time depends on no axis."""
 
 
 def is_convolution(kind: str) -> bool:
@@ -99,7 +104,7 @@ def work_of(
     """
     written = _sum(total(form) for form in outputs)
     if not contracts(kind) or not inputs or not outputs:
-        return Work(Polynomial.constant(0), _sum(total(form) for form in inputs), written)
+        return Work(NOTHING, _sum(total(form) for form in inputs), written)
     if weight is not None:
         positions = inputs[0][2:] if is_transposed(kind) else outputs[0][2:]
         macs = total(inputs[weight]) * total(positions) * outputs[0][0]
@@ -127,4 +132,4 @@ def signature(kind: str, inputs: Sequence[Form], outputs: Sequence[Form]) -> str
 
 
 def _sum(parts: Iterable[Polynomial]) -> Polynomial:
-    return sum(parts, Polynomial.constant(0))
+    return sum(parts, NOTHING)

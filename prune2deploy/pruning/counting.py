@@ -39,17 +39,16 @@ def count_ops_and_params(
     by_module: dict[nn.Module, float] = dict.fromkeys(module.modules(), 0)
     total: float = 0
     for contraction in recording.contractions:
-        macs = math.prod(node.size for node in contraction.macs) / batch
-        total += macs
+        each = math.prod(node.size for node in contraction.macs) / batch
+        total += each
         owner = names.get(contraction.name)
         if owner is not None:
-            by_module[owner] += macs
+            by_module[owner] += each
     own = {m: sum(p.numel() for p in m.parameters(recurse=False)) for m in module.modules()}
     if not layer_wise:
         return _whole(total), count_params(module)
-    return (
-        _whole(total), count_params(module), {m: _whole(v) for m, v in by_module.items()}, own
-    )  # fmt: skip
+    macs = {part: _whole(count) for part, count in by_module.items()}
+    return _whole(total), count_params(module), macs, own
 
 
 def _whole(count: float) -> float:

@@ -20,11 +20,11 @@ from prune2deploy.graph.axes import Axis, Graph
 from prune2deploy.pruning import function
 from prune2deploy.pruning.decode import Channels, Cover, to_channels
 from prune2deploy.pruning.given import forward_of, members_of, owner_of
-from prune2deploy.pruning.group import Dependency, Group, Origin
+from prune2deploy.pruning.group import Dependency, Group, Origin, PruningFn
 from prune2deploy.pruning.items import Builder, Root
 from prune2deploy.pruning.layers import BasePruningFunc
 from prune2deploy.pruning.live import Live
-from prune2deploy.pruning.table import PruningFn, channel_dim, place, pruner_of
+from prune2deploy.pruning.table import channel_dim, place, pruner_of
 
 ROOTS: tuple[type[Any], ...] = (nn.modules.conv._ConvNd, nn.Linear)
 EXPLICIT = frozenset({"model output"})

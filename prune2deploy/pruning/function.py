@@ -1,8 +1,8 @@
-"""Low-level pruning: remove channels from one layer, in place, whatever that breaks next to it.
+"""Low-level pruning: removes channels from one layer, in place, and leaves its neighbours alone.
 
 Each layer type has a ``BasePruningFunc``; ``prune_conv_out_channels`` and its like are its bound
-methods. ``idxs`` are the positions to *remove*. Neighbouring layers are not touched: the groups of
-a ``DependencyGraph`` do that.
+methods. ``idxs`` are the positions to *remove*. Neighbouring layers, which no longer fit, are
+pruned by the groups of a ``DependencyGraph``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What callers hand over, as the graph needs it: layers, pruning functions, ways to run a model."""
+"""Turns what callers give (layers, pruning functions, forward functions) into what graphs need."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import nn
 
 from prune2deploy.errors import PruneError
 from prune2deploy.graph.calling import run, tensors_in
+from prune2deploy.pruning.group import PruningFn
 from prune2deploy.pruning.layers import BasePruningFunc
-from prune2deploy.pruning.table import PruningFn
 
 
 def members_of(layers: Iterable[Any], model: nn.Module | None = None) -> set[int]:

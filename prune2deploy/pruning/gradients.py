@@ -146,7 +146,7 @@ class OBDCImportance(GroupMagnitudeImportance):
         self._clear_buffer()
 
     def _prepare_model(self, model: nn.Module, pruner: Any = None) -> None:
-        """Say which model ``step`` looks at."""
+        """Set the model whose gradients ``step`` reads."""
         self._model = model
 
     def _rm_hooks(self, model: nn.Module) -> None:

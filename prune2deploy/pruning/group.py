@@ -11,12 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
 from torch import nn
 
 from prune2deploy.errors import PruneError
+from prune2deploy.pruning.decode import Channels
 
-Channels = npt.NDArray[np.int64]
 PruningFn = Callable[..., Any]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,10 @@ from prune2deploy.errors import PruneError
 from prune2deploy.graph.axes import Member
 from prune2deploy.pruning import function
 from prune2deploy.pruning.decode import Channels, Cover, merged, to_positions
-from prune2deploy.pruning.group import Dependency, Group, Item, Node
+from prune2deploy.pruning.group import Dependency, Group, Item, Node, PruningFn
 from prune2deploy.pruning.layers import BasePruningFunc
 from prune2deploy.pruning.live import Live
-from prune2deploy.pruning.table import PruningFn, pruner_of
+from prune2deploy.pruning.table import customized_pruner, pruner_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,8 +93,7 @@ class Builder:
         parts = path.split(".") if path else []
         for depth in range(len(parts) + 1):
             module = self.modules[".".join(parts[:depth])]
-            if any(module is k or (isinstance(k, type) and isinstance(module, k))
-                   for k in self.customized):  # fmt: skip
+            if customized_pruner(module, self.customized) is not None:
                 return module
         return self.modules[path.partition(".parametrizations")[0]]
 
@@ -180,21 +179,21 @@ class Builder:
         calls: dict[str, Callable[[], Any]] = {}
         for dep, _ in group:
             module = dep.target.module
-            if isinstance(module, nn.Module) and pruner_of(module, self.customized) in list(
-                self.customized.values()
-            ):
-                calls[dep.target.path] = self._call(module, dep.target.path, group)
+            pruner = customized_pruner(module, self.customized)
+            if pruner is not None and isinstance(module, nn.Module):
+                calls[dep.target.path] = self._call(pruner, dep, group)
         return calls
 
-    def _call(self, module: nn.Module, path: str, group: Group) -> Callable[[], Any]:
-        pruner = pruner_of(module, self.customized)
-        assert pruner is not None
+    def _call(self, pruner: BasePruningFunc, dep: Dependency, group: Group) -> Callable[[], Any]:
+        module, path = dep.target.module, dep.target.path
         for out, prune in ((True, pruner.prune_out_channels), (False, pruner.prune_in_channels)):
             idxs = self._through(path, group.origin.removal, out=out)
             if idxs:
-                return lambda prune=prune, idxs=idxs: prune(module, idxs)  # type: ignore[misc]
-        raise PruneError(f"{path}: what its own pruner has to remove shows neither at its input "
-                         "nor at its output")  # fmt: skip
+                return partial(prune, module, idxs)
+        raise PruneError(
+            f"{path}: the channels that its own pruner has to remove are in neither its input "
+            "nor its output"
+        )
 
     def _through(self, path: str, removal: Mapping[str, Channels], *, out: bool) -> list[int]:
         """Positions of a module's output or input that go."""

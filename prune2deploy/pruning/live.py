@@ -1,4 +1,4 @@
-"""A model that is pruned in place, with a graph that follows it by arithmetic alone.
+"""A model that is pruned in place, with a graph that is kept up to date without tracing again.
 
 ``prune2deploy.prune`` works on copies; here the caller's own module loses its channels. After each
 removal the graph is shrunk, not traced again: members keep the positions that stay, renumbered.
@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -25,7 +24,7 @@ from prune2deploy.graph.calling import Forward
 from prune2deploy.graph.layout import Node
 from prune2deploy.graph.trace import trace, unwrap
 from prune2deploy.plan.plan import Plan
-from prune2deploy.pruning.decode import merged
+from prune2deploy.pruning.decode import Channels, merged
 from prune2deploy.pruning.rewrite import is_rewritten, rewrite, with_batch
 from prune2deploy.surgery.checking import check_outputs, runs_as_planned
 from prune2deploy.surgery.compensation import compensation
@@ -39,7 +38,6 @@ from prune2deploy.surgery.slicing import (
 )
 from prune2deploy.surgery.widths import Widths
 
-Channels = npt.NDArray[np.int64]
 Call = Callable[[], Any]
 Removal = Mapping[str, Channels]
 """Axis name → sorted channels to remove, numbered as they are now."""

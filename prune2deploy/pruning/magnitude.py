@@ -131,11 +131,9 @@ class GroupMagnitudeImportance(Importance):
     def positions(self, item: Item, parameter: nn.Parameter, dim: int) -> Tensor | None:
         """One number per position of a dimension; ``None`` where there is nothing to go by."""
         values = self.element(parameter)
-        return (
-            None
-            if values is None
-            else values.movedim(dim, 0).reshape(len_of(values, dim), -1).sum(1)
-        )
+        if values is None:
+            return None
+        return values.movedim(dim, 0).reshape(values.shape[dim], -1).sum(1)
 
     def element(self, parameter: nn.Parameter) -> Tensor | None:
         """One number per weight."""
@@ -155,11 +153,6 @@ class GroupMagnitudeImportance(Importance):
                 "sentinel_FRACTION, a function or None"
             )
         return SCALES[self.normalizer](scores)
-
-
-def len_of(values: Tensor, dim: int) -> int:
-    """Positions of a dimension."""
-    return values.shape[dim]
 
 
 class MagnitudeImportance(GroupMagnitudeImportance):
@@ -195,15 +188,6 @@ class LAMPImportance(GroupMagnitudeImportance):
 
 class FPGMImportance(GroupMagnitudeImportance):
     """Distance to the other channels of the layer (He et al., "FPGM", CVPR 2019)."""
-
-    def __init__(
-        self,
-        p: int = 2,
-        group_reduction: str | None = "mean",
-        normalizer: str | Callable[[Tensor], Tensor] | None = "mean",
-        bias: bool = False,
-    ) -> None:
-        super().__init__(p, group_reduction, normalizer, bias)
 
     def positions(self, item: Item, parameter: nn.Parameter, dim: int) -> Tensor | None:
         """Sum of distances between rows."""

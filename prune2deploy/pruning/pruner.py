@@ -16,11 +16,10 @@ from prune2deploy.graph.axes import Axis
 from prune2deploy.pruning.decode import Channels, run_length
 from prune2deploy.pruning.dependency import ROOTS, DependencyGraph, History
 from prune2deploy.pruning.given import members_of
-from prune2deploy.pruning.group import Group
+from prune2deploy.pruning.group import Group, PruningFn
 from prune2deploy.pruning.items import Root
 from prune2deploy.pruning.options import Configured, Options
 from prune2deploy.pruning.ranking import Record, alone, lowest, together
-from prune2deploy.pruning.table import PruningFn
 
 ImportanceFn = Callable[[Group], "torch.Tensor | None"]
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from prune2deploy.pruning import function
 from prune2deploy.pruning.layers import BasePruningFunc
-
-PruningFn = Callable[..., Any]
 
 TABLE: tuple[tuple[type[nn.Module], BasePruningFunc], ...] = (
     (nn.modules.conv._ConvNd, function.CONV),
@@ -31,11 +29,19 @@ TABLE: tuple[tuple[type[nn.Module], BasePruningFunc], ...] = (
 Customized = Mapping[Any, BasePruningFunc]
 
 
-def pruner_of(module: Any, customized: Customized) -> BasePruningFunc | None:
-    """The functions that prune a module: one of the user's for the instance or type, else ours."""
+def customized_pruner(module: Any, customized: Customized) -> BasePruningFunc | None:
+    """The functions of the user's own that prune a module, by instance or type."""
     for key, pruner in customized.items():
         if module is key or (isinstance(key, type) and isinstance(module, key)):
             return pruner
+    return None
+
+
+def pruner_of(module: Any, customized: Customized) -> BasePruningFunc | None:
+    """The functions that prune a module: the user's own for the instance or type, else ours."""
+    own = customized_pruner(module, customized)
+    if own is not None:
+        return own
     if isinstance(module, nn.Parameter):
         return function.PARAMETER
     if is_depthwise(module):

@@ -1,4 +1,4 @@
-"""What surrounds pruning, as ``tp.utils``: counting, timing, showing."""
+"""Utilities, as ``tp.utils``: counting, timing, printing."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ class _Averaging(TorchDispatchMode):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-        self._stored = {_storage(buffer) for buffer in module.buffers()}
+        self._stored = {storage(buffer) for buffer in module.buffers()}
         self._before: list[tuple[Tensor, Tensor]] = []
         self.met = False
         self.seen: Counter[int] = Counter()
@@ -110,13 +110,13 @@ class _Averaging(TorchDispatchMode):
         return func(*args[:_MEAN], mean, biased, *args[_VARIANCE + 1 :], **(kwargs or {}))
 
     def _is_stored(self, *statistics: Tensor | None) -> bool:
-        return all(one is not None and _storage(one) in self._stored for one in statistics)
+        return all(one is not None and storage(one) in self._stored for one in statistics)
 
     def _count(
         self, running: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor], values: int
     ) -> None:
         """Make the running statistics the average of all that was found."""
-        place = _storage(running[0])
+        place = storage(running[0])
         if place not in self.seen:
             self._before += [(one, one.clone()) for one in running]
         self.seen[place] += values
@@ -145,5 +145,6 @@ def _feed(module: nn.Module, batches: Iterable[Batch], averaging: _Averaging) ->
     return samples
 
 
-def _storage(tensor: Tensor) -> int:
+def storage(tensor: Tensor) -> int:
+    """Address of the memory of a tensor, which its views have in common with it."""
     return tensor.untyped_storage().data_ptr()

@@ -28,7 +28,7 @@ from prune2deploy.surgery.copying import copied
 
 RATE = 0.02  # highest, where there are steps enough
 _IGNORED = -100  # label that ``cross_entropy`` leaves out
-SETTLES = 100  # steps that it takes to settle from there
+SETTLES = 100  # steps that training at that rate takes to settle
 
 Progress = Callable[[int, int, float], None]
 """Called after each step with (step, of how many, loss)."""
@@ -175,7 +175,7 @@ def finetune(
 
 @dataclass(frozen=True, eq=False)
 class Training:
-    """Fine-tuning that waits for the module to train, as :func:`finetune` does.
+    """Teacher, batches and options of :func:`finetune`, to be called with a module later.
 
     Attributes:
         teacher: The original model, or ``None`` to learn from labels alone.
@@ -275,18 +275,18 @@ def _step(run: _Run, batch: Batch) -> float:
 
 
 def _cause(run: _Run) -> str:
-    """What makes a loss that is no number, and what to do about it."""
+    """The likely cause of a loss that is not finite, and what to do about it."""
     if run.step == 0:
         return (
-            "nothing has been trained yet, so the outputs of the model or of its teacher are no "
-            f"numbers, or all labels are {_IGNORED}; check the weights and the data"
+            "nothing has been trained yet, so outputs of the model or its teacher are not finite, "
+            f"or all labels are {_IGNORED}; check the weights and the data"
         )
     return f"the learning rate {run.highest:g} is too high for this model, try {run.highest / 10:g}"
 
 
 @contextmanager
 def _batch_norms_at_rest(module: nn.Module) -> Iterator[None]:
-    """Have BatchNorm use the statistics it has: one sample alone has no variance."""
+    """Let BatchNorm use its running statistics: one sample alone has no variance."""
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
     for norm in norms:
         norm.eval()

@@ -1,4 +1,4 @@
-"""Linear corrections by ridge regression, held to samples that had no part in it.
+"""Corrections of linear layers by ridge regression, validated on samples not fitted to.
 
 In: what goes into a linear operator, and what is missing from what comes out. Out: what to add to
 its weights, or nothing where no correction holds on samples that it was not fitted to. Pure

@@ -1,4 +1,4 @@
-"""Reconstruction: the weights that are left take over what the pruned ones did, no training.
+"""Reconstruction: the remaining weights are fitted to make up for the pruned ones, no training.
 
 In: a pruned module, the original, and calibration samples without labels. Out: the module's
 weights changed in place so that each layer gives again, from what is left of its inputs, what it
@@ -33,7 +33,7 @@ from prune2deploy.graph.axes import Graph
 from prune2deploy.graph.calling import device_of, quiet, run, stored_tensors, tensors_in
 from prune2deploy.graph.recording import Recording
 from prune2deploy.plan.plan import Plan
-from prune2deploy.recover.batchnorm import reestimate_batchnorm
+from prune2deploy.recover.batchnorm import reestimate_batchnorm, storage
 from prune2deploy.recover.contractions import Contraction, contraction, last_weights, positions_of
 from prune2deploy.recover.distance import apart, outputs
 from prune2deploy.recover.least_squares import correction
@@ -48,7 +48,7 @@ MEMORY = 2 << 30  # bytes, about, that activations and noted outputs may each ta
 LIVE = 4  # activations of the largest size that are alive at once, about
 ROWS = (4096, 32768)  # noted per layer: 16 per input, within these
 WIDEST = 8192  # inputs beyond which a layer is left alone: its normal equations would be too large
-JUDGING = 8  # one sample of so many has no part in fitting and judges the whole
+JUDGING = 8  # one sample in so many is held out of fitting, and judges the result
 CHUNK = 32  # samples, when statistics are taken
 SAME = 1e-10  # of the outputs' energy: what is missing less than this needs no correction
 
@@ -246,7 +246,7 @@ class _Watch(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         self.samples = samples
         self.reads: Counter[str] = Counter()
-        stored = [(_storage(tensor), name) for name, tensor in stored_tensors(module)]
+        stored = [(storage(tensor), name) for name, tensor in stored_tensors(module)]
         shared = Counter(place for place, _ in stored)
         self._names = {place: name for place, name in stored if shared[place] == 1}
 
@@ -262,7 +262,7 @@ class _Watch(TorchDispatchMode):
 
     def name(self, tensor: Tensor | None) -> str | None:
         """Of the stored tensor that a tensor is, or is a view of."""
-        return None if tensor is None else self._names.get(_storage(tensor))
+        return None if tensor is None else self._names.get(storage(tensor))
 
     def see(self, name: str, call: Contraction, made: Tensor) -> bool:
         """Hear of a linear operator; whether it has to be computed again."""
@@ -279,7 +279,7 @@ class _Listening(_Watch):
         self._stored = dict(stored_tensors(module))
         self._kept, self._factors, self._rows = kept, factors, rows
         self._noted: dict[str, _Noted] = {}
-        self._dice = torch.Generator().manual_seed(0)
+        self._random = torch.Generator().manual_seed(0)
 
     def once(self) -> dict[str, _Noted]:
         """What was noted of stored tensors that are read once."""
@@ -293,7 +293,7 @@ class _Listening(_Watch):
             return False
         wanted = max(ROWS[0], 16 * call.weight.numel() // made.shape[call.channel_dim])
         some = min(count, math.ceil(min(wanted, self._rows) / self.samples))
-        positions = torch.randperm(count, generator=self._dice)[:some].to(made.device)
+        positions = torch.randperm(count, generator=self._random)[:some].to(made.device)
         given = call.rows_out(made, self.samples, positions)
         if name in self._factors:  # the pruned layer gives so many times as much
             factor = self._factors[name].movedim(dim, 0).flatten(1)[:, 0]
@@ -348,7 +348,3 @@ class _Correcting(_Watch):
         call.add(change)
         self.changed += 1
         return True
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()

@@ -38,7 +38,7 @@ class _Pair:
 
 
 def restore_lengths(module: nn.Module, recording: Recording, before: Mapping[str, Tensor]) -> int:
-    """Give the weights of each output channel the length that they had, and BatchNorm its due.
+    """Scale the weights of each output channel back to their old length, and BatchNorm with them.
 
     Where a variance is not much more than its epsilon, they get nearer to it only.
 
@@ -68,7 +68,7 @@ def restore_lengths(module: nn.Module, recording: Recording, before: Mapping[str
 
 
 def adjustable(recording: Recording) -> frozenset[str]:
-    """Names of the weights that :func:`restore_lengths` can give their lengths back."""
+    """Names of the weights whose lengths :func:`restore_lengths` can restore."""
     return frozenset(pair.weight for pair in _pairs(recording))
 
 

@@ -1,4 +1,4 @@
-"""What a report says, as frozen values: the one thing that every rendering reads.
+"""What a report says, as frozen values; every rendering reads them and nothing else.
 
 In: plain numbers that the loop or a sweep found. Out: JSON text and back, so that a report can be
 rendered again without the run. A latency is *measured* unless its name begins with ``predicted``.
@@ -195,7 +195,7 @@ class RunReport:
     schema: int = SCHEMA
 
     def filling(self) -> str:
-        """How much of the budget the measured latency fills, and its upper bound."""
+        """How much of the budget the measured latency uses, in words, with its upper bound."""
         name, judged = f"p{self.percentile}", self.judged_ms or self.final.p50_ms
         bound = f", its upper 95 % bound {(self.bound_ms or judged) / self.budget_ms:.1%}"
         if self.percentile in self.final.unbounded:

@@ -68,11 +68,11 @@ def run_text(report: RunReport) -> str:
 
 
 def gains(report: RunReport) -> tuple[str, ...]:
-    """What a later deadline would buy, predicted; nothing where the curve does not reach.
+    """What a larger budget would keep, predicted; nothing beyond the ends of the curve.
 
-    Both figures are of the best plans for their budgets; the one that is shipped may be another.
-    The curve is of medians: where the budget is for a higher percentile, that is taken to be as
-    many times the median as was measured.
+    Both figures are of the best plans for their budgets, which need not be the plan that is
+    shipped. The curve is of medians: a budget for a higher percentile is converted by the measured
+    ratio of that percentile to the median.
     """
     if len(report.curve) < 2:
         return ()

@@ -1,4 +1,4 @@
-"""What accuracy the shipped file keeps, where the data of the run has class labels.
+"""Top-1 accuracy before and after, where the data of the run has class labels.
 
 In: the unpruned build and the one that is shipped. Out: top-1 of both ONNX files on the same
 samples. These are samples of the run's own data: where the run trains on them, they flatter it.
@@ -13,7 +13,7 @@ from prune2deploy.search.lowering import top1
 
 
 @dataclass(frozen=True)
-class Accuracy:
+class Top1:
     """Top-1 of two ONNX files.
 
     Attributes:
@@ -27,16 +27,16 @@ class Accuracy:
     pruned: float
 
 
-def take(shop: Workshop, before: Built, after: Built) -> Accuracy | None:
+def take(shop: Workshop, before: Built, after: Built) -> Top1 | None:
     """Score both files; ``None`` without labels, or class scores of shape (batch, classes)."""
     data = shop.batches
     if data is None:
         return None
 
-    def work() -> Accuracy | None:
+    def work() -> Top1 | None:
         shop.say("taking accuracy", after.number)
         first = top1(shop.run / before.onnx, data)
         second = first and top1(shop.run / after.onnx, data)
-        return Accuracy(first[1], first[0], second[0]) if first and second else None
+        return Top1(first[1], first[0], second[0]) if first and second else None
 
-    return shop.run.journal.maybe(f"{after.key}/accuracy", Accuracy, work)
+    return shop.run.journal.maybe(f"{after.key}/accuracy", Top1, work)

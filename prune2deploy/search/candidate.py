@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,13 @@ from prune2deploy.calibration import filled
 from prune2deploy.errors import ExportError
 from prune2deploy.exporting import export, keeping, parity, program, simplify
 from prune2deploy.exporting.parity import Parity
-from prune2deploy.exporting.simplify import SimplifyReport
 from prune2deploy.graph.axes import Graph
+from prune2deploy.measure import Comparison, Goal
 from prune2deploy.plan.plan import Plan
 from prune2deploy.progress import Progress, Step
 from prune2deploy.rundir import WORK, RunDir
 from prune2deploy.search import lowering
-from prune2deploy.search.lowering import Lowered, Wish
+from prune2deploy.search.lowering import Lowered, LoweringOptions
 from prune2deploy.surgery.slicing import apply as apply_plan
 from prune2deploy.target import Target
 from prune2deploy.timing import OperatorTiming
@@ -37,7 +37,7 @@ PROFILE_RUNS = 30
 
 @dataclass(frozen=True)
 class Border:
-    """Agreement at one border between two stages."""
+    """Parity of two stages that follow each other."""
 
     stages: str
     parity: Parity
@@ -132,7 +132,7 @@ class Workshop:
 
 
 def baseline(shop: Workshop) -> Built:
-    """Build the unpruned model; in a lower precision than fp32 it is a build of its own."""
+    """Build the unpruned model. Its build in a precision below fp32 has a name of its own."""
     wanted = shop.target.precision
     return build(shop, 0, "baseline" if wanted == "fp32" else f"baseline-{wanted}", Plan({}))
 
@@ -177,6 +177,22 @@ def profile(shop: Workshop, built: Built) -> tuple[OperatorTiming, ...]:
     return shop.run.journal.once(f"{built.key}/profile", Profile, work).operators
 
 
+def compare(shop: Workshop, built: Built, reference: Built, goal: Goal | None = None) -> Comparison:
+    """Measure a build interleaved with the baseline, unless the journal has it already."""
+
+    def work() -> Comparison:
+        shop.say("measuring", built.number)
+        return measure.compare(
+            shop.engine(built),
+            shop.engine(reference),
+            shop.target,
+            raw_path=shop.run / f"raw/{built.key}.npz",
+            goal=goal,
+        )
+
+    return shop.run.journal.once(f"{built.key}/compare", Comparison, work)
+
+
 @dataclass(frozen=True)
 class Profile:
     """Timings of one engine, as the journal keeps them."""
@@ -187,54 +203,61 @@ class Profile:
 def _assemble(shop: Workshop, name: tuple[int, str], plan: Plan, module: nn.Module) -> Built:
     number, step = name
     started = time.monotonic()
+    notes: list[str] = []
+    exported, onnx, lowered = _export(shop, name, module.eval(), notes)
+    shop.say("building", number)
+    if shop.backend.takes_program:
+        program.save(module, shop.example_inputs, onnx.with_suffix(".pt2"), shop.target.precision)
+    engine = shop.backend.build(onnx, shop.target, onnx.with_name("engine"))
+    borders: tuple[Border, ...] = ()
+    if step != "probe":
+        shop.say("checking", number)
+        borders = _check(shop, module, exported, (engine, lowered), notes)
+    left = shop.graph.without(plan.removed)
+    return Built(
+        number=number,
+        step=step,
+        plan=plan,
+        params=left.params(plan.counts),
+        macs=left.macs(plan.counts),
+        bytes=onnx.stat().st_size,
+        onnx=_inside(shop.run, onnx),
+        engine=_inside(shop.run, engine.path),
+        seconds=time.monotonic() - started,
+        borders=borders,
+        notes=tuple(notes),
+        lowered=lowered,
+    )
+
+
+def _export(
+    shop: Workshop, name: tuple[int, str], module: nn.Module, notes: list[str]
+) -> tuple[Path, Path, Lowered | None]:
+    """Export, simplify, and bring to the precision of the run; adds to ``notes``.
+
+    Returns:
+        The file as exported, the file to build from, and how that came to its precision.
+    """
+    number, step = name
     folder = shop.run / f"{WORK}/{number:02d}-{step}"
     shop.say("exporting", number)
-    told: list[str] = []
     exported = export.to_onnx(
-        module.eval(),
+        module,
         shop.example_inputs,
         folder / "exported.onnx",
         input_names=shop.input_names,
         output_names=shop.output_names,
-        tell=told.append,
+        tell=notes.append,
     )
     shop.say("simplifying", number)
-    report = _simplified(shop, exported)
-    onnx, lowered = _lower(shop, report.path, name)
-    shop.say("building", number)
-    if shop.backend.takes_program:
-        program.save(module, shop.example_inputs, onnx.with_suffix(".pt2"), shop.target.precision)
-    engine = shop.backend.build(onnx, shop.target, folder / "engine")
-    borders: tuple[Border, ...] = ()
-    if step != "probe":
-        shop.say("checking", number)
-        borders = _check(shop, module, exported, (engine, lowered), told)
-    left = shop.graph.without(plan.removed)
-    return Built(
-        number,
-        step,
-        plan,
-        left.params(plan.counts),
-        left.macs(plan.counts),
-        onnx.stat().st_size,
-        _inside(shop.run, onnx),
-        _inside(shop.run, engine.path),
-        time.monotonic() - started,
-        borders,
-        (*told, *_notes(report, lowered)),
-        lowered,
-    )
-
-
-def _simplified(shop: Workshop, exported: Path) -> SimplifyReport:
-    """Simplify a file, compared on an input that the model takes."""
     samples = _random_samples(shop, exported)
-    return simplify.simplify(exported, exported.with_name("simplified.onnx"), samples=samples)
-
-
-def _notes(report: SimplifyReport, lowered: Lowered | None) -> tuple[str, ...]:
-    simplified = f"simplification: {report.note}" if report.note else ""
-    return tuple(note for note in (simplified, lowered.text() if lowered else "") if note)
+    report = simplify.simplify(exported, folder / "simplified.onnx", samples=samples)
+    if report.note:
+        notes.append(f"simplification: {report.note}")
+    onnx, lowered = _lower(shop, report.path, name)
+    if lowered is not None:
+        notes.append(lowered.text())
+    return exported, onnx, lowered
 
 
 def _inside(run: RunDir, path: Path) -> str:
@@ -254,17 +277,17 @@ def _lower(shop: Workshop, path: Path, name: tuple[int, str]) -> tuple[Path, Low
         return path.rename(out), None
     shop.say(f"converting to {wanted}", number)
     whole = number == 0 or step == "final"
-    wish = Wish(
-        wanted,
-        shop.backend.int8_recipe(shop.target),
-        shop.batches,
-        _kept_before(shop, path),
+    options = LoweringOptions(
+        precision=wanted,
+        recipe=shop.backend.int8_recipe(shop.target),
+        batches=shop.batches,
+        keep=_kept_before(shop, path),
         quick=step == "probe" or (wanted == "int8" and not whole),
         max_drop=shop.max_drop,
         store=path.with_name("ranges.json"),
         samples=_random_samples(shop, path),
     )
-    return out, lowering.lower(path, out, wish)
+    return out, lowering.lower(path, out, options)
 
 
 def _kept_before(shop: Workshop, path: Path) -> tuple[str, ...]:
@@ -327,11 +350,7 @@ def require(borders: Sequence[Border]) -> None:
 
 def cast(run: parity.Runner, inputs: Sequence[TensorSpec]) -> parity.Runner:
     """Have ``run`` take its inputs in any type: an fp16 engine wants fp16."""
-
-    def cast_and_run(feeds: Mapping[str, Any]) -> Mapping[str, Any]:
-        return run({s.name: feeds[s.name].astype(s.dtype, copy=False) for s in inputs})
-
-    return cast_and_run
+    return lambda feeds: run({s.name: feeds[s.name].astype(s.dtype, copy=False) for s in inputs})
 
 
 def _samples(shop: Workshop, exported: Path) -> Sequence[Mapping[str, Any]]:
@@ -349,11 +368,6 @@ def _random_samples(shop: Workshop, path: Path) -> Sequence[Mapping[str, Any]]:
     """One random input of a file that the model takes, as far as the example tells."""
     example = parity.as_sample(shop.example_inputs, shop.input_names)
     return parity.random_samples(path, like=example)
-
-
-def with_precision(target: Target, wanted: str | None) -> Target:
-    """The target with the precision that the run asks for."""
-    return target if wanted is None else replace(target, precision=wanted)
 
 
 def save_module(run: RunDir, module: nn.Module, example_inputs: tuple[Tensor, ...]) -> str:

@@ -12,13 +12,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from prune2deploy import measure
 from prune2deploy.calibration import notices
 from prune2deploy.config import RunOptions
 from prune2deploy.errors import ConfigError
 from prune2deploy.graph.axes import Block, Graph
 from prune2deploy.importance import score
-from prune2deploy.measure import Comparison, Goal
+from prune2deploy.measure import Goal
 from prune2deploy.plan.allocate import (
     CapTooTightError,
     Curve,
@@ -46,7 +45,7 @@ from prune2deploy.search.job import (
     unfilled,
 )
 from prune2deploy.search.learning import COVERED, Lessons
-from prune2deploy.search.planning import Question, Wanted
+from prune2deploy.search.planning import PlanRequest, Proposal
 
 
 class Search:
@@ -77,7 +76,7 @@ class Search:
         self.ranked = 0
 
     def unpruned(self) -> None:
-        """Where the budget is in milliseconds, see first whether the model as it is meets it."""
+        """For a budget in milliseconds, see first whether the unpruned model meets it already."""
         limit = self.budget.latency_ms
         if limit is None or self.baseline.p50_ms > limit or not self._within_caps():
             return
@@ -107,7 +106,7 @@ class Search:
 
     @property
     def done(self) -> bool:
-        """Whether an attempt meets the budget and fills it, or needs no pruning at all."""
+        """Whether an attempt meets and fills the budget, or the unpruned model meets it."""
         return any(a.filled or (a.verdict == "met" and a.built.number == 0) for a in self.attempts)
 
     @property
@@ -204,10 +203,10 @@ class Search:
 
     @property
     def _removable(self) -> tuple[Block, ...]:
-        """Blocks that may still go.
+        """Blocks that may still be taken out.
 
-        None where layers may lose only a part of their channels, or where the runtime does not
-        tell operators apart, so that nothing is known of what a block costs.
+        None where ``max_pruning_ratio`` limits what a layer may lose, or where the runtime has no
+        profile of single operators, so that the cost of a block is unknown.
         """
         stay = self.options.max_pruning_ratio is not None or not self.baseline.profile
         return () if stay else depth.removable(self.graph)
@@ -261,7 +260,7 @@ class Search:
             number = self.next
             self.model = self.lessons.fit()
             try:
-                wanted = self._wanted(number)
+                proposal = self._proposal(number)
             except CapTooTightError:
                 if not self._shorten():
                     raise
@@ -269,14 +268,14 @@ class Search:
             except SmallestMisses:
                 self.floor_missed = True
                 continue
-            if wanted is None:
+            if proposal is None:
                 break
-            built = candidate.build(self.shop, number, "correction", self._plan(wanted.counts))
-            attempt = self.measure(built, wanted.predicted_ms)
+            built = candidate.build(self.shop, number, "correction", self._plan(proposal.counts))
+            attempt = self.measure(built, proposal.predicted_ms)
             self.attempts.append(attempt)
-            self.curve = wanted.curve or self.curve
-            self.ranked += wanted.ranked if wanted.ranked > 1 else 0
-            self.floor_missed = wanted.floor and attempt.verdict != "met"
+            self.curve = proposal.curve or self.curve
+            self.ranked += proposal.ranked if proposal.ranked > 1 else 0
+            self.floor_missed = proposal.floor and attempt.verdict != "met"
             self.lessons.keep()
         self.model = self.lessons.fit()
         self.notes += self.lessons.timings.notes
@@ -302,20 +301,20 @@ class Search:
         speed = self.baseline.p50_ms / seen.reference.p50_ms
         return self.budget.latency_ms * speed * seen.candidate.p50_ms / last.value_ms
 
-    def _wanted(self, number: int) -> Wanted | None:
+    def _proposal(self, number: int) -> Proposal | None:
         """The counts of build ``number``: from the journal, else allocated; None if all tried."""
 
-        def work() -> Wanted | None:
+        def work() -> Proposal | None:
             self.shop.say("planning", number)
             return self._allocate()
 
-        return self.shop.run.journal.maybe(f"{number:02d}-correction/wanted", Wanted, work)
+        return self.shop.run.journal.maybe(f"{number:02d}-correction/wanted", Proposal, work)
 
-    def _allocate(self) -> Wanted | None:
+    def _allocate(self) -> Proposal | None:
         """The best plan that was not tried; ``None`` when there is no other worth a build."""
         problem, rank = self.problem(), self.rank
         return planning.propose(
-            Question(
+            PlanRequest(
                 problem,
                 aim(problem.budget_ms, self._half_width()),
                 self.lessons.tried,
@@ -336,16 +335,5 @@ class Search:
         model learns from the value.
         """
         profile = candidate.profile(self.shop, built)
-
-        def work() -> Comparison:
-            self.shop.say("measuring", built.number)
-            return measure.compare(
-                self.shop.engine(built),
-                self.shop.engine(self.baseline.built),
-                self.shop.target,
-                raw_path=self.shop.run / f"raw/{built.key}.npz",
-                goal=self.goal,
-            )
-
-        seen = self.shop.run.journal.once(f"{built.key}/compare", Comparison, work)
+        seen = candidate.compare(self.shop, built, self.baseline.built, self.goal)
         return Attempt(built, profile, seen, predicted_ms, self.budget, *judge(seen, self.budget))

@@ -1,4 +1,4 @@
-"""Which blocks go where no width is narrow enough.
+"""Decides which blocks to take out where no widths are narrow enough.
 
 In: the allocation problem of the whole model, and what the objective loses with every block. Out:
 names of blocks to take out: those that the best plan lacks, blocks and widths chosen together by
@@ -22,7 +22,7 @@ from prune2deploy.plan.allocate import SmallestMisses, allocate
 from prune2deploy.plan.choices import Problem, Removal
 from prune2deploy.plan.latency_model import LatencyModel, OperatorModel
 
-SECONDS = 20.0  # that the exact method may take; the plan that it starts from is never worse
+SECONDS = 20.0  # time limit of the exact method, which never returns less than it starts from
 
 
 def removable(graph: Graph) -> tuple[Block, ...]:

@@ -1,7 +1,7 @@
-"""What the loop works on and ends with, and the decisions that are plain arithmetic.
+"""What a run works on and ends with, and its decisions that are plain arithmetic.
 
 In: plain values. Out: :class:`Job`, :class:`Baseline`, :class:`Attempt`, :class:`Outcome`;
-:func:`judge`, :func:`best` and :func:`aim`. No files and no clocks here.
+:func:`judge`, :func:`best` and :func:`aim`. Nothing here reads files or clocks.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from prune2deploy.plan.plan import Plan
 from prune2deploy.progress import Progress, silent
 from prune2deploy.recover import Finetuned
 from prune2deploy.rundir import RunDir
-from prune2deploy.search.accuracy import Accuracy
+from prune2deploy.search.accuracy import Top1
 from prune2deploy.search.candidate import Built
 from prune2deploy.search.payoff import Payoff
 from prune2deploy.target import Target
 from prune2deploy.timing import OperatorTiming
 
-MARGIN = 0.005  # aimed below the budget, beside the half-width of the interval
-WIDEST = 0.1  # half-width up to which a wide interval lowers the aim
+MARGIN = 0.005  # how far below the budget to aim, beyond the half-width of the interval
+WIDEST = 0.1  # greatest half-width that lowers the aim
 Finetune = Callable[[nn.Module], nn.Module | Finetuned | None]
 
 
@@ -162,7 +162,7 @@ class Outcome:
     whole: LatencyModel | None = None
     multiple_source: str = "detected on this machine"
     gap: Gap | None = None
-    accuracy: Accuracy | None = None
+    accuracy: Top1 | None = None
     starved: bool = False
     superseded: tuple[Built, ...] = ()
 
@@ -170,10 +170,11 @@ class Outcome:
 def judge(comparison: Comparison, budget: Budget) -> tuple[float, float, float, str]:
     """Compare a measurement with the budget.
 
-    A speed-up is a ratio, and known as well as that; milliseconds are known as well as those of
-    the session. A percentile above the median is an upper confidence bound already, so it is met
-    or missed; or uncertain where the samples were too few for one, or where the median is within
-    the budget and a disturbed host may have made the tail.
+    A budget as a speed-up is judged by the interval of the measured ratio, one in milliseconds by
+    that of the median in this session. The measured 95th and 99th percentiles are upper confidence
+    bounds already, so such a budget is met or missed. It is uncertain where there were too few
+    samples for a bound, or where the median is within the budget and a disturbed host may have
+    caused the slow runs.
 
     Returns:
         Budget in this session, the latency it is for, its upper bound, and the verdict.
@@ -252,7 +253,7 @@ def unfilled(found: Attempt, left: int, options: RunOptions) -> tuple[str, ...]:
 
 
 def bounded(options: RunOptions) -> tuple[str, ...]:
-    """What of the options keeps the smallest plan from being smaller."""
+    """Which options keep the smallest plan from being smaller, as a note."""
     ratio, keep = options.max_pruning_ratio, options.model.keep
     by = [] if ratio is None else [f"--max-pruning-ratio {ratio:g}"]
     by += [f"--keep {name}" for name in keep]
@@ -267,7 +268,7 @@ def aim(limit_ms: float, half_width: float) -> float:
 
 
 def expected_half_width(baseline: Baseline, attempts: Sequence[Attempt], budget: Budget) -> float:
-    """Half-width of what the next verdict will rest on, as the last one had it; a fraction."""
+    """Half-width to expect of the interval of the next verdict: that of the last; a fraction."""
     if budget.percentile != 50:
         return 0.0  # the measured percentile is a bound already
     last = attempts[-1].comparison if attempts else None

@@ -1,4 +1,4 @@
-"""What a run learns of its model's latency: the latency model, and what later runs may recall.
+"""What a run learns about the latency of its model, and what it keeps for later runs.
 
 In: the builds of a run as they come, and the cache of the device. Out: the latency model fitted
 on all of them. Three sources are used: this run's own builds; builds of the same model in earlier
@@ -25,8 +25,8 @@ from prune2deploy.search.candidate import Built, Workshop
 from prune2deploy.search.job import Attempt, Baseline, half_width
 from prune2deploy.search.recall import Recalled
 
-COVERED = 0.8  # of the unpruned model's time: siblings that know as much spare a probe
-CELLS = 4  # timings of an operator at different widths that make it known
+COVERED = 0.8  # share of the unpruned model's time that other models' timings must know
+CELLS = 4  # timings at different widths that an operator needs to count as known
 
 
 class Lessons:
@@ -69,7 +69,7 @@ class Lessons:
         return [a.built.plan.counts for a in self.attempts if a.built.plan.removed == self.removed]
 
     def recall(self) -> str:
-        """Take over what earlier runs of this model measured; returns a note, empty if nothing."""
+        """Use builds of this model from earlier runs; returns a note, empty if there are none."""
         self.recalled = self._journal.once(
             "recalled", Recalled, lambda: Recalled(self.timings.builds(self.graph))
         )
@@ -77,10 +77,10 @@ class Lessons:
         return f"{many} builds of earlier runs on this device were recalled" if many else ""
 
     def siblings(self) -> float:
-        """Take over timings of operators that other models share with this one.
+        """Use timings of operators that this model shares with others measured on the device.
 
         Returns:
-            Share of the unpruned model's profiled time in operators that are known by them.
+            Share of the unpruned model's profiled time in operators that these timings cover.
         """
 
         def work() -> Recalled:
@@ -114,7 +114,7 @@ class Lessons:
             self.timings.keep(self.graph, self._own(), whole_ms, self.multiple)
 
     def take_out(self, names: Sequence[str], model: LatencyModel) -> None:
-        """Go on with the model that lacks these blocks too; ``model`` is the last one with them."""
+        """Continue without these blocks; ``model`` is the latency model that still has them."""
         self.keep()
         self.whole = self.whole or model
         self._shorter = depth.shortened(self.graph, model, names)

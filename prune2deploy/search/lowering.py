@@ -1,9 +1,9 @@
 """fp32 ONNX file → the file that is built, in the precision of the run.
 
-In: a simplified fp32 file and :class:`Wish`. Out: the file, and :class:`Lowered`, which says what
-it took: nodes that stayed in higher precision, agreement with the fp32 file, accuracy where there
-are labels. Nothing is raised for outputs that differ too much: whether that matters depends on what
-the file is for, which ``passed`` lets the caller decide.
+In: a simplified fp32 file and :class:`LoweringOptions`. Out: the file, and :class:`Lowered`, which
+says what it took: nodes that stayed in higher precision, agreement with the fp32 file, accuracy
+where there are labels. Outputs that differ too much raise nothing here: whether that matters
+depends on what the file is for, so the caller looks at ``passed``.
 
 The search needs latency only, and latency does not depend on the values of scales. So its int8
 files take their ranges from a few samples and keep those nodes in fp32 that the unpruned model
@@ -13,7 +13,7 @@ keeps; the file that is shipped is calibrated on all samples.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,19 +34,19 @@ from prune2deploy.calibration import (
 )
 from prune2deploy.errors import ConfigError, ParityError
 from prune2deploy.exporting import parity, precision
-from prune2deploy.exporting.keeping import Accuracy
+from prune2deploy.exporting.keeping import AccuracyLimit
 from prune2deploy.exporting.parity import Parity
 from prune2deploy.exporting.precision import Int8Options, PrecisionReport
 from prune2deploy.exporting.ranges import feeds
 from prune2deploy.progress import Progress, tell
 
-QUICK_SAMPLES = 8  # that int8 ranges come from while only latency matters
-SCORED_SAMPLES = 512  # at most, that the accuracy of a file is taken on
+QUICK_SAMPLES = 8  # samples for int8 ranges where only latency matters
+SCORED_SAMPLES = 512  # most samples that the accuracy of a file is taken on
 
 
 @dataclass(frozen=True, eq=False)
-class Wish:
-    """What a file is to become.
+class LoweringOptions:
+    """How to bring a file to a lower precision.
 
     Attributes:
         precision: ``fp16`` or ``int8``.
@@ -72,7 +72,7 @@ class Wish:
 
 @dataclass(frozen=True)
 class Lowered:
-    """How a file came to its precision.
+    """What bringing a file to its precision took.
 
     Attributes:
         precision: ``fp16`` or ``int8``.
@@ -129,78 +129,78 @@ def require(made: Lowered, max_drop: float | None) -> None:
     )
 
 
-def lower(path: Path, out: Path, wish: Wish) -> Lowered:
+def lower(path: Path, out: Path, options: LoweringOptions) -> Lowered:
     """Write ``path`` in the wanted precision to ``out``.
 
     Raises:
         ConfigError: int8 without data, or accuracy is to decide and there are no class labels.
         ExportError: The model cannot be converted.
     """
-    if wish.precision == "fp16":
-        tolerance = math.inf if wish.quick else None
-        samples = wish.samples
-        if wish.batches is not None:
-            samples = list(feeds(path, first(wish.batches, QUICK_SAMPLES)))
+    if options.precision == "fp16":
+        tolerance = math.inf if options.quick else None
+        samples = options.samples
+        if options.batches is not None:
+            samples = list(feeds(path, first(options.batches, QUICK_SAMPLES)))
         report = precision.to_fp16(
             path,
             out,
             samples=samples,
-            keep=wish.keep,
+            keep=options.keep,
             tolerance=tolerance,
-            accuracy=_accuracy(path, wish),
+            accuracy=_accuracy(path, options),
         )
-        return _described(path, report, wish)
-    if wish.batches is None:
+        return _described(path, report, options)
+    if options.batches is None:
         raise ConfigError("precision int8 needs calibration data: add --data RECIPE")
-    batches = first(wish.batches, QUICK_SAMPLES) if wish.quick else wish.batches
-    report = precision.to_int8(path, out, batches, _int8_options(path, wish))
-    return _described(path, report, wish)
+    batches = first(options.batches, QUICK_SAMPLES) if options.quick else options.batches
+    report = precision.to_int8(path, out, batches, _int8_options(path, options))
+    return _described(path, report, options)
 
 
-def _int8_options(path: Path, wish: Wish) -> Int8Options:
-    base = Int8Options(recipe=wish.recipe, keep=wish.keep)
-    if wish.quick:
+def _int8_options(path: Path, options: LoweringOptions) -> Int8Options:
+    base = Int8Options(recipe=options.recipe, keep=options.keep)
+    if options.quick:
         return replace(base, max_error=math.inf)
-    data = wish.batches.sha256 if isinstance(wish.batches, Batches) else ""
-    return replace(base, data=data, store=wish.store, accuracy=_accuracy(path, wish))
+    data = options.batches.sha256 if isinstance(options.batches, Batches) else ""
+    return replace(base, data=data, store=options.store, accuracy=_accuracy(path, options))
 
 
-def _accuracy(path: Path, wish: Wish) -> Accuracy | None:
+def _accuracy(path: Path, options: LoweringOptions) -> AccuracyLimit | None:
     """What decides where accuracy is to; ``None`` where the outputs' difference is."""
-    if wish.max_drop is None or wish.quick:
+    data, allowed = options.batches, options.max_drop
+    if allowed is None or options.quick:
         return None
-    if wish.batches is None or top1(path, first(wish.batches, QUICK_SAMPLES)) is None:
+    if data is None or top1(path, first(data, QUICK_SAMPLES)) is None:
         raise ConfigError(
             "--max-drop: found no class labels in the data, or a model that gives no class scores "
             "of shape (batch, classes); leave it out, and the difference of the outputs decides"
         )
-    return Accuracy(_evaluate(wish.batches), wish.max_drop)
 
-
-def _evaluate(batches: Iterable[Batch]) -> Callable[[Path], float]:
-    def accuracy(path: Path) -> float:
-        found = top1(path, batches)
+    def evaluate(file: Path) -> float:
+        found = top1(file, data)
         assert found is not None
         return found[0]
 
-    return accuracy
+    return AccuracyLimit(evaluate, allowed)
 
 
-def _described(path: Path, report: PrecisionReport, wish: Wish) -> Lowered:
-    plain = None if wish.quick or wish.batches is None else top1(path, wish.batches)
-    own = None if plain is None or wish.batches is None else top1(report.path, wish.batches)
-    limit = parity.TOLERANCE[wish.precision] if wish.quick else report.parity.tolerance
-    passed = report.parity.error <= limit if wish.quick else report.passed
+def _described(path: Path, report: PrecisionReport, options: LoweringOptions) -> Lowered:
+    """What the report says of the file, judged as a file to ship even if it was made quickly."""
+    data = None if options.quick else options.batches
+    plain = top1(path, data) if data is not None else None
+    own = top1(report.path, data) if data is not None and plain is not None else None
+    limit = parity.TOLERANCE[options.precision] if options.quick else report.parity.tolerance
+    passed = report.parity.error <= limit if options.quick else report.passed
     return Lowered(
-        report.precision,
-        report.kept,
-        replace(report.parity, tolerance=limit, passed=passed),
-        passed,
-        wish.quick,
-        report.samples,
-        plain[0] if plain else None,
-        own[0] if own else None,
-        own[1] if own else 0,
+        precision=report.precision,
+        kept=report.kept,
+        parity=replace(report.parity, tolerance=limit, passed=passed),
+        passed=passed,
+        quick=options.quick,
+        samples=report.samples,
+        top1_fp32=plain[0] if plain else None,
+        top1=own[0] if own else None,
+        scored=own[1] if own else 0,
     )
 
 
@@ -246,7 +246,9 @@ class LoweredFile:
     notes: tuple[str, ...] = ()
 
 
-def file(path: Path, out: Path, wish: Wish, data: tuple[str | None, Progress]) -> LoweredFile:
+def lower_file(
+    path: Path, out: Path, options: LoweringOptions, recipe: str | None, progress: Progress
+) -> LoweredFile:
     """Bring a bare ONNX file to a precision, beside its engine in the folder ``out``.
 
     A file that holds half-precision or quantised operators already is taken as it is.
@@ -254,8 +256,9 @@ def file(path: Path, out: Path, wish: Wish, data: tuple[str | None, Progress]) -
     Args:
         path: The ONNX file.
         out: Folder of the result.
-        wish: The precision and the form of int8 graph; its data is not looked at.
-        data: Calibration recipe by name or path (or ``None``), and who hears of its notices.
+        options: The precision and the form of int8 graph; its data is not looked at.
+        recipe: Calibration recipe by name or path, or ``None``.
+        progress: Hears of the notices of the recipe.
 
     Raises:
         ConfigError: int8 without data for an fp32 file, data where nothing is converted, or an
@@ -263,8 +266,7 @@ def file(path: Path, out: Path, wish: Wish, data: tuple[str | None, Progress]) -
         ExportError: The model cannot be converted.
         ParityError: The outputs differ too much from those of the file that came in.
     """
-    recipe, progress = data
-    wanted = wish.precision
+    wanted = options.precision
     if wanted == "fp32" or precision.already(path) == wanted:
         if recipe is not None:
             raise ConfigError(
@@ -283,7 +285,7 @@ def file(path: Path, out: Path, wish: Wish, data: tuple[str | None, Progress]) -
     tell(progress, notices(batches))
     made = out / f"{path.stem}.{wanted}.onnx"
     with scratch(out) as folder:  # takes its own name only when it is good enough
-        found = lower(path, folder / made.name, replace(wish, batches=batches))
+        found = lower(path, folder / made.name, replace(options, batches=batches))
         parity.require(found.parity, f"{path.name} and its {wanted} form")
         (folder / made.name).replace(made)
     return LoweredFile(made, (*notices(batches), found.text()))

@@ -6,6 +6,8 @@ In: a :class:`~prune2deploy.search.job.Job` and the options of the model. Out: t
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from prune2deploy import measure
@@ -21,14 +23,16 @@ from prune2deploy.search import candidate
 from prune2deploy.search.candidate import Workshop
 from prune2deploy.search.job import Baseline, Job
 
-_RUN_ON = ("importance", "bn", "sensitivity", "finetune")  # purposes whose data the model is run on
+_RUN_ON = ("importance", "bn", "sensitivity", "finetune")  # purposes that run the model on data
 
 
 def open_workshop(
     job: Job, options: ModelOptions, builds: int, max_drop: float | None = None
 ) -> Workshop:
     """Check that the target is usable, and trace the model; ``builds`` is for progress."""
-    target = candidate.with_precision(job.target, options.precision)
+    target = job.target
+    if options.precision is not None:
+        target = replace(target, precision=options.precision)
     check_max_drop(max_drop, target.precision, data=job.batches is not None)
     check_form(job.batches)
     if target.precision == "int8":
@@ -45,23 +49,23 @@ def open_workshop(
         check_labels(job.batches, _output_shapes(job))
         _check_batch(job)
     return Workshop(
-        job.module,
-        job.example_inputs,
-        graph,
-        target,
-        backend,
-        job.run,
-        job.progress,
-        builds,
-        job.input_names or export.input_names(len(job.example_inputs), job.module),
-        job.output_names,
-        job.batches,
-        max_drop,
+        module=job.module,
+        example_inputs=job.example_inputs,
+        graph=graph,
+        target=target,
+        backend=backend,
+        run=job.run,
+        progress=job.progress,
+        total=builds,
+        input_names=job.input_names or export.input_names(len(job.example_inputs), job.module),
+        output_names=job.output_names,
+        batches=job.batches,
+        max_drop=max_drop,
     )
 
 
 def _check_batch(job: Job) -> None:
-    """Give the model one sample of data more than its example inputs hold.
+    """Run the model on one sample more than its example inputs hold: it must take any batch.
 
     Raises:
         ConfigError: It fails, and the data serves a purpose for which it is given to the model.
@@ -96,7 +100,6 @@ def measure_baseline(shop: Workshop) -> Baseline:
 
     def work() -> Measurement:
         shop.say("measuring", 0)
-        (shop.run / "raw").mkdir(exist_ok=True)
         return measure.single(
             shop.engine(built), shop.target, raw_path=shop.run / "raw/baseline.npz"
         )

@@ -1,6 +1,6 @@
-"""Does the lower precision pay on this device? Measured on the unpruned model, before the search.
+"""Measures before the search, on the unpruned model, whether the lower precision is faster here.
 
-In: a workshop whose target has a precision below fp32. Out: the workshop to go on with, and
+In: a workshop whose target has a precision below fp32. Out: the workshop to continue with, and
 :class:`Payoff`. CPUs without units for it compute fp16 or int8 *slower* than fp32. A precision
 that came with the target profile is then given up for fp32; one that the user named is kept, and
 the report tells what it costs.
@@ -56,7 +56,7 @@ class Payoff:
         if self.chosen == "fp32":
             return (
                 f"{told}: it is SLOWER on this device, so the run went on in fp32; "
-                f"add --precision {self.precision} to have it all the same"
+                f"add --precision {self.precision} to use it nevertheless"
             )
         return f"{told}: it is SLOWER on this device; run with --precision fp32 to be faster"
 
@@ -84,7 +84,6 @@ def settle(shop: Workshop, *, asked: bool) -> tuple[Workshop, Payoff | None]:
 
     def work() -> Comparison:
         shop.say(f"measuring fp32 beside {wanted}", 0)
-        (shop.run / "raw").mkdir(exist_ok=True)
         return measure.compare(
             shop.engine(lowered),
             shop.engine(reference),
@@ -94,13 +93,13 @@ def settle(shop: Workshop, *, asked: bool) -> tuple[Workshop, Payoff | None]:
 
     seen = shop.run.journal.once(f"00-baseline/{wanted}", Comparison, work)
     found = Payoff(
-        wanted,
-        seen.ratio,
-        seen.ratio_ci95,
-        seen.candidate.p50_ms,
-        seen.reference.p50_ms,
-        wanted,
-        asked,
+        precision=wanted,
+        ratio=seen.ratio,
+        ratio_ci95=seen.ratio_ci95,
+        p50_ms=seen.candidate.p50_ms,
+        fp32_p50_ms=seen.reference.p50_ms,
+        chosen=wanted,
+        asked=asked,
     )
     if found.slower and not asked:
         return plain, replace(found, chosen="fp32")

@@ -1,11 +1,11 @@
 """Which widths to build next: allocation with what was tried, missed and met so far in mind.
 
-In: a :class:`Question` (the problem, where to aim, plans tried before). Out: :class:`Wanted`, or
-``None`` where nothing else is worth a build. Plain arithmetic on predictions.
+In: a :class:`PlanRequest` (the problem, where to aim, plans tried before). Out: a
+:class:`Proposal`, or ``None`` where nothing else is worth a build. Plain arithmetic on predictions.
 
-The objective adds up what each axis is worth alone, so plans that are nearly as good by it may
-differ in what they are worth together. Where the question can tell (``rank``), several of them
-are compared by that, which costs no build.
+The objective adds up what each axis is worth alone, so plans of nearly the same objective may
+differ in what their widths are worth together. Where the request can measure that (``rank``),
+several such plans are compared by it, which costs no build.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ HELD = 6  # axes moved in turn to find plans nearly as good
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Proposal:
     """Counts to try next, as the journal keeps them.
 
     Attributes:
@@ -52,8 +52,8 @@ class Wanted:
 
 
 @dataclass(frozen=True, eq=False)
-class Question:
-    """What the next plan has to answer.
+class PlanRequest:
+    """What is asked of the next plan.
 
     Attributes:
         problem: Its budget is the limit of the median, in baseline milliseconds.
@@ -70,59 +70,64 @@ class Question:
     up: bool
     rank: Callable[[Mapping[str, int]], float] | None = None
 
+    def was_tried(self, counts: Mapping[str, int]) -> bool:
+        """Whether a plan of these counts was measured."""
+        return pruned(self.problem.graph, counts) in self.tried
 
-def propose(question: Question) -> Wanted | None:
+
+def propose(request: PlanRequest) -> Proposal | None:
     """The best plan that was not tried; ``None`` when there is no other worth a build.
 
     Raises:
         SmallestMisses: Every plan is predicted to miss the budget, and the smallest was tried.
         PlanError: A cap on parameters or multiply-accumulates cannot be kept.
     """
-    whole, aim_ms = question.problem, question.aim_ms
+    whole, aim_ms = request.problem, request.aim_ms
     floor = smallest(whole)
-    if not whole.choices:  # blocks have gone, and the rest stays as it is
-        return _untried(question, floor)
     for _ in range(NUDGES):
-        if whole.model.operator_budget_ms(aim_ms) <= 0:  # what no operator takes is too long
-            return _untried(question, floor)
+        # only blocks could go, or what no operator takes is too long already
+        if not whole.choices or whole.model.operator_budget_ms(aim_ms) <= 0:
+            return None if request.was_tried(floor.counts) else floor
         problem = replace(whole, budget_ms=aim_ms)
         try:
             found = allocate(problem)
         except SmallestMisses as missed:
-            least = Wanted(missed.counts, missed.floor_ms, floor=True)
-            if question.up or _untried(question, least):
-                return None if question.up else least
-            raise
-        among = _among(question, problem, found)
-        best = among[0] if question.rank is None else min(among, key=_ranking(question.rank))
-        wanted = Wanted(
-            best.counts,
-            best.predicted_ms,
-            floor=best.counts == floor.counts,
-            curve=retained(problem, found.curve),
-            ranked=1 if question.rank is None else len(among),
-        )
-        if _untried(question, wanted):
-            return wanted
-        aim_ms *= 1 + NUDGE if question.up else 1 - NUDGE
+            if request.up:
+                return None
+            if request.was_tried(missed.counts):
+                raise
+            return Proposal(missed.counts, missed.floor_ms, floor=True)
+        proposal = _best(request, problem, found, floor)
+        if not request.was_tried(proposal.counts):
+            return proposal
+        aim_ms *= 1 + NUDGE if request.up else 1 - NUDGE
         if aim_ms > whole.budget_ms:
             return None
     return None
 
 
-def _among(question: Question, problem: Problem, found: Allocation) -> list[Allocation]:
+def _best(request: PlanRequest, problem: Problem, found: Allocation, floor: Proposal) -> Proposal:
+    """Of the plans nearly as good as ``found`` that of least loss; ``found`` without losses."""
+    among, rank = _among(request, problem, found), request.rank
+    best = among[0] if rank is None else min(among, key=lambda plan: rank(plan.counts))
+    return Proposal(
+        best.counts,
+        best.predicted_ms,
+        floor=best.counts == floor.counts,
+        curve=retained(problem, found.curve),
+        ranked=1 if rank is None else len(among),
+    )
+
+
+def _among(request: PlanRequest, problem: Problem, found: Allocation) -> list[Allocation]:
     """The plans to choose from, the worthiest first: never empty, tried ones only if all are."""
-    whole, plans = question.problem, [found]
-    if question.up and found.predicted_ms < FILL * whole.budget_ms:
+    whole, plans = request.problem, [found]
+    if request.up and found.predicted_ms < FILL * whole.budget_ms:
         plans = fuller(problem, found, FILL * whole.budget_ms) or plans
-    if question.rank is not None:
+    if request.rank is not None:
         filled = min(FILL * problem.budget_ms, plans[0].predicted_ms)
         plans += [p for p in near(problem, plans[0]) if p.predicted_ms >= filled]
-    return [p for p in plans if pruned(whole.graph, p.counts) not in question.tried] or plans[:1]
-
-
-def _ranking(rank: Callable[[Mapping[str, int]], float]) -> Callable[[Allocation], float]:
-    return lambda plan: rank(plan.counts)
+    return [p for p in plans if not request.was_tried(p.counts)] or plans[:1]
 
 
 def retained(problem: Problem, curve: Curve) -> Curve:
@@ -133,19 +138,15 @@ def retained(problem: Problem, curve: Curve) -> Curve:
     return tuple((at, (worth - least) / span) for at, worth in (*curve[:-1:steps], *curve[-1:]))
 
 
-def smallest(problem: Problem) -> Wanted:
+def smallest(problem: Problem) -> Proposal:
     """The narrowest width of every choice."""
     counts = problem.counts([0] * len(problem.choices))
-    return Wanted(counts, problem.model.predict(counts), floor=True)
+    return Proposal(counts, problem.model.predict(counts), floor=True)
 
 
 def pruned(graph: Graph, counts: Mapping[str, int]) -> dict[str, int]:
     """Only the axes that lose channels, as plans name them."""
     return {name: count for name, count in counts.items() if count < graph[name].size}
-
-
-def _untried(question: Question, wanted: Wanted) -> Wanted | None:
-    return None if pruned(question.problem.graph, wanted.counts) in question.tried else wanted
 
 
 def near(problem: Problem, found: Allocation) -> list[Allocation]:

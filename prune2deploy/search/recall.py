@@ -1,4 +1,4 @@
-"""What earlier runs learnt on this device: where it is kept, read and added to.
+"""The cache of what earlier runs measured on this device: where it is, reading it, adding to it.
 
 In: a target, a traced model, and the builds of a run. Out: builds of earlier runs of the same
 model, and timings of operators that other models share with it. Both replace probe builds.
@@ -69,7 +69,7 @@ def context(target: Target, backend: Backend) -> Context:
 
 
 def timings(target: Target, backend: Backend, *, cache: bool = True) -> Timings:
-    """The cache of this user's as a run for ``target`` sees it; none where ``cache`` is false."""
+    """The user's cache for ``target``; with ``cache`` false one that holds and keeps nothing."""
     return Timings(folder() if cache else None, context(target, backend))
 
 

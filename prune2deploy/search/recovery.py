@@ -1,4 +1,4 @@
-"""Accuracy comes back to the plan that was found: reconstruction, then training where wanted.
+"""Restores the accuracy of the pruned model: reconstruction, then training where wanted.
 
 In: a job, a pruned module and its plan. Out: the module with other weights, and what the report
 says of it.
@@ -57,7 +57,7 @@ def recovered(
 
 
 def _short(train: Finetune) -> bool:
-    """Whether training is known to end near where it starts."""
+    """Whether the training is too short to move far from where it starts."""
     return isinstance(train, Training) and not train.settles
 
 

@@ -1,4 +1,4 @@
-"""What every width is worth to this model: measured where there is data, else from scores.
+"""What every width is worth: losses measured where there is data, else channel scores.
 
 In: a workshop, scores of channels, data or none, and whether training follows. Out: curves for
 ``plan.choices``, and a line for the report that says where they are from. Measured losses are
@@ -47,7 +47,7 @@ LEAST = 32  # and at least, however long it takes
 SECONDS = 600.0  # that all losses together may take before fewer samples are used
 TRIED = 3  # widths of each choice that losses are taken at, about
 BATCH = 32
-TIE = 0.01  # weight of data-free worth beside measured losses: it decides between equals
+TIE = 0.01  # weight of data-free worth beside measured losses, to decide between equal ones
 
 DATA_FREE = "widths chosen by data-free scores"
 BALANCED = "widths kept in balance by scores, because training follows"
@@ -81,10 +81,10 @@ class Worth:
 def find(
     shop: Workshop, scores: Scores, multiple: int, keep_in: Path | None, *, trains: bool = False
 ) -> Worth:
-    """Measure what widths are worth if the run has data for it; else take the scores' word.
+    """Measure what widths are worth if the run has data for it; else derive it from the scores.
 
-    Losses are measured without training, so they say what the model loses now and nothing about
-    what training restores: where it follows, they choose blocks, but no widths.
+    Losses are measured without training, so they say nothing about what training restores: where
+    training follows, they decide which blocks to take out, but not the widths.
 
     Args:
         shop: Model, graph, data and journal of the run.
@@ -239,7 +239,7 @@ def _loss(found: list[Tensor], wanted: list[Tensor], labels: Tensor | None) -> f
 
 
 def _samples(shop: Workshop, scores: Scores, losses: int) -> int:
-    """On how many samples to take so many losses in a bearable time; decided once per run."""
+    """How many samples allow so many losses within ``SECONDS``; decided once per run."""
 
     def work() -> int:
         few = _first(shop, LEAST)

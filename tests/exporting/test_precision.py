@@ -13,7 +13,7 @@ from torch import nn
 from prune2deploy.errors import ConfigError, ExportError
 from prune2deploy.exporting import activations, keeping, parity, precision, quantize, ranges
 from prune2deploy.exporting.export import to_onnx
-from prune2deploy.exporting.keeping import Accuracy
+from prune2deploy.exporting.keeping import AccuracyLimit
 from prune2deploy.exporting.precision import Int8Options, to_fp16, to_int8
 from prune2deploy.exporting.simplify import simplify
 
@@ -146,11 +146,11 @@ def test_accuracy_decides_for_fp16_too_and_nodes_are_kept_for_it(small, tmp_path
         asked.append(halves)
         return 0.9 - 0.01 * halves
 
-    report = to_fp16(small, tmp_path / "h.onnx", accuracy=Accuracy(evaluate, 0.045))
+    report = to_fp16(small, tmp_path / "h.onnx", accuracy=AccuracyLimit(evaluate, 0.045))
     assert asked[0] == 0 and asked[1] >= 5, "the fp32 file, then everything in half precision"
     assert report.passed and report.drop <= 0.045
     assert report.kept and asked[-1] <= 4
-    lenient = to_fp16(small, tmp_path / "l.onnx", accuracy=Accuracy(evaluate, 0.5))
+    lenient = to_fp16(small, tmp_path / "l.onnx", accuracy=AccuracyLimit(evaluate, 0.5))
     assert lenient.passed and lenient.kept == ()
 
 
@@ -293,12 +293,12 @@ def test_accuracy_decides_where_it_can_be_evaluated(small, tmp_path):
         return 0.8 if path == small else 0.72
 
     report = to_int8(
-        small, tmp_path / "q.onnx", data(2), Int8Options(accuracy=Accuracy(evaluate, 0.05))
+        small, tmp_path / "q.onnx", data(2), Int8Options(accuracy=AccuracyLimit(evaluate, 0.05))
     )
     assert report.drop == pytest.approx(0.08)
     assert not report.passed
     accepted = to_int8(
-        small, tmp_path / "q.onnx", data(2), Int8Options(accuracy=Accuracy(evaluate, 0.1))
+        small, tmp_path / "q.onnx", data(2), Int8Options(accuracy=AccuracyLimit(evaluate, 0.1))
     )
     assert accepted.passed
     assert accepted.kept == ()

@@ -10,7 +10,7 @@ from prune2deploy.calibration import first
 from prune2deploy.exporting import parity, quantize, ranges
 from prune2deploy.exporting.export import to_onnx
 from prune2deploy.search import lowering
-from prune2deploy.search.lowering import Wish
+from prune2deploy.search.lowering import LoweringOptions
 
 ALLOWED = 0.02  # of top-1 accuracy: 7 of 360 pictures
 
@@ -55,7 +55,9 @@ def test_what_is_accepted_keeps_its_accuracy_on_other_pictures(
     trained, digits, tmp_path, kind, recipe
 ):
     path, before = trained
-    made = lowering.lower(path, tmp_path / "low.onnx", Wish(kind, recipe or "cpu", digits[0]))
+    made = lowering.lower(
+        path, tmp_path / "low.onnx", LoweringOptions(kind, recipe or "cpu", digits[0])
+    )
     assert made.passed and made.parity.error <= parity.TOLERANCE[kind]
     after, _ = lowering.top1(tmp_path / "low.onnx", digits[1])
     assert before - after <= ALLOWED
@@ -81,7 +83,7 @@ def test_the_tolerance_lies_where_accuracy_goes(trained, digits, tmp_path):
 
 def test_max_drop_holds_on_real_labels(trained, digits, tmp_path):
     path, _ = trained
-    wish = Wish("int8", "tensorrt", digits[0], max_drop=0.005)
-    made = lowering.lower(path, tmp_path / "low.onnx", wish)
+    options = LoweringOptions("int8", "tensorrt", digits[0], max_drop=0.005)
+    made = lowering.lower(path, tmp_path / "low.onnx", options)
     assert made.passed and made.top1_fp32 - made.top1 <= 0.005
     assert made.scored >= 500

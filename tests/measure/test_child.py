@@ -37,24 +37,22 @@ def alive(pid: int) -> bool:
     return True
 
 
-def test_progress_and_result_arrive_and_chatter_is_ignored(worker):
+def test_the_result_arrives_and_chatter_is_ignored(worker):
     module = worker(
         """
         print("a library says hello")
-        print('{"progress": ["measuring", 0.5]}')
+        print('{"alive": true}')
         print('[1, 2]')
         print('{"result": {"answer": 42}}')
         """
     )
-    told = []
-    assert child.run(SPEC, 20, lambda *args: told.append(args), module) == {"answer": 42}
-    assert told == [("measuring", 0.5)]
+    assert child.run(SPEC, 20, module) == {"answer": 42}
 
 
 def test_an_error_of_the_child_is_raised_here_as_what_it_was(worker):
     module = worker("""print('{"error": "BuildError", "message": "no such node"}')""")
     with pytest.raises(BuildError, match="no such node"):
-        child.run(SPEC, 20, None, module)
+        child.run(SPEC, 20, module)
 
 
 def test_a_segmentation_fault_names_engine_and_signal(worker):
@@ -66,7 +64,7 @@ def test_a_segmentation_fault_names_engine_and_signal(worker):
         """
     )
     with pytest.raises(MeasureError, match="SIGSEGV") as caught:
-        child.run(SPEC, 20, None, module)
+        child.run(SPEC, 20, module)
     assert "/engines/net.onnx" in str(caught.value)
     assert "last words" in str(caught.value)
 
@@ -74,7 +72,7 @@ def test_a_segmentation_fault_names_engine_and_signal(worker):
 def test_a_python_crash_shows_its_traceback(worker):
     module = worker("raise RuntimeError('broken driver')")
     with pytest.raises(MeasureError, match="broken driver"):
-        child.run(SPEC, 20, None, module)
+        child.run(SPEC, 20, module)
 
 
 def test_a_child_that_hangs_is_killed(worker, tmp_path):
@@ -86,13 +84,13 @@ def test_a_child_that_hangs_is_killed(worker, tmp_path):
         """
     )
     with pytest.raises(MeasureError, match="got no further within 2 s"):
-        child.run(SPEC, 2, None, module)
+        child.run(SPEC, 2, module)
     assert not alive(int((tmp_path / "pid").read_text()))
 
 
 def test_a_slow_child_that_gets_on_is_waited_for(monkeypatch):
     """Every word of it begins the time anew; what a library prints does not."""
-    said = ["hello", *('{"progress": ["measuring", 0.5]}' for _ in range(9)), '{"result": {}}']
+    said = ["hello", *('{"alive": true}' for _ in range(9)), '{"result": {}}']
     lines, waited, now = [line.encode() for line in said], [], itertools.count(0.0, 6.0)
 
     class Lines:
@@ -103,7 +101,7 @@ def test_a_slow_child_that_gets_on_is_waited_for(monkeypatch):
     monkeypatch.setattr(child.queue, "Queue", Lines)
     monkeypatch.setattr(child.threading, "Thread", lambda **_: SimpleNamespace(start=lambda: None))
     monkeypatch.setattr(child.time, "monotonic", lambda: next(now))
-    assert child._listen(SimpleNamespace(stdout=object()), 20.0, None) == {}
+    assert child._listen(SimpleNamespace(stdout=object()), 20.0) == {}
     assert waited == [14.0, 8.0, *[14.0] * 9]
 
 
@@ -122,7 +120,7 @@ def test_what_a_child_started_neither_outlives_it_nor_holds_us_up(worker, tmp_pa
         """
     )
     started = time.monotonic()
-    assert child.run(SPEC, 60, None, module) == {"answer": 42}
+    assert child.run(SPEC, 60, module) == {"answer": 42}
     assert time.monotonic() - started < 60
     pid = int((tmp_path / "pid").read_text())
     deadline = time.monotonic() + 10  # its new parent takes its status in its own time
@@ -136,12 +134,12 @@ def ended(pid: int) -> bool:
     return not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z"
 
 
-def test_an_interrupt_kills_the_child(worker, tmp_path):
+def test_an_interrupt_kills_the_child(worker, tmp_path, monkeypatch):
     module = worker(
         f"""
         import os, time
         open({str(tmp_path / "pid")!r}, "w").write(str(os.getpid()))
-        print('{{"progress": ["measuring", 0.0]}}', flush=True)
+        print('{{"alive": true}}', flush=True)
         time.sleep(600)
         """
     )
@@ -149,8 +147,9 @@ def test_an_interrupt_kills_the_child(worker, tmp_path):
     def interrupt(*_):
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(child, "_message", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        child.run(SPEC, 60, interrupt, module)
+        child.run(SPEC, 60, module)
     assert not alive(int((tmp_path / "pid").read_text()))
 
 

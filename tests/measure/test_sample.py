@@ -1,5 +1,6 @@
 import dataclasses
 import importlib
+import itertools
 import json
 import os
 from pathlib import Path
@@ -13,7 +14,7 @@ from prune2deploy.journal import encode
 from prune2deploy.measure import samples as raw
 from prune2deploy.measure import summary
 from prune2deploy.measure.clock import Clock, SimulatedClock
-from prune2deploy.measure.goal import Goal
+from prune2deploy.measure.deadline import Goal
 from prune2deploy.measure.sample import WARM_RUNS, Sampler
 from prune2deploy.target import MeasurePolicy
 
@@ -83,7 +84,7 @@ def test_a_known_ratio_comes_out_with_everything_kept(make_target, tmp_path):
     clock = ManualClock()
     costs = [noisy(4 * MS, 0), noisy(10 * MS, 1), noisy(10 * MS, 2)]
     taker, opened, target = sampler(make_target, costs, clock=clock)
-    samples = taker.collect(None, None)
+    samples = taker.collect(None)
     assert len(samples.candidate) == len(samples.reference) == len(samples.twin)
     assert len(samples.block) == len(samples.candidate) >= 30
     assert samples.notes["stopped"] == "precise"
@@ -110,7 +111,7 @@ def test_two_copies_of_one_engine_that_differ_are_told(make_target, monkeypatch,
     module = importlib.import_module("prune2deploy.measure.compare")
     costs = [noisy(factor * 10 * MS, 0), noisy(10 * MS, 1)]
     taker, _, target = sampler(make_target, costs)
-    monkeypatch.setattr(module, "_take", lambda *given: taker.collect(None, None))
+    monkeypatch.setattr(module, "_take", lambda *given: taker.collect(None))
     found = module.single(None, target)
     assert found.control_ratio == pytest.approx(factor, rel=0.01)
     assert ("control off" in found.flags) is wrong
@@ -118,7 +119,7 @@ def test_two_copies_of_one_engine_that_differ_are_told(make_target, monkeypatch,
 
 def test_every_block_has_sessions_of_its_own(make_target):
     taker, opened, _ = sampler(make_target, [noisy(5 * MS, 0), noisy(5 * MS, 1)])
-    samples = taker.collect(None, None)
+    samples = taker.collect(None)
     assert len(opened) == 2 * (len(samples.noise) + 1)  # one more pair for warming up
     assert all(session.runs > WARM_RUNS for session in opened)
 
@@ -141,7 +142,7 @@ def test_loading_libraries_does_not_count_as_opening(make_target, first, later, 
         return open_it
 
     taker._openers = [slow(opener) for opener in taker._openers]
-    samples = taker.collect(None, None)
+    samples = taker.collect(None)
     assert samples.notes["reopened"] is reopened
     assert sessions is None or len(opened) == sessions
 
@@ -151,7 +152,7 @@ def test_the_first_slow_runs_are_not_samples(make_target):
         return (3 if run < WARM_RUNS else 1) * 5 * MS
 
     taker, _, _ = sampler(make_target, [cost, cost])
-    samples = taker.collect(None, None)
+    samples = taker.collect(None)
     assert samples.notes["warm"] is True
     assert samples.candidate[:, 0].max() == 5 * MS
 
@@ -162,7 +163,7 @@ def test_the_time_cap_holds(make_target):
     taker, _, target = sampler(
         make_target, [noisy(20 * MS, 0, 0.2), noisy(20 * MS, 1, 0.2)], policy, clock
     )
-    samples = taker.collect(None, None)
+    samples = taker.collect(None)
     assert samples.notes["stopped"] == "time"
     assert clock.now() < 5e9
     assert "wide interval" in summary.summarise(samples, target).flags
@@ -177,19 +178,18 @@ def test_a_device_that_heats_up_is_cooled_and_measured_again(make_target):
         return 5 * MS * (1 + (0.05 * seconds if clock.slept == 0 else 0))
 
     taker, _, _ = sampler(make_target, [cost, cost], MeasurePolicy(min_seconds=4.0), clock)
-    samples = taker.collect(None, None)
+    samples = taker.collect(None)
     assert clock.slept > 0
     assert samples.notes["cooled"] is True
 
 
-def test_progress_is_told_in_order(make_target):
-    told = []
+def test_a_heartbeat_is_given_in_every_stage(make_target):
+    beats = []
     taker, _, _ = sampler(make_target, [noisy(5 * MS, 0), noisy(5 * MS, 1)])
-    taker.collect(None, lambda stage, done: told.append((stage, done)))
-    assert list(dict.fromkeys(stage for stage, _ in told)) == ["opening", "warming up", "measuring"]
-    shares = [done for stage, done in told if stage == "measuring"]
-    assert shares == sorted(shares)
-    assert all(0 <= share <= 1 for share in shares)
+    taker._heartbeat = lambda: beats.append(taker._clock.now())
+    samples = taker.collect(None)
+    assert len(beats) >= len(samples.noise) + 2  # opening, warming up, and every block
+    assert max(later - beat for beat, later in itertools.pairwise(beats)) < 1e9
 
 
 def replay(make_target, cpu_share=1.0, delay=0, threads=1, device_ns=0):
@@ -292,9 +292,9 @@ def test_damaged_sample_files_are_named(tmp_path):
 def test_a_high_percentile_is_sampled_until_it_can_be_bounded(make_target):
     costs = [noisy(100 * MS, 0), noisy(100 * MS, 1)]
     policy = MeasurePolicy(min_seconds=1.0, max_seconds=300.0, half_width=0.05)
-    plain = sampler(make_target, costs, policy)[0].collect(None, None)
+    plain = sampler(make_target, costs, policy)[0].collect(None)
     taker, _, target = sampler(make_target, costs, policy)
-    samples = taker.collect(Goal(1000.0, percentile=99), None)
+    samples = taker.collect(Goal(1000.0, percentile=99))
     assert len(plain.candidate) < 299 <= len(samples.candidate)
     assert summary.summarise(plain, target).candidate.unbounded == (95, 99)
     assert summary.summarise(samples, target).candidate.unbounded == ()
@@ -313,7 +313,7 @@ def test_a_deadline_is_sampled_until_the_milliseconds_are_known(make_target):
         clock = ManualClock()
         costs = [busy(10 * MS, clock, 1.4), busy(10 * MS, clock, 1.4)]
         taker, _, target = sampler(make_target, costs, policy, clock)
-        found[name] = summary.summarise(taker.collect(goal, None), target)
+        found[name] = summary.summarise(taker.collect(goal), target)
     assert found["ratio"].stopped == "precise"
     assert found["ratio"].ratio_ci95 == pytest.approx((1, 1), abs=0.01)
     low, high = found["ratio"].candidate.ci95_ms
@@ -334,7 +334,7 @@ def test_a_slow_model_gets_a_result_that_json_can_hold(make_target, seconds):
     costs = [noisy(seconds * 1000 * MS, n) for n in range(3)]
     policy = MeasurePolicy(max_seconds=90.0)
     taker, _, target = sampler(make_target, costs, policy)
-    found = summary.summarise(taker.collect(Goal(1.0), None), target)
+    found = summary.summarise(taker.collect(Goal(1.0)), target)
     assert len(found.fingerprint) == 0 and found.stopped == "time"
     json.dumps(encode(found), allow_nan=False)
     assert found.ratio_ci95[0] < 1 < found.ratio_ci95[1]

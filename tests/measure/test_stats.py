@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 
 from prune2deploy.measure import stats
-from prune2deploy.measure.simulate import Host, logarithms
-from prune2deploy.measure.verdict import verdict
+from prune2deploy.measure.deadline import verdict
 from prune2deploy.target import MeasurePolicy
+
+from .simulated import Host, logarithms
 
 
 def test_block_medians_follow_the_block_numbers():
@@ -63,13 +64,6 @@ def test_precise_means_as_narrow_as_the_policy_wants():
     random = np.random.default_rng(4)
     assert stats.precise(random.normal(np.log(0.5), 0.001, 12), policy)
     assert not stats.precise(random.normal(np.log(0.5), 0.2, 12), policy)
-
-
-def test_looks_are_few_and_end_at_the_last_block():
-    found = stats.looks(10, 500)
-    assert found[0] == 10 and found[-1] == 500
-    assert len(found) < 20
-    assert stats.looks(10, 10) == [10]
 
 
 def spread(count):

@@ -8,7 +8,7 @@ import numpy as np
 from prune2deploy.graph.axes import Axis, Block, Graph, Layer, Member, Polynomial
 from prune2deploy.plan.choices import Removal
 from prune2deploy.plan.latency_model import Anchor, Build, LatencyModel, OperatorModel
-from prune2deploy.plan.work import Work
+from prune2deploy.plan.work import NO_WORK, Work
 from prune2deploy.timing import OperatorTiming
 
 
@@ -130,22 +130,22 @@ def residual_model(graph, rng, *, calls=500.0):
     The first constant operator is the last but one; the last goes with ``b0``.
     """
     sizes = {axis.name: axis.size for axis in graph.axes}
-    zero, none, operators = const(0), (np.zeros((0, 3)), np.zeros(0)), []
+    operators = []
     for one, behind in itertools.pairwise([*graph.layers, None]):
         work = Work(one.macs, one.in_width * const(64), one.out_width * const(64))
         cost = (0.01 * rng.uniform(0.5, 2), 0.2, 0.2 * rng.uniform(0.5, 2), calls)
         amounts = [[f(sizes) * share for f in (work.macs, work.read, work.written)]
                    for share in (0.3, 1)]  # fmt: skip
         cells = np.log(amounts), rng.normal(0, 0.1, 2)
-        operators.append(OperatorModel(one.name, "Conv", "conv", work, True, cost, *cells))
+        operators.append(OperatorModel(one.name, "Conv", "conv", work, cost, True, *cells))
         block = one.name.split(".")[0]
         if block in {b.name for b in graph.blocks} and not behind.name.startswith(f"{block}."):
             made = one.out_width * const(64)
-            work, cost = Work(zero, made + made, made), (0.0, 0.3, 0.3, calls)
-            operators.append(OperatorModel(f"{block}.add", "Add", "add", work, False, cost, *none))
-    for name in ("resize", "b0.resize"):
-        empty = Work(zero, zero, zero), False, (0.0, 0.0, 0.0, 8000.0)
-        operators.append(OperatorModel(name, "Resize", "resize", *empty, *none))
+            work, cost = Work(const(0), made + made, made), (0.0, 0.3, 0.3, calls)
+            operators.append(OperatorModel(f"{block}.add", "Add", "add", work, cost))
+    steady = (0.0, 0.0, 0.0, 8000.0)
+    operators += [OperatorModel(name, "Resize", "resize", NO_WORK, steady)
+                  for name in ("resize", "b0.resize")]  # fmt: skip
     return LatencyModel(sizes, 16, tuple(operators), (Anchor(0.5, 0.02, 0.01),), "profiles")
 
 

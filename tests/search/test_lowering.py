@@ -19,7 +19,7 @@ from prune2deploy.exporting.export import to_onnx
 from prune2deploy.progress import NOTICE
 from prune2deploy.rundir import RunDir, read_manifest
 from prune2deploy.search import lowering
-from prune2deploy.search.lowering import Wish, lower, top1
+from prune2deploy.search.lowering import LoweringOptions, lower, top1
 from prune2deploy.search.payoff import Payoff
 
 FORMULA = """
@@ -148,9 +148,9 @@ def test_ranges_come_from_all_samples_only_for_what_is_compared_or_shipped(
     seen = []
     real = lowering.lower
 
-    def noting(path, out, wish):
-        made = real(path, out, wish)
-        seen.append((wish.quick, made.samples))
+    def noting(path, out, options):
+        made = real(path, out, options)
+        seen.append((options.quick, made.samples))
         return made
 
     monkeypatch.setattr(lowering, "lower", noting)
@@ -177,7 +177,7 @@ def test_what_the_unpruned_model_keeps_in_fp32_every_other_one_keeps_too(
     monkeypatch.setattr(precision, "to_int8", keeping)
     run(net, profile(), tmp_path / "r", precision="int8", batches=batches)
     assert wishes[0] == ()
-    assert all("/second/Conv" in wish for wish in wishes[1:])
+    assert all("/second/Conv" in options for options in wishes[1:])
 
 
 def test_what_lies_beside_an_engine_is_shipped_with_it(tmp_path):
@@ -294,7 +294,7 @@ def test_samples_that_fill_a_fixed_batch_are_not_scored(net, tmp_path, batches):
 
 
 def test_accuracy_is_part_of_what_is_told(small, tmp_path, batches):
-    made = lower(small, tmp_path / "q.onnx", Wish("int8", "cpu", batches))
+    made = lower(small, tmp_path / "q.onnx", LoweringOptions("int8", "cpu", batches))
     assert made.parity.tolerance == parity.TOLERANCE["int8"]
     assert made.top1_fp32 == 1.0 and made.scored == 24
     assert made.top1 is not None and made.top1 >= 0.8
@@ -311,7 +311,7 @@ def test_data_without_labels_is_gone_through_once_for_its_ranges(small, tmp_path
                 yield inputs, None
 
     counting = Counting()
-    made = lower(small, tmp_path / "q.onnx", Wish("int8", "cpu", counting))
+    made = lower(small, tmp_path / "q.onnx", LoweringOptions("int8", "cpu", counting))
     assert made.samples == 24 and made.top1 is None
     assert len(batches) <= counting.read < 2 * len(batches)
 
@@ -319,19 +319,23 @@ def test_data_without_labels_is_gone_through_once_for_its_ranges(small, tmp_path
 def test_max_drop_decides_in_place_of_the_outputs_difference(small, tmp_path, batches, monkeypatch):
     monkeypatch.setattr(parity, "TOLERANCE", {**parity.TOLERANCE, "int8": 1e-9})
     monkeypatch.setattr(keeping, "ROUNDS", 1)
-    strict = lower(small, tmp_path / "a.onnx", Wish("int8", "cpu", batches))
-    lenient = lower(small, tmp_path / "b.onnx", Wish("int8", "cpu", batches, max_drop=0.3))
+    strict = lower(small, tmp_path / "a.onnx", LoweringOptions("int8", "cpu", batches))
+    lenient = lower(
+        small, tmp_path / "b.onnx", LoweringOptions("int8", "cpu", batches, max_drop=0.3)
+    )
     assert not strict.passed and not strict.parity.passed
     assert lenient.passed and lenient.parity.passed
     with pytest.raises(ConfigError, match="--max-drop"):
         unlabelled = [(inputs, None) for inputs, _ in batches]
-        lower(small, tmp_path / "c.onnx", Wish("int8", "cpu", unlabelled, max_drop=0.3))
+        lower(small, tmp_path / "c.onnx", LoweringOptions("int8", "cpu", unlabelled, max_drop=0.3))
 
 
 def test_fp16_is_held_to_max_drop_like_int8(small, tmp_path, batches, monkeypatch):
     monkeypatch.setattr(parity, "TOLERANCE", {**parity.TOLERANCE, "fp16": 1e-9})
-    strict = lower(small, tmp_path / "a.onnx", Wish("fp16", batches=first(batches, 8)))
-    lenient = lower(small, tmp_path / "b.onnx", Wish("fp16", batches=batches, max_drop=0.3))
+    strict = lower(small, tmp_path / "a.onnx", LoweringOptions("fp16", batches=first(batches, 8)))
+    lenient = lower(
+        small, tmp_path / "b.onnx", LoweringOptions("fp16", batches=batches, max_drop=0.3)
+    )
     assert not strict.passed and lenient.passed
     assert lenient.kept == () and lenient.top1 is not None
     lowering.require(lenient, 0.3)
@@ -396,8 +400,8 @@ def test_a_file_for_timing_is_not_searched_but_judged_all_the_same(
 ):
     monkeypatch.setattr(parity, "TOLERANCE", {"fp32": 1e-3, "fp16": 1e-9, "int8": 1e-9})
     for wanted in ("fp16", "int8"):
-        wish = Wish(wanted, "cpu", batches, quick=True)
-        made = lower(small, tmp_path / f"{wanted}.onnx", wish)
+        options = LoweringOptions(wanted, "cpu", batches, quick=True)
+        made = lower(small, tmp_path / f"{wanted}.onnx", options)
         assert made.kept == () and not made.passed and not made.parity.passed
         assert made.parity.tolerance == 1e-9
 
@@ -419,16 +423,18 @@ def test_data_says_what_it_is_not_for(net):
 def test_a_bare_file_is_lowered_beside_its_engine_and_says_so(small, tmp_path):
     heard = []
     out = tmp_path / "out"
-    made = lowering.file(small, out, Wish("int8"), ("random", heard.append))
+    made = lowering.lower_file(small, out, LoweringOptions("int8"), "random", heard.append)
     assert made.path == out / "small.int8.onnx"
     assert "QuantizeLinear" in kinds(made.path)
     assert [step.stage for step in heard] == [NOTICE] and "RANDOM" in heard[0].detail
     assert any("RANDOM" in note for note in made.notes)
-    again = lowering.file(made.path, out, Wish("int8"), (None, heard.append))
+    again = lowering.lower_file(made.path, out, LoweringOptions("int8"), None, heard.append)
     assert again.path == made.path, "what is quantised already is taken as it is"
-    assert lowering.file(small, out, Wish("fp32"), (None, heard.append)).path == small
+    assert (
+        lowering.lower_file(small, out, LoweringOptions("fp32"), None, heard.append).path == small
+    )
     with pytest.raises(ConfigError, match="--data"):
-        lowering.file(small, out, Wish("int8"), (None, heard.append))
+        lowering.lower_file(small, out, LoweringOptions("int8"), None, heard.append)
     assert {p.name for p in out.iterdir()} == {"small.int8.onnx"}
 
 

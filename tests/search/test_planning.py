@@ -8,7 +8,7 @@ from prune2deploy.plan.choices import Problem, choices, importance_curves
 from prune2deploy.plan.latency_model import fit
 from prune2deploy.plan.probes import probes
 from prune2deploy.search import planning
-from prune2deploy.search.planning import NEAR, Question, near, propose, pruned
+from prune2deploy.search.planning import NEAR, PlanRequest, near, propose, pruned
 
 from ..plan.made import builds, chain
 
@@ -41,7 +41,7 @@ def test_plans_nearly_as_good_keep_the_budget_and_differ(problem):
 
 
 def test_the_rank_decides_between_plans_nearly_as_good(problem):
-    plain = propose(Question(problem, problem.budget_ms, [], up=False))
+    plain = propose(PlanRequest(problem, problem.budget_ms, [], up=False))
     assert plain.ranked == 1
     asked = []
 
@@ -49,7 +49,7 @@ def test_the_rank_decides_between_plans_nearly_as_good(problem):
         asked.append(dict(counts))
         return -counts["a2"]  # the model is said to be better the wider this axis is
 
-    chosen = propose(Question(problem, problem.budget_ms, [], up=False, rank=rank))
+    chosen = propose(PlanRequest(problem, problem.budget_ms, [], up=False, rank=rank))
     assert chosen.ranked == len(asked) > 1
     assert chosen.counts["a2"] == max(counts["a2"] for counts in asked)
     assert chosen.counts["a2"] >= plain.counts["a2"]
@@ -59,7 +59,9 @@ def test_the_rank_decides_between_plans_nearly_as_good(problem):
 def test_a_plan_that_was_tried_is_not_wanted_again(problem):
     tried = []
     for _ in range(4):
-        wanted = propose(Question(problem, problem.budget_ms, tried, up=False, rank=lambda _: 0.0))
+        wanted = propose(
+            PlanRequest(problem, problem.budget_ms, tried, up=False, rank=lambda _: 0.0)
+        )
         assert pruned(problem.graph, wanted.counts) not in tried
         tried.append(pruned(problem.graph, wanted.counts))
 
@@ -78,7 +80,7 @@ def test_a_smallest_plan_that_was_tried_is_told_apart_from_nothing_left_to_try(
     monkeypatch.setattr(planning, "allocate", missing)
 
     def asked(tried, up):
-        return propose(Question(problem, problem.budget_ms, tried, up=up))
+        return propose(PlanRequest(problem, problem.budget_ms, tried, up=up))
 
     assert asked([], up=False).counts == counts and asked([], up=False).floor
     assert asked([], up=True) is None  # smaller than one that met the budget

@@ -11,13 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prune2deploy.measure.stats import (
-    MIN_BLOCKS,
-    Floats,
-    interval,
-    looks,
-    precise,
-)
+from prune2deploy.measure.stats import MIN_BLOCKS, Floats, interval, next_look, precise
 from prune2deploy.target import MeasurePolicy
 
 
@@ -116,13 +110,13 @@ def sequential(effects: Floats, policy: MeasurePolicy) -> Outcome:
     runs, most = effects.shape
     low, high, taken = (np.zeros(runs) for _ in range(3))
     going = np.arange(runs)
-    for blocks in looks(MIN_BLOCKS, most):
+    blocks = MIN_BLOCKS
+    while going.size:
         part = effects[going, :blocks]
         ends = precise(part, policy) | (blocks == most)
         done = going[ends]
         low[done], high[done] = (np.exp(bound) for bound in interval(part[ends]))
         taken[done] = blocks
         going = going[~ends]
-        if not going.size:
-            break
+        blocks = min(most, next_look(blocks))
     return Outcome(low, high, taken)

@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
 
-from prune2deploy.measure.simulate import Host, block_effects, sequential
+from prune2deploy.measure.stats import interval
 from prune2deploy.target import MeasurePolicy
+
+from .simulated import Host, block_effects, sequential
 
 RUNS = 2000
 HOSTS = {
@@ -41,7 +43,5 @@ def test_samples_taken_as_independent_would_not_cover():
     flat = pairs.reshape(500, -1)
     naive = 1.96 * flat.std(axis=1) / np.sqrt(flat.shape[1])
     assert (np.abs(flat.mean(axis=1)) <= naive).mean() < 0.7
-    from prune2deploy.measure.stats import interval
-
     low, high = interval(np.median(pairs, axis=-1))
     assert 0.92 <= ((low <= 0) & (high >= 0)).mean() <= 0.98
