@@ -103,8 +103,8 @@ def _model(to: argparse.ArgumentParser) -> None:
         "--model",
         default="resnet50",
         metavar="NAME",
-        help="resnet50 (torchvision), timm:NAME, yolov8n.yaml (ultralytics), hf:FOLDER, FILE.pt2, "
-        "or yours as FILE.py:FACTORY or PACKAGE.MODULE:FACTORY (default: resnet50)",
+        help="resnet50 (torchvision), timm:NAME, yolov8n.yaml or best.pt (ultralytics), hf:FOLDER, "
+        "FILE.pt2, or yours as FILE.py:FACTORY or PACKAGE.MODULE:FACTORY (default: resnet50)",
     )
     group.add_argument(
         "--weights", type=path, metavar="FILE", help="state dict (torch.save or safetensors)"

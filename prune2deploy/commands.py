@@ -187,7 +187,8 @@ def _working(
 
     loaded = _load(options.model)
     batches = _data(options.data, loaded, purposes)
-    tell(progress, [*([_RANDOM] if loaded.random else []), *calibration.notices(batches)])
+    random = (_RANDOM,) if loaded.random else ()
+    tell(progress, [*random, *loaded.notices, *calibration.notices(batches)])
     label = f"{_short(options.model.model)}-{target.name}-{ending}"
     with _opened(arguments, label, _identity(options, target, loaded, batches)) as held:
         if arguments.resume and not held.begun:

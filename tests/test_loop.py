@@ -24,6 +24,7 @@ from prune2deploy.errors import ConfigError, ExportError, ParityError
 from prune2deploy.journal import Journal
 from prune2deploy.measure import Comparison, LatencyStats
 from prune2deploy.plan.plan import Plan
+from prune2deploy.recover import FinetuneOptions, Training
 from prune2deploy.recover.distance import apart, outputs
 from prune2deploy.rundir import read_manifest
 from prune2deploy.search.candidate import Built
@@ -274,6 +275,17 @@ def test_values_of_other_types_are_refused_before_anything_is_built(
     with pytest.raises(ConfigError, match=told):
         run(net, target, run_dir=tmp_path / "r", **wrong)
     assert not (tmp_path / "r").exists()
+
+
+def test_what_cannot_be_trained_is_told_before_anything_is_built(net, target, tmp_path):
+    samples = from_dataset([(torch.randn(3, 8, 8), n % 3) for n in range(8)], net[1])
+    other = nn.Sequential(net[0], nn.Unflatten(1, (2, 5)))
+    training = Training(other, samples, FinetuneOptions(epochs=1, device="cpu"))
+    with pytest.raises(
+        ConfigError, match=r"model returns \(8, 2, 5\).* training function of your own"
+    ):
+        run((other, net[1]), target, speedup=2.0, finetune=training, run_dir=tmp_path / "r")
+    assert not (tmp_path / "r/builds").exists()
 
 
 def test_one_build_is_too_few_for_a_search_and_a_final_model(net, target, tmp_path):

@@ -216,22 +216,25 @@ def open_recipe(path_or_name: str | Path, model: ForModel) -> Batches:
 
 
 def from_dataset(
-    dataset: Any, example_inputs: tuple[Tensor, ...], *, batch: int = 32, seed: int = 0
+    dataset: Any, example_inputs: Tensor | tuple[Tensor, ...], *, batch: int = 32, seed: int = 0
 ) -> Batches:
     """Make batches of any dataset with ``len()`` and indexing, such as torch's map-style ones.
 
     Args:
         dataset: ``dataset[i]`` is inputs or (inputs, label), preprocessed, without batch
             dimension.
-        example_inputs: What the model takes, with a batch dimension first.
+        example_inputs: What the model takes, one tensor or several, with a batch dimension first.
         batch: Samples per batch.
         seed: Decides the order.
 
     Raises:
-        ConfigError: The dataset is empty or does not fit the model.
+        ConfigError: The dataset is empty or does not fit the model, or a batch of less than 1.
     """
     place = type(dataset).__name__
-    reader = SequenceReader(dataset, place, inputs=len(example_inputs))
+    if not isinstance(batch, int) or batch < 1:
+        raise ConfigError(f"batch: found {batch!r}, expected a whole number, at least 1")
+    examples = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    reader = SequenceReader(dataset, place, inputs=len(examples))
     recipe = Recipe(
         name=place,
         reader="callable",
@@ -246,7 +249,7 @@ def from_dataset(
         sha256="",
         path=Path(place),
     )
-    return _batches(recipe, reader, example_inputs, ())
+    return _batches(recipe, reader, examples, ())
 
 
 def _batches(

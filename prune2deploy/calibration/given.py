@@ -29,8 +29,7 @@ class _Tupled:
         self._data = data
 
     def __iter__(self) -> Iterator[Batch]:
-        for inputs, labels in self._data:
-            yield (inputs,) if isinstance(inputs, Tensor) else tuple(inputs), labels
+        yield from read(self._data)
 
     def __len__(self) -> int:
         return len(self._data) if isinstance(self._data, Sized) else sum(1 for _ in self._data)
@@ -46,13 +45,26 @@ def given_batches(data: Any) -> Any:
     return data if data is None or isinstance(data, Batches) else _Tupled(data)
 
 
+def read(data: Iterable[Any]) -> Iterator[Batch]:
+    """Give the batches of any data as (tuple of inputs, labels or None).
+
+    Raises:
+        ConfigError: One is no such pair.
+    """
+    for found in data:
+        if not _is_batch(found):
+            raise ConfigError(f"batches: found a batch that is {_told(found)}, expected {_FORM}")
+        inputs, labels = found
+        yield (inputs,) if isinstance(inputs, Tensor) else tuple(inputs), labels
+
+
 def first(batches: Iterable[Batch], count: int) -> list[Batch]:
     """Return the first ``count`` samples in batches as they come, the last one cut; may be fewer.
 
     Reads no batch beyond those.
     """
     found: list[Batch] = []
-    for inputs, labels in batches:
+    for inputs, labels in read(batches):
         kept = None if labels is None else labels[:count]
         found.append((tuple(one[:count] for one in inputs), kept))
         count -= len(inputs[0])
@@ -104,11 +116,8 @@ def check_form(data: object) -> None:
         return
     if not isinstance(data, Iterable):
         raise ConfigError(f"batches: found a {type(data).__name__}, expected {_FORM}")
-    found = next(iter(restarting(data)), None)
-    if found is None:
+    if next(read(restarting(data)), None) is None:
         raise ConfigError(f"batches: found no batch, expected {_FORM}; give at least one sample")
-    if not _is_batch(found):
-        raise ConfigError(f"batches: found a batch that is {_told(found)}, expected {_FORM}")
 
 
 def _is_batch(found: object) -> bool:

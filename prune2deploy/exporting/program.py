@@ -36,19 +36,26 @@ def save(
     if precision == "fp16":
         module = copied(module, {}).half()
         example_inputs = tuple(x.half() if x.is_floating_point() else x for x in example_inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice to the model's author, and to torch's own
+        program = _exported(module, example_inputs)
+        with replacing(path) as temporary:
+            torch.export.save(program, temporary)
+            try:
+                torch.export.load(temporary).module()
+            except Exception as error:
+                raise ExportError(
+                    f"torch.export wrote a file that it cannot load ({first_line(error)})"
+                ) from error
+
+
+def _exported(
+    module: nn.Module, example_inputs: tuple[Tensor, ...]
+) -> torch.export.ExportedProgram:
     try:
-        with warnings.catch_warnings(), evaluating(module):
-            warnings.simplefilter("ignore")  # advice to the model's author
-            program = torch.export.export(module, example_inputs)
+        with evaluating(module):
+            return torch.export.export(module, example_inputs)
     except Exception as error:
         raise ExportError(
             f"torch.export cannot express this model ({first_line(error)})"
         ) from error
-    with replacing(path) as temporary:
-        torch.export.save(program, temporary)
-        try:
-            torch.export.load(temporary).module()
-        except Exception as error:
-            raise ExportError(
-                f"torch.export wrote a file that it cannot load ({first_line(error)})"
-            ) from error

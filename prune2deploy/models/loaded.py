@@ -60,6 +60,7 @@ class LoadedModel:
         output_names: One per output where the library knows them, else empty.
         preprocessing: How pictures become inputs, where the library knows it.
         random: Whether the weights are random, as no file of weights was named.
+        notices: What the user must be told of the weights.
     """
 
     module: nn.Module
@@ -70,3 +71,4 @@ class LoadedModel:
     output_names: tuple[str, ...] = ()
     preprocessing: Preprocessing | None = None
     random: bool = False
+    notices: tuple[str, ...] = ()

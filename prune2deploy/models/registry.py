@@ -103,8 +103,7 @@ def load(
         torch.manual_seed(seed)
         loaded = loader.load(request)
     _require_size(loaded, input_size)
-    if weights is not None:
-        load_weights(loaded.module, weights)
+    notices = loaded.notices if weights is None else load_weights(loaded.module, weights)
     module, inputs = _settled(loaded.module, loaded.example_inputs)
     return replace(
         loaded,
@@ -112,6 +111,7 @@ def load(
         example_inputs=inputs,
         spec=spec,
         random=loader.random and weights is None,
+        notices=notices,
     )
 
 

@@ -24,6 +24,7 @@ from prune2deploy.calibration.preprocessing import Preprocessing
 from prune2deploy.errors import MissingBackend, ModelError
 from prune2deploy.models.checkpoint import VALUES, contents
 from prune2deploy.models.loaded import LoadedModel, Request
+from prune2deploy.models.weights import averaged
 
 INSTALL = "pip install 'prune2deploy[yolo]'"
 _QUIET = {"YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL": "false", "YOLO_VERBOSE": "false"}
@@ -40,7 +41,8 @@ def load(request: Request) -> LoadedModel:
     """
     _check_checkpoint(Path(request.name))
     with _quiet():
-        module, task = _network(request.name)
+        wrapper = _network(request.name)
+    module, task = wrapper.model, str(wrapper.task)
     set_export(module, True)
     default = 224 if task == "classify" else 640
     size = request.size((default, default))
@@ -52,10 +54,17 @@ def load(request: Request) -> LoadedModel:
         library="ultralytics",
         input_names=("images",),
         preprocessing=_preprocessing(task, size),
+        notices=_notices(wrapper.ckpt),
     )
 
 
-def _network(name: str) -> tuple[Any, str]:
+def _notices(checkpoint: Any) -> tuple[str, ...]:
+    """Say that the average is taken where a checkpoint holds it beside the last weights."""
+    held = [key for key in ("ema", "model") if checkpoint and checkpoint.get(key) is not None]
+    return tuple(averaged(held[0], held[1:])) if held else ()
+
+
+def _network(name: str) -> Any:
     try:
         ultralytics: Any = importlib.import_module("ultralytics")
         tasks: Any = importlib.import_module("ultralytics.nn.tasks")
@@ -69,12 +78,11 @@ def _network(name: str) -> tuple[Any, str]:
         folder = Path(ultralytics.__file__).parent / "cfg" / "models"
         _check_yaml(path, tasks.guess_model_scale(path), folder)
     try:
-        wrapper = _wrapper(ultralytics, tasks, path)
+        return _wrapper(ultralytics, tasks, path)
     except Exception as error:
         raise ModelError(
             f"ultralytics cannot make a model of {name!r}: {type(error).__name__}: {error}"
         ) from error
-    return wrapper.model, str(wrapper.task)
 
 
 def _check_checkpoint(path: Path) -> None:

@@ -10,6 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,45 +20,65 @@ from torch import Tensor, nn
 from prune2deploy.errors import MissingBackend, ModelError
 from prune2deploy.models.checkpoint import OBJECTS, contents
 
-WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "ema", "params")
-_OPTIONAL = "num_batches_tracked"  # counters that old checkpoints lack
+# What deploys is the moving average of the weights, where a training kept one. No "ema_state_dict":
+# mmengine keeps the last weights there, and their average under "state_dict".
+AVERAGED = ("state_dict_ema", "model_ema", "ema", "ema_model", "params_ema")
+WRAPPERS = (*AVERAGED, "state_dict", "model_state_dict", "model", "module", "net", "params")
+_OPTIONAL = ("num_batches_tracked", "n_averaged")  # counters, of BatchNorm and of averages
 
 
-def load_weights(module: nn.Module, path: Path) -> None:
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """A state dict in a file: where it lies, and what the user should know of that."""
+
+    state: Mapping[str, Tensor]
+    keys: tuple[str, ...] = ()
+    notices: tuple[str, ...] = ()
+
+
+def load_weights(module: nn.Module, path: Path) -> tuple[str, ...]:
     """Fill ``module`` with the state dict in ``path``, in place.
 
     Args:
         module: Gets every parameter and buffer; all must be in the file with equal shapes.
         path: A ``.safetensors`` file, or anything that ``torch.save`` wrote from tensors.
 
+    Returns:
+        What the user should know, such as that averaged weights were taken.
+
     Raises:
         ModelError: The file is missing, truncated, not a state dict, holds pickled code, or
             belongs to another model.
         MissingBackend: A ``.safetensors`` file without the safetensors library.
     """
-    state = read_state_dict(path)
+    found = _read(path)
     own = module.state_dict()
-    state = _with_ties(_without_prefix(state, own.keys()), module)
-    _check_fits(own, state, path)
+    state = _with_ties(_without_prefix(found.state, own.keys()), module)
+    _check_fits(own, state, " under ".join([repr(str(path)), *map(repr, reversed(found.keys))]))
     module.load_state_dict({**own, **{k: v for k, v in state.items() if k in own}})
+    return found.notices
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """Read names and tensors from a file; a wrapping such as ``{"state_dict": …}`` is opened.
 
+    Where a file holds weights and their moving average (``AVERAGED``), the average is taken.
+
     Raises:
         ModelError: See :func:`load_weights`.
     """
+    return dict(_read(path).state)
+
+
+def _read(path: Path) -> _Found:
     if not path.is_file():
         raise ModelError(f"weights: no file {str(path)!r} found; expected a state dict")
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+        return _Found(_read_safetensors(path))
     found = contents(path)
     state = _unwrapped(found.value)
-    if isinstance(state, Mapping):
-        tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
-        if tensors and all(isinstance(key, str) for key in tensors):
-            return tensors
+    if state is not None:
+        return state
     refused = ", which are refused because loading them can run code" * (found.kind == OBJECTS)
     raise ModelError(
         f"weights: {str(path)!r} holds {found.text}{refused}; expected a state dict (names to "
@@ -83,17 +104,47 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _unwrapped(found: Any) -> Any:
-    """Open ``{"state_dict": …}`` and the like, as often as they are nested."""
-    while isinstance(found, Mapping):
-        inner = [found[key] for key in WRAPPERS if isinstance(found.get(key), Mapping)]
-        if not inner:
-            return found
-        found = inner[0]
-    return found
+def _unwrapped(found: Any) -> _Found | None:
+    """Open ``{"state_dict": …}`` and the like, as often as they are nested; None: no tensors."""
+    if not isinstance(found, Mapping):
+        return None
+    inner = {key: found[key] for key in WRAPPERS if isinstance(found.get(key), Mapping)}
+    if not inner:
+        tensors = {key: held for key, held in found.items() if isinstance(held, Tensor)}
+        named = tensors and all(isinstance(key, str) for key in tensors)
+        return _Found(tensors) if named else None
+    opened = {key: _unwrapped(held) for key, held in inner.items()}
+    key, state = next(((k, one) for k, one in opened.items() if one is not None), ("", None))
+    if state is None:
+        return None
+    passed = [one for one in inner if opened[one] is None and inner[one]]
+    told = tuple(averaged(key, [one for one in opened if one != key], passed))
+    return _Found(state.state, (key, *state.keys), (*told, *state.notices))
 
 
-def _without_prefix(state: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+def averaged(key: str, others: Iterable[str], passed: Iterable[str] = ()) -> Iterable[str]:
+    """Say which weights are taken where a file holds averaged ones and others.
+
+    Args:
+        key: Of those that are taken.
+        others: Keys of all other weights.
+        passed: Those of them that are no state dict.
+    """
+    left = [one for one in others if one not in AVERAGED]
+    if key in AVERAGED and left:
+        yield (
+            f"weights are the moving average that the file keeps under {key!r}, not those under "
+            f"{left[0]!r}; for these, give a file that holds them alone"
+        )
+    unread = [one for one in passed if one in AVERAGED]
+    if key not in AVERAGED and unread:
+        yield (
+            f"weights are those under {key!r} of the file: what it keeps under {unread[0]!r} is no "
+            "state dict (names to tensors) of averaged ones"
+        )
+
+
+def _without_prefix(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
     """Strip what wrappers put before names: the prefix behind which most names are the model's.
 
     DataParallel puts ``module.`` there, torch.compile ``_orig_mod.``, a LightningModule the name of
@@ -132,7 +183,7 @@ def _kind(tensor: Tensor) -> str:
     return "fractions" if tensor.is_floating_point() else "whole numbers"
 
 
-def _check_fits(own: Mapping[str, Any], state: Mapping[str, Tensor], path: Path) -> None:
+def _check_fits(own: Mapping[str, Any], state: Mapping[str, Tensor], place: str) -> None:
     """Raise ModelError at the first name that is missing, unexpected, of other shape or kind."""
     needed = [name for name in own if isinstance(own[name], Tensor)]
     same = [n for n in needed if n in state and state[n].shape == own[n].shape]
@@ -155,7 +206,7 @@ def _check_fits(own: Mapping[str, Any], state: Mapping[str, Tensor], path: Path)
         problem = f"{extra[0]!r} of the file is not in the model"
     if problem:
         raise ModelError(
-            f"weights: {str(path)!r} belongs to another model: {len(same)} of {len(needed)} "
+            f"weights: {place} belongs to another model: {len(same)} of {len(needed)} "
             f"tensors match (the file holds {len(state)}); the first difference: {problem}; give "
             "the weights of this model, or the model of these weights"
         )

@@ -2,7 +2,8 @@
 
 from prune2deploy.recover.batchnorm import Reestimated, reestimate_batchnorm
 from prune2deploy.recover.evaluate import Accuracy, evaluate
-from prune2deploy.recover.finetune import Finetuned, FinetuneOptions, Training, finetune
+from prune2deploy.recover.finetune import Finetuned, Training, finetune
+from prune2deploy.recover.options import FinetuneOptions
 from prune2deploy.recover.reconstruct import Reconstructed, reconstruct
 
 __all__ = [

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prune2deploy.calibration import Batch
+from prune2deploy.calibration import Batch, read
 from prune2deploy.graph.calling import device_of
 from prune2deploy.modes import evaluating
 
@@ -137,7 +137,7 @@ def _feed(module: nn.Module, batches: Iterable[Batch], averaging: _Averaging) ->
     samples = 0
     # in inference mode torch shows operators before it takes them apart
     with torch.inference_mode(False), torch.no_grad(), averaging:
-        for inputs, _ in batches:
+        for inputs, _ in read(batches):
             module(*(one.to(device) for one in inputs))
             samples += len(inputs[0])
             if not averaging.met:

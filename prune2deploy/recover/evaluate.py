@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from prune2deploy.calibration import Batch
+from prune2deploy.calibration import Batch, read
 from prune2deploy.errors import ConfigError
 from prune2deploy.graph.calling import device_of
 from prune2deploy.modes import evaluating
 
+IGNORED = -100  # label that torch's ``cross_entropy`` leaves out
 _Z95 = 1.959964  # of the normal distribution, for 95 per cent
 
 
@@ -65,7 +66,7 @@ def numbers(labels: Tensor) -> Tensor:
 
 
 def require_labels(labels: Tensor, scores: Tensor, *, soft: bool) -> None:
-    """Check that there is a label for each sample.
+    """Check that there is a label for each sample, one of the classes or ``IGNORED``.
 
     Args:
         labels: Whole numbers, (batch,); or shares of the classes, (batch, classes).
@@ -73,7 +74,7 @@ def require_labels(labels: Tensor, scores: Tensor, *, soft: bool) -> None:
         soft: Whether shares will do.
 
     Raises:
-        ConfigError: They are of another shape.
+        ConfigError: They are of another shape, or one is none of the classes.
     """
     shares = soft and labels.is_floating_point()
     wanted = tuple(scores.shape if shares else scores.shape[:1])
@@ -84,6 +85,13 @@ def require_labels(labels: Tensor, scores: Tensor, *, soft: bool) -> None:
             + ", or floating-point shares of the classes"
             * soft
         )
+    classes = scores.shape[1]
+    wrong = labels[((labels < 0) | (labels >= classes)) & (labels != IGNORED)]
+    if not shares and len(wrong):
+        raise ConfigError(
+            f"found label {int(wrong[0])}, expected 0 to {classes - 1}, since the model gives "
+            f"scores for {classes} classes; correct the data, or take the model that it is for"
+        )
 
 
 def evaluate(module: nn.Module, batches: Iterable[Batch]) -> Accuracy:
@@ -91,16 +99,17 @@ def evaluate(module: nn.Module, batches: Iterable[Batch]) -> Accuracy:
 
     Args:
         module: Takes the batches' inputs, on its own device; returns (batch, classes).
-        batches: (inputs, labels) with labels of shape (batch,).
+        batches: (inputs, labels), a DataLoader or a list, with labels of shape (batch,); those
+            of -100 are left out.
 
     Raises:
-        ConfigError: There is no labelled sample, labels are not one per sample, or the output is
-            not that of a classifier.
+        ConfigError: There is no labelled sample, labels are not one per sample or none of the
+            classes, or the output is not that of a classifier.
     """
     device = device_of(module)
     right, loss, samples = 0, 0.0, 0
     with evaluating(module), torch.no_grad():
-        for inputs, labels in batches:
+        for inputs, labels in read(batches):
             if labels is None:
                 raise ConfigError(
                     "accuracy needs labels, but the data has none; use a recipe with labels"
@@ -108,6 +117,7 @@ def evaluate(module: nn.Module, batches: Iterable[Batch]) -> Accuracy:
             target = numbers(labels.to(device))
             logits = logits_of(module(*(one.to(device) for one in inputs))).float()
             require_labels(target, logits, soft=False)
+            logits, target = logits[target != IGNORED], target[target != IGNORED]
             right += int((logits.argmax(1) == target).sum())
             loss += float(nn.functional.cross_entropy(logits, target, reduction="sum"))
             samples += len(target)

@@ -13,7 +13,8 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -21,13 +22,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from prune2deploy.calibration import Batch, restarting
+from prune2deploy.calibration import Batch, read, restarting
 from prune2deploy.errors import ConfigError
-from prune2deploy.recover.evaluate import logits_of, numbers, require_labels
+from prune2deploy.recover.evaluate import IGNORED, logits_of, numbers, require_labels
+from prune2deploy.recover.options import FinetuneOptions
 from prune2deploy.surgery.copying import copied
 
 RATE = 0.02  # highest, where there are steps enough
-_IGNORED = -100  # label that ``cross_entropy`` leaves out
 SETTLES = 100  # steps that training at that rate takes to settle
 
 Progress = Callable[[int, int, float], None]
@@ -42,59 +43,6 @@ class Shuffled(Protocol):
 
     def shuffled(self, seed: int) -> Iterable[Batch]:
         """Return the same samples in the order that ``seed`` decides."""
-
-
-@dataclass(frozen=True)
-class FinetuneOptions:
-    """How to fine-tune.
-
-    Attributes:
-        epochs: Passes over the batches; 0 trains nothing.
-        lr: Highest learning rate of SGD with Nesterov momentum; ``None`` is ``RATE``, and less
-            by the square where there are fewer than ``SETTLES`` steps: what cannot settle is
-            better hardly moved.
-        momentum: Of SGD.
-        weight_decay: On weights of two or more dimensions only.
-        temperature: Softens both outputs before they are compared.
-        alpha: Share of the teacher in the loss, 0..1; without labels it is 1.
-        ema: Decay of the moving average of the weights per step, or 0 for none.
-        warmup: Share of all steps over which the rate rises.
-        clip: Largest norm of the gradient.
-        amp: Mixed precision on a GPU (bfloat16 where the GPU has it, else float16 with scaling).
-        device: Where to train; ``None`` takes a GPU if there is one.
-        seed: For the order of the samples and for dropout.
-    """
-
-    epochs: int = 10
-    lr: float | None = None
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    temperature: float = 2.0
-    alpha: float = 0.5
-    ema: float = 0.0
-    warmup: float = 0.05
-    clip: float = 5.0
-    amp: bool = True
-    device: str | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        checks = (
-            ("epochs", self.epochs >= 0, "0 or more"),
-            ("lr", self.lr is None or 0 < self.lr < math.inf, "a finite number above 0"),
-            ("momentum", 0 <= self.momentum < 1, "0 up to but not including 1"),
-            ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
-            ("temperature", 0 < self.temperature < math.inf, "a finite number above 0"),
-            ("alpha", 0 <= self.alpha <= 1, "0 to 1"),
-            ("ema", 0 <= self.ema < 1, "0 up to but not including 1"),
-            ("warmup", 0 <= self.warmup < 1, "0 up to but not including 1"),
-            ("clip", self.clip > 0, "a number above 0"),
-        )
-        for name, fits, expected in checks:
-            if not fits:
-                raise ConfigError(
-                    f"fine-tuning: {name}: found {getattr(self, name)!r}, expected {expected}"
-                )
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,8 +88,9 @@ def finetune(
     Args:
         module: The pruned classifier; takes the batches' inputs, returns (batch, classes).
         teacher: The original model, or ``None`` to learn from labels alone.
-        batches: (inputs, labels or ``None``), iterated once per epoch; batches that can be
-            ``shuffled(seed)`` are, before each epoch. ``None`` trains nothing.
+        batches: (inputs, labels or ``None``), a DataLoader or a list, iterated once per epoch;
+            batches that can be ``shuffled(seed)`` are, before each epoch. Labels of -100 are left
+            out. ``None`` trains nothing.
         options: See :class:`FinetuneOptions`.
         progress: Called after each step.
         penalty: Added to the loss, such as those of :mod:`prune2deploy.recover.sparse`.
@@ -151,7 +100,8 @@ def finetune(
 
     Raises:
         ConfigError: No labels and no teacher, outputs that are not class scores, batches that can
-            be read only once, labels that do not fit, or a loss that is not finite.
+            be read only once or are no pairs, labels that do not fit, a module without
+            parameters, or a loss that is not finite.
     """
     options = options or FinetuneOptions()
     started = time.monotonic()
@@ -159,7 +109,7 @@ def finetune(
     if batches is None or total == 0:
         why = "no data" if batches is None else "no epochs or no batches"
         return Finetuned(copied(module, {}), (), 0, 0.0, f"nothing was trained: {why}")
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = options.place()
     with torch.random.fork_rng():
         torch.manual_seed(options.seed)
         student = copied(module, {}).to(device).train()
@@ -191,6 +141,15 @@ class Training:
         """Train a copy of ``module``."""
         return finetune(module, self.teacher, self.batches, self.options)
 
+    def rehearse(self, module: nn.Module) -> None:
+        """Take one step with a copy of ``module``, so that what cannot be trained is told at once.
+
+        Raises:
+            ConfigError: See :func:`finetune`.
+        """
+        options = replace(self.options, epochs=1)
+        finetune(module, self.teacher, [*islice(self.batches, 1)], options)
+
     @property
     def settles(self) -> bool:
         """Whether there are steps enough (half of ``SETTLES``) to leave where it starts."""
@@ -211,12 +170,14 @@ class _Run:
         self.highest = highest_rate(total) if options.lr is None else options.lr
         self.step = 0
         self.average = copied(student, {}) if options.ema else None
-        self.device = next(student.parameters()).device
+        self.device = options.place()
         if not any(p.requires_grad for p in student.parameters()):
             # as read for inference; who freezes a part means it
             for weight in student.parameters():
                 weight.requires_grad_(weight.is_floating_point())
         weights = [p for p in student.parameters() if p.requires_grad]
+        if not weights:
+            raise ConfigError("fine-tuning: found no parameter to train, expected a module of some")
         groups = [
             {"params": [p for p in weights if p.ndim > 1], "weight_decay": options.weight_decay},
             {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
@@ -235,7 +196,7 @@ class _Run:
 
 def _epoch(run: _Run, batches: Iterable[Batch], progress: Progress | None) -> float:
     losses = []
-    for batch in batches:
+    for batch in read(batches):
         loss = _step(run, batch)
         losses.append(loss)
         if progress is not None:
@@ -256,7 +217,14 @@ def _step(run: _Run, batch: Batch) -> float:
         student = logits_of(run.student(*inputs))
         with torch.no_grad():
             teacher = None if run.teacher is None else logits_of(run.teacher(*inputs)).float()
-    _check_labels(labels, student)
+    if teacher is not None and teacher.shape != student.shape:
+        raise ConfigError(
+            f"fine-tuning: found scores of shape {tuple(teacher.shape)} from the teacher, expected "
+            f"{tuple(student.shape)} as from the model that it teaches"
+        )
+    if labels is not None:
+        require_labels(labels, student, soft=True)
+        labels = None if bool((labels == IGNORED).all()) else labels
     loss = distillation_loss(student.float(), teacher, labels, run.options)
     if run.penalty is not None:
         loss = loss + run.penalty(run.student)
@@ -278,8 +246,8 @@ def _cause(run: _Run) -> str:
     """The likely cause of a loss that is not finite, and what to do about it."""
     if run.step == 0:
         return (
-            "nothing has been trained yet, so outputs of the model or its teacher are not finite, "
-            f"or all labels are {_IGNORED}; check the weights and the data"
+            "nothing has been trained yet, so outputs of the model or its teacher are not finite; "
+            "check the weights and the data"
         )
     return f"the learning rate {run.highest:g} is too high for this model, try {run.highest / 10:g}"
 
@@ -295,20 +263,6 @@ def _batch_norms_at_rest(module: nn.Module) -> Iterator[None]:
     finally:
         for norm in norms:
             norm.train()
-
-
-def _check_labels(labels: Tensor | None, scores: Tensor) -> None:
-    if labels is None:
-        return
-    require_labels(labels, scores, soft=True)
-    classes = scores.shape[1]
-    wrong = labels[((labels < 0) | (labels >= classes)) & (labels != _IGNORED)]
-    if len(wrong):
-        raise ConfigError(
-            f"fine-tuning: found label {int(wrong[0])}, expected 0 to {classes - 1}, since the "
-            f"model gives scores for {classes} classes; correct the data, or train the model that "
-            "it is for"
-        )
 
 
 def highest_rate(total: int) -> float:
@@ -347,7 +301,10 @@ def distillation_loss(
         ConfigError: Neither teacher nor labels.
     """
     if teacher is None and labels is None:
-        raise ConfigError("fine-tuning needs labels or a teacher; found neither")
+        raise ConfigError(
+            "fine-tuning needs labels or a teacher; found neither for a batch (labels of "
+            f"{IGNORED} are left out)"
+        )
     soft = hard = student.new_zeros(())
     if teacher is not None:
         heat = options.temperature

@@ -19,6 +19,7 @@ from prune2deploy.exporting import export
 from prune2deploy.graph import keep, require_prunable, trace
 from prune2deploy.graph.calling import quiet
 from prune2deploy.measure import Measurement
+from prune2deploy.recover import Training
 from prune2deploy.search import candidate
 from prune2deploy.search.candidate import Workshop
 from prune2deploy.search.job import Baseline, Job
@@ -48,6 +49,8 @@ def open_workshop(
     if job.batches is not None:
         check_labels(job.batches, _output_shapes(job))
         _check_batch(job)
+    if isinstance(job.finetune, Training):
+        job.finetune.rehearse(job.module)
     return Workshop(
         module=job.module,
         example_inputs=job.example_inputs,

@@ -136,7 +136,16 @@ def test_ultralytics_checkpoint(tmp_path):
     ours, theirs = loaded.module.state_dict(), wrapper.model.state_dict()
     for name, value in theirs.items():  # ultralytics stores halves
         torch.testing.assert_close(ours[name], value.half().to(ours[name].dtype))
-    assert forward(loaded).shape == (1, 84, 84)
+    assert forward(loaded).shape == (1, 84, 84) and not loaded.notices
+
+
+def test_an_ultralytics_checkpoint_of_a_training_gives_the_averaged_weights(tmp_path):
+    ultralytics = pytest.importorskip("ultralytics")
+    averaged, last = (ultralytics.YOLO("yolov8n.yaml").model for _ in range(2))
+    torch.save({"model": last, "ema": averaged, "train_args": {}}, tmp_path / "mine.pt")
+    loaded = models.load(str(tmp_path / "mine.pt"), input_size=(64, 64))
+    assert torch.equal(loaded.module.model[0].conv.weight, averaged.model[0].conv.weight)
+    assert "under 'ema', not those under 'model'" in loaded.notices[0]
 
 
 class Own(nn.Sequential):

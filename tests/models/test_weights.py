@@ -32,6 +32,10 @@ WRAPS = {
     "compiled in ddp": lambda s: {f"module._orig_mod.{k}": v for k, v in s.items()},
     "lightning": lambda s: {"state_dict": {f"model.{k}": v for k, v in s.items()}},
     "lightning, other attribute": lambda s: {"state_dict": {f"a.net.{k}": v for k, v in s.items()}},
+    "average of torch": lambda s: {
+        "model_ema": {"n_averaged": torch.tensor(3), **{f"module.{k}": v for k, v in s.items()}}
+    },
+    "average of DETR's relatives": lambda s: {"ema": {"module": s, "updates": 7}},
     "without counters": lambda s: {k: v for k, v in s.items() if "num_batches" not in k},
 }
 
@@ -45,6 +49,38 @@ def test_weights_arrive_whatever_wraps_them(tmp_path, wrap):
     for name, value in module.state_dict().items():
         if wrap != "without counters" or "num_batches" not in name:
             assert torch.equal(value, wanted[name]), name
+
+
+@pytest.mark.parametrize(
+    ("average", "last"),
+    [("state_dict_ema", "state_dict"), ("model_ema", "model"), ("ema", "model")],
+)
+def test_the_moving_average_is_taken_where_a_file_holds_it_and_the_last_weights(
+    tmp_path, average, last
+):
+    module, wanted = net(), other_values(net())
+    torch.save({last: module.state_dict(), "epoch": 3, average: wanted}, tmp_path / "w.pth")
+    (told,) = load_weights(module, tmp_path / "w.pth")
+    assert torch.equal(module[0].weight, wanted["0.weight"])
+    assert f"under {average!r}, not those under {last!r}" in told
+    torch.save({last: wanted, average: None}, tmp_path / "w.pth")  # as where none was kept
+    assert load_weights(module, tmp_path / "w.pth") == ()
+
+
+def test_averages_that_are_no_state_dict_are_passed_over_and_told(tmp_path):
+    module, wanted = net(), other_values(net())
+    shadow = {"decay": 0.999, "shadow_params": list(wanted.values())}
+    torch.save({"ema": shadow, "model": wanted}, tmp_path / "w.pth")
+    (told,) = load_weights(module, tmp_path / "w.pth")
+    assert torch.equal(module[0].weight, wanted["0.weight"])
+    assert "weights are those under 'model' of the file: what it keeps under 'ema'" in told
+
+
+def test_weights_that_do_not_fit_are_told_with_their_place_in_the_file(tmp_path):
+    shadow = dict(net().named_parameters())  # of parameters alone, as some libraries average
+    torch.save({"ema": shadow, "model": net().state_dict()}, tmp_path / "w.pth")
+    with pytest.raises(ModelError, match=r"w\.pth' under 'ema' belongs to another model: 6 of 9"):
+        load_weights(net(), tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 from prune2deploy.calibration import from_dataset
 from prune2deploy.errors import ConfigError
@@ -261,11 +262,63 @@ class Pictures(nn.Module):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"epochs": -1}, {"lr": 0}, {"lr": math.nan}, {"alpha": 2}, {"temperature": 0}, {"ema": 1}],
+    [
+        *({"epochs": -1}, {"epochs": 1.5}, {"seed": -1}, {"lr": 0}, {"lr": math.nan}),
+        *({"lr": "0.1"}, {"weight_decay": None}, {"alpha": 2}, {"temperature": 0}, {"ema": 1}),
+    ],
 )
 def test_options_are_checked(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         FinetuneOptions(**wrong)
+
+
+def test_a_device_that_torch_cannot_use_is_named():
+    with pytest.raises(ConfigError, match="device: found 'gpu', expected cpu"):
+        finetune(student(), None, blobs(), FinetuneOptions(device="gpu"))
+
+
+def test_batches_of_a_loader_are_taken_and_what_is_no_batch_is_told(teacher):
+    x, y = torch.randn(8, 8), torch.arange(8) % 3
+    once = FinetuneOptions(device="cpu", epochs=1)
+    loader = DataLoader(TensorDataset(x, y), batch_size=4)
+    assert finetune(student(), teacher, loader, once).steps == 2
+    assert evaluate(student(), loader) == evaluate(student(), [((x[:4],), y[:4]), (x[4:], y[4:])])
+    for wrong in (x, [{"x": x, "y": y}], [(x, y.tolist())]):
+        for call in (lambda data: finetune(student(), teacher, data, once), reading(student())):
+            with pytest.raises(
+                ConfigError, match=r"batches: found a batch that is .*expected a list"
+            ):
+                call(wrong)
+
+
+def reading(module):
+    return lambda data: evaluate(module, data)
+
+
+def test_labels_that_are_left_out_count_for_nothing(teacher):
+    x, y = torch.randn(8, 8), torch.arange(8) % 3
+    none, half = torch.full((8,), -100), y.where(torch.arange(8) < 4, -100)
+    once = FinetuneOptions(device="cpu", epochs=1)
+    alone, without = (finetune(student(), teacher, [(x, y)], once) for y in (none, None))
+    assert alone.losses == without.losses
+    assert evaluate(student(), [(x, half)]) == evaluate(student(), [(x[:4], y[:4])])
+    with pytest.raises(ConfigError, match=r"found neither for a batch \(labels of -100"):
+        finetune(student(), None, [(x, none)], once)
+    with pytest.raises(ConfigError, match="at least one labelled sample"):
+        evaluate(student(), [(x, none)])
+
+
+def test_accuracy_on_a_label_that_is_no_class_is_refused():
+    with pytest.raises(ConfigError, match="found label 7, expected 0 to 2"):
+        evaluate(student(), [(torch.randn(1, 8), torch.tensor([7]))])
+
+
+def test_a_teacher_of_other_classes_and_a_module_without_parameters_are_told():
+    other = nn.Sequential(student(), nn.Linear(3, 5))
+    with pytest.raises(ConfigError, match=r"shape \(30, 5\) from the teacher, expected \(30, 3\)"):
+        finetune(student(), other, blobs(), CPU)
+    with pytest.raises(ConfigError, match="no parameter to train"):
+        finetune(nn.Flatten(), None, blobs(), CPU)
 
 
 def test_distillation_loss_by_hand():
