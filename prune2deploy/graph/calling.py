@@ -119,7 +119,8 @@ def quiet(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """As ``quiet``; what the forward pass writes into buffers is taken back too."""
-    saved = [(b, b.clone()) for b in model.buffers() if not b.is_inference()]
+    dense = (b for b in model.buffers() if b.layout == torch.strided)
+    saved = [(b, b.clone()) for b in dense if not b.is_inference()]
     try:
         with quiet(model):
             yield

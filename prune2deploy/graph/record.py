@@ -39,7 +39,15 @@ from prune2deploy.graph.calling import (
     untouched,
 )
 from prune2deploy.graph.layout import Layout, leaf
-from prune2deploy.graph.recording import Contraction, ModuleCall, Operation, Recording, Ref, Struct
+from prune2deploy.graph.recording import (
+    INPUT,
+    Contraction,
+    ModuleCall,
+    Operation,
+    Recording,
+    Ref,
+    Struct,
+)
 from prune2deploy.graph.rules import Call, Value, apply_rule, follow
 from prune2deploy.graph.shapes import on_shapes, outlined
 from prune2deploy.graph.training import couple_training_branches
@@ -97,7 +105,7 @@ class Recorder(Watch):
         self._carried.update({id(tensor): holder for tensor, holder in carried(inputs)})
         numbers = []
         for tensor in tensors_in(inputs):
-            dims = tuple(leaf(n, "model input") for n in tensor.shape)
+            dims = tuple(leaf(n, INPUT) for n in tensor.shape)
             numbers.append(self._add(tensor, Value(dims)))
         self.recording.inputs = tuple(numbers)
 
@@ -107,9 +115,11 @@ class Recorder(Watch):
             algebra.freeze(self.value(tensor).dims, "model output")
 
     def note_attributes(self, model: nn.Module) -> None:
-        """Note which values stand in attributes of modules when the pass is over."""
+        """Note which values and whole numbers modules hold in attributes when the pass is over."""
         for path, module in model.named_modules():
-            for name, held in vars(module).items():
+            held_here = vars(module).items()
+            self.recording.numbers[path] = {name: held for name, held in held_here if _whole(held)}
+            for name, held in held_here:
                 if isinstance(held, torch.Tensor) and id(held) in self._numbers:
                     place = f"{path}.{name}" if path else name
                     self.recording.attributes[place] = self._numbers[id(held)]
@@ -266,6 +276,13 @@ def _special(tree: Any) -> bool:
     if isinstance(tree, tuple):
         return hasattr(tree, "_fields") or hasattr(tree, "n_fields")  # torch's have the latter
     return is_record(tree) or (isinstance(tree, Mapping) and type(tree) is not dict)
+
+
+def _whole(held: Any) -> bool:
+    """Whether it is a whole number, or a list or tuple of such."""
+    if type(held) in (list, tuple):
+        return bool(held) and all(type(item) is int for item in held)
+    return type(held) is int
 
 
 def record(model: nn.Module, example: Any, forward_fn: Forward | None = None) -> Recording:

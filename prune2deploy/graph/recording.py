@@ -18,6 +18,9 @@ from prune2deploy.graph.calling import Forward
 from prune2deploy.graph.layout import Layout
 from prune2deploy.graph.rules import Value
 
+INPUT = "model input"
+"""Reason of dimensions of what a model is given."""
+
 
 @dataclass(frozen=True)
 class Ref:
@@ -113,6 +116,8 @@ class Recording:
         outputs: The model's result with tensors replaced by ``Ref``.
         stored: Value number of every parameter and buffer name (tied names share one).
         attributes: Value number of every tensor that stood in a plain attribute after the pass.
+        numbers: By path of a module and name of an attribute, the whole numbers that it holds: one,
+            or a list or tuple of them.
         unknown: Operators without a rule and how often each was met.
         ties: Pairs of dimensions that must keep equally many channels.
         contractions: Per contracting operator: name, kind, weight, and its layouts.
@@ -132,6 +137,7 @@ class Recording:
     outputs: Any = None
     stored: dict[str, int] = field(default_factory=dict)
     attributes: dict[str, int] = field(default_factory=dict)
+    numbers: dict[str, dict[str, Any]] = field(default_factory=dict)
     parameters: frozenset[str] = frozenset()
     unknown: dict[str, int] = field(default_factory=dict)
     ties: list[tuple[algebra.Node, algebra.Node]] = field(default_factory=list)

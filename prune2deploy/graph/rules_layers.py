@@ -154,7 +154,14 @@ def attention(call: Call) -> list[Layout]:
     note("matmul", None, ((q[-1],), (k[-2],), (*q, k[-2])))
     note("matmul", None, ((v[-2],), (v[-1],), (*q[:-1], *v[-2:])))
     result = (*q[:-1], v[-1])
-    return [result, *(fresh(t.shape, "attention by-product") for t in call.outputs[1:])]
+    return [result, *(_by_product(t, q[:-1]) for t in call.outputs[1:])]
+
+
+def _by_product(tensor: torch.Tensor, queries: Layout) -> Layout:
+    """One number for each query, or something else."""
+    if tuple(tensor.shape) == tuple(node.size for node in queries):
+        return queries
+    return fresh(tensor.shape, "attention by-product")
 
 
 def _share_heads(queries: Node, keys: Node) -> None:

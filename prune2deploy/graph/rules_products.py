@@ -39,7 +39,7 @@ def bmm(call: Call) -> Layout:
     return _matmul(call, "self", "mat2")
 
 
-@rule("aten::addmm", "aten::addmm_")
+@rule("aten::addmm", "aten::addmm_", "aten::_sparse_addmm")
 def addmm(call: Call) -> Layout:
     """Matrix product plus bias."""
     return _matmul(call, "mat1", "mat2", "self")

@@ -26,7 +26,8 @@ from prune2deploy.graph.trace import trace, unwrap
 from prune2deploy.plan.plan import Plan
 from prune2deploy.pruning.decode import Channels, merged
 from prune2deploy.pruning.rewrite import is_rewritten, rewrite, with_batch
-from prune2deploy.surgery.checking import check_outputs, runs_as_planned
+from prune2deploy.surgery.attributes import runs_with_its_code, update_attributes
+from prune2deploy.surgery.checking import check_outputs
 from prune2deploy.surgery.compensation import compensation
 from prune2deploy.surgery.lengths import Kept
 from prune2deploy.surgery.scales import kept_alike, spelt
@@ -34,7 +35,6 @@ from prune2deploy.surgery.slicing import (
     kept_positions,
     picked,
     slice_tensors,
-    update_attributes,
 )
 from prune2deploy.surgery.widths import Widths
 
@@ -233,7 +233,7 @@ class Live:
         recording = self.graph.recording
         if is_rewritten(self.model) or spelt(recording, self._widths()):
             return False
-        return runs_as_planned(self.model, recording, self._widths(), recording.example)
+        return runs_with_its_code(self.model, recording, self._widths(), recording.example)
 
     def _rewrite(self, backup: _Backup, before: Graph) -> None:
         if self.forward_fn is not None:

@@ -238,11 +238,13 @@ class BasePruner(Configured):
         step = self.current_step
         deps = [dep for dep, _ in group if not self.DG._only_in(dep.handler)]
         outs = [dep.target.module for dep in deps]
-        if any(self._is_outer(axis) for axis in unit):
+        if any(map(self._is_outer, unit)):
             if not self.options.prune_num_heads:
                 return None, ""
             return self._head_ratio(outs), "heads" if self.options.global_pruning else unit[0].name
-        if not self.options.prune_head_dims and any(m in self.options.num_heads for m in outs):
+        if not self.options.prune_head_dims and (
+            any(m in self.options.num_heads for m in outs) or any(map(self._is_head_width, unit))
+        ):
             return None, ""
         for dep in deps:
             for identity in self.DG.identities(dep) & self._scopes.keys():
@@ -266,6 +268,8 @@ class BasePruner(Configured):
         makers = [m for m in axis.members if m.role == "out"]
         if not makers or any(run_length(member.channel) == 1 for member in makers):
             return False
+        if self._is_head_width(axis):
+            return False
         at = self.DG._builder().at
         maker = makers[0]
         for name, channel in at[maker.tensor, maker.dim]:
@@ -274,6 +278,15 @@ class BasePruner(Configured):
                 return True
         given = self.options.num_heads
         return any(self.DG._builder().owner(member.tensor) in given for member in makers)
+
+    def _is_head_width(self, axis: Axis) -> bool:
+        """Whether products of activations are taken over an axis that there are several of."""
+        graph = self.DG.live.graph
+        products = (layer for layer in graph.layers if layer.weight is None)
+        if not any(axis.name in (p.in_width.axes | p.out_width.axes) for p in products):
+            return False
+        makers = [m.channel for m in axis.members if m.role == "out"]
+        return any(run_length(channel) * axis.size < len(channel) for channel in makers)
 
     def _fold(self, unit: tuple[Axis, ...], group: Group) -> int:
         """Groups that the user says must lose equally many, where the graph has none itself."""

@@ -2,9 +2,10 @@
 
 In: a module, its graph, a plan. Out: a pruned copy whose forward pass was checked, operator by
 operator, against the widths that the plan implies. First the stored tensors of a deep copy are
-sliced and the width attributes of standard ``torch.nn`` modules follow. Where the model's own
-Python code holds widths as constants, so that this copy does not run as planned, the recorded
-operators are handed back as a captured module instead (``capture``).
+sliced and the width attributes of standard ``torch.nn`` modules follow, and where it takes that
+to run as planned, those of the model's own modules (``attributes``). Where its Python code holds
+widths as constants, so that no copy runs as planned, the recorded operators are handed back as a
+captured module instead (``capture``).
 """
 
 from __future__ import annotations
@@ -20,13 +21,12 @@ from torch import nn
 from prune2deploy.errors import PruneError
 from prune2deploy.graph.axes import Graph
 from prune2deploy.graph.calling import stored_tensors
-from prune2deploy.graph.layout import find
 from prune2deploy.graph.recording import Recording
 from prune2deploy.graph.trace import unwrap
-from prune2deploy.graph.whole import WholeModule
 from prune2deploy.plan.plan import Plan
+from prune2deploy.surgery.attributes import runs_with_its_code, update_attributes
 from prune2deploy.surgery.capture import capture
-from prune2deploy.surgery.checking import check_outputs, runs_as_planned
+from prune2deploy.surgery.checking import check_outputs
 from prune2deploy.surgery.compensation import Factors, compensation
 from prune2deploy.surgery.copying import copied
 from prune2deploy.surgery.lengths import Kept
@@ -63,7 +63,7 @@ def apply(model: nn.Module, graph: Graph, plan: Plan, example_inputs: Any = None
     update_attributes(pruned, recording, widths)
     for call in recording.spans(plan.removed).values():
         pruned.set_submodule(call.name, nn.Identity() if call.plain else Skipped())
-    if not spelt(recording, widths, plan.removed) and runs_as_planned(
+    if not spelt(recording, widths, plan.removed) and runs_with_its_code(
         pruned, recording, widths, example, plan.removed
     ):
         return pruned
@@ -169,100 +169,3 @@ def picked(tensor: torch.Tensor, dims: Sequence[npt.NDArray[np.int64] | None]) -
             index = torch.as_tensor(positions, device=tensor.device)
             tensor = tensor.index_select(dim, index)
     return tensor.contiguous()
-
-
-FROM_WEIGHT: tuple[tuple[tuple[type[nn.Module], ...], dict[str, int]], ...] = (
-    ((nn.Linear,), {"out_features": 0, "in_features": 1}),
-    ((nn.Bilinear,), {"out_features": 0, "in1_features": 1, "in2_features": 2}),
-    ((nn.Embedding, nn.EmbeddingBag), {"embedding_dim": 1}),
-    ((nn.PReLU,), {"num_parameters": 0}),
-    ((nn.GroupNorm,), {"num_channels": 0}),
-    ((nn.modules.batchnorm._NormBase,), {"num_features": 0}),
-)
-"""Attributes of ``torch.nn`` modules that repeat a dimension of their weight."""
-
-CONVOLUTIONS = nn.modules.conv._ConvNd
-TRANSPOSED = nn.modules.conv._ConvTransposeNd
-
-
-def update_attributes(module: nn.Module, recording: Recording, widths: Widths) -> None:
-    """Let the width attributes of standard modules say what their tensors now are."""
-    symbols = {op.scope: op.symbols for op in recording.operations if op.symbols}
-    _narrow_leftovers(module, recording, widths)
-    _follow_rules(module, recording, widths)
-    for name, part in module.named_modules():
-        for types, attributes in FROM_WEIGHT:
-            if isinstance(part, types):
-                _follow_weight(part, attributes)
-        if isinstance(part, nn.RNNBase):
-            _follow_recurrent(part)
-        elif isinstance(part, nn.RNNCellBase):
-            part.input_size, part.hidden_size = part.weight_ih.shape[1], part.weight_hh.shape[1]
-        if isinstance(part, CONVOLUTIONS):
-            _follow_convolution(part, widths.of(symbols.get(name, {}).get("groups", ())))
-        elif isinstance(part, nn.GroupNorm) and name in symbols:
-            part.num_groups = widths.of(symbols[name].get("group", ())) or part.num_groups
-        elif isinstance(part, nn.ChannelShuffle) and name in symbols:
-            part.groups = widths.of(symbols[name].get("groups", ())) or part.groups
-        elif isinstance(part, nn.LayerNorm | nn.RMSNorm):
-            shape = symbols.get(name, {}).get("normalized_shape")
-            if part.elementwise_affine:
-                part.normalized_shape = tuple(part.weight.shape)
-            elif shape:
-                part.normalized_shape = tuple(widths.of((node,)) or 1 for node in shape)
-
-
-def _narrow_leftovers(module: nn.Module, recording: Recording, widths: Widths) -> None:
-    """Give the planned widths to tensors that an earlier pass has left in attributes.
-
-    Such are activations that a model keeps, and weights that a hook computes before each call.
-    The next pass computes them again, so that only their shapes matter.
-    """
-    for place, number in recording.attributes.items():
-        path, _, name = place.rpartition(".")
-        part, dims = module.get_submodule(path), recording.values[number].dims
-        held = vars(part).get(name)
-        if not isinstance(held, torch.Tensor) or held.dim() != len(dims):
-            continue
-        planned = [widths(node) if widths(node) != find(node).size else None for node in dims]
-        if any(width is not None for width in planned):
-            setattr(part, name, held.detach()[tuple(map(slice, planned))].clone())
-
-
-def _follow_rules(module: nn.Module, recording: Recording, widths: Widths) -> None:
-    """Attributes that the user's rules say to be widths."""
-    for operation in recording.operations:
-        if isinstance(operation.func, WholeModule):
-            part = module.get_submodule(operation.func.path)
-            for attribute, terms in operation.symbols.items():
-                setattr(part, attribute, widths.of(terms))
-
-
-def _follow_weight(part: Any, attributes: dict[str, int]) -> None:
-    stored = part.running_mean if isinstance(part, nn.modules.batchnorm._NormBase) else part.weight
-    stored = part.weight if stored is None else stored
-    if stored is None:
-        return
-    for attribute, dim in attributes.items():
-        if getattr(part, attribute) != stored.shape[dim]:
-            setattr(part, attribute, stored.shape[dim])
-
-
-def _follow_recurrent(part: nn.RNNBase) -> None:
-    """Sizes, and the list of weights that the module hands to its kernel."""
-    part._flat_weights = [getattr(part, name) for name in part._flat_weights_names]
-    part.input_size = part._parameters["weight_ih_l0"].shape[1]  # type: ignore[union-attr]
-    part.hidden_size = part._parameters["weight_hh_l0"].shape[1]  # type: ignore[union-attr]
-    if part.proj_size:  # what comes back is the projection of the hidden units
-        projection = part.get_parameter("weight_hr_l0")
-        part.proj_size, part.hidden_size = projection.shape
-
-
-def _follow_convolution(part: nn.modules.conv._ConvNd, groups: int | None) -> None:
-    if groups is not None:
-        part.groups = groups
-    rows, columns = part.weight.shape[:2]
-    if isinstance(part, TRANSPOSED):
-        part.in_channels, part.out_channels = rows, columns * part.groups
-    else:
-        part.in_channels, part.out_channels = columns * part.groups, rows

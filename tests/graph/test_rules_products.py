@@ -50,6 +50,15 @@ PRODUCTS = {
         ),
         torch.randn(3, 5),
     ),
+    "sparse matrix": lambda: (
+        Product(
+            lambda n, a, b: torch.sparse.mm(n.graph, a @ n.matrix) + n.graph @ b,
+            6,
+            graph=nn.Buffer(torch.rand(3, 3).to_sparse()),
+            matrix=free(8, 6),
+        ),
+        torch.randn(3, 5),
+    ),
     "sum of matrix products": lambda: (
         Product(
             lambda n, a, b: torch.addbmm(n.bias, a, n.matrix) + b,

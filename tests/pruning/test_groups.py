@@ -237,8 +237,26 @@ def test_layers_with_a_pruner_of_their_own(by_type):
     torch.testing.assert_close(model(X), reference(X))
 
 
-def test_without_a_pruner_of_its_own_the_layer_runs_as_recorded():
+def test_without_a_pruner_of_its_own_the_attribute_of_a_layer_follows():
     model = Plain(Scale(8)).eval()
+    reference = copy.deepcopy(model)
+    reference.last.weight.data = zeroed(reference.last.weight, 1, [0, 3])
+    graph = graph_of(model)
+    for idxs, left in (([3], 7), ([0], 6)):
+        graph.get_pruning_group(model.first, tp.prune_conv_out_channels, idxs).prune()
+        assert model.between.dim == left and "forward" not in vars(model)
+    torch.testing.assert_close(model(X), reference(X))
+
+
+class Spelt(Scale):
+    """The same with the width in its code."""
+
+    def forward(self, x):
+        return x * self.scale.view(1, 8, 1, 1)
+
+
+def test_a_layer_that_spells_its_width_out_runs_as_recorded():
+    model = Plain(Spelt(8)).eval()
     reference = copy.deepcopy(model)
     reference.last.weight.data = zeroed(reference.last.weight, 1, [0, 3])
     group = graph_of(model).get_pruning_group(model.first, tp.prune_conv_out_channels, [0, 3])

@@ -214,3 +214,40 @@ def test_memory_of_a_pass_counts_weights_and_activations():
     model = nn.Sequential(nn.Linear(1024, 1024, bias=False)).cuda()
     used = tp.utils.benchmark.measure_memory(model, torch.randn(1024, 1024, device="cuda"))
     assert used >= 3 * 4 * 1024**2
+
+
+class Rotated(nn.Module):
+    """Attention whose queries and keys are turned by pairs of channels that lie side by side."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(16, 32) for _ in range(3))
+        self.out = nn.Linear(32, 16)
+        self.register_buffer("speed", torch.rand(4))
+
+    def turned(self, x):
+        angle = torch.outer(torch.arange(x.shape[-2]), self.speed)
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = (a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos())
+        return torch.stack(turned, -1).flatten(-2)
+
+    def forward(self, x):
+        q, k, v = (p(x).unflatten(-1, (4, -1)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        y = nn.functional.scaled_dot_product_attention(self.turned(q), self.turned(k), v)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.filterwarnings("ignore:the code of")
+@pytest.mark.parametrize("given", [True, False])
+def test_the_width_of_heads_stays_when_that_is_asked_for(given):
+    model = nn.Sequential(nn.Linear(6, 16), Rotated(), nn.Linear(16, 3)).eval()
+    rotated = model[1]
+    heads = dict.fromkeys((rotated.q, rotated.k, rotated.v), 4) if given else {}
+    pruner = tp.pruner.BasePruner(
+        model, torch.randn(2, 5, 6), tp.importance.MagnitudeImportance(), num_heads=heads,
+        prune_head_dims=False, prune_num_heads=True, head_pruning_ratio=0.5,
+    )  # fmt: skip
+    pruner.step()
+    assert [p.out_features for p in (rotated.q, rotated.k, rotated.v)] == [16] * 3
+    assert rotated.speed.shape == (4,)
+    assert model[0].out_features == 8

@@ -296,13 +296,13 @@ class Opaque:
 class Taking(nn.Module):
     """Takes its tensors from inside of what it is given, and may spell a width out."""
 
-    def __init__(self, width=8):
+    def __init__(self, spelt=True):
         super().__init__()
         self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
-        self.width = width
+        self.spelt = spelt
 
     def forward(self, batch):
-        y = self.first(batch.x).view(len(batch.x), self.width) * batch.scale
+        y = self.first(batch.x).view(len(batch.x), 8 if self.spelt else -1) * batch.scale
         return self.last(y) + (batch.more[0].y if isinstance(batch, Batch) else 0)
 
 
@@ -326,7 +326,7 @@ def test_tensors_that_objects_bring_along_are_not_taken_for_constants():
     model = Taking().eval()
     with pytest.raises(PruneError, match=r"shape \(4, 6\) from inside an input of class Opaque"):
         half(model, (Opaque(torch.randn(4, 6), 2.0),))
-    pruned = half(Taking(width=-1), (Opaque(torch.randn(4, 6), 2.0),))
+    pruned = half(Taking(spelt=False), (Opaque(torch.randn(4, 6), 2.0),))
     assert pruned.first.out_features == 4
 
 

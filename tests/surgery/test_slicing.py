@@ -28,18 +28,16 @@ def halves(graph):
 class Attention(nn.Module):
     """Self-attention whose reshape constants are spelt out in code."""
 
-    def __init__(self, width=12, heads=3, dropout=0.5):
+    def __init__(self):
         super().__init__()
-        self.heads, self.width = heads, width
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.drop, self.norm = nn.Dropout(dropout), nn.LayerNorm(width)
-        self.head = nn.Linear(width, 2)
+        self.qkv, self.out = nn.Linear(12, 36), nn.Linear(12, 12)
+        self.drop, self.norm = nn.Dropout(0.5), nn.LayerNorm(12)
+        self.head = nn.Linear(12, 2)
 
     def forward(self, x):
         b, n, _ = x.shape
-        qkv = self.qkv(self.norm(x)).reshape(b, n, 3, self.heads, self.width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, self.width)
+        q, k, v = self.qkv(self.norm(x)).reshape(b, n, 3, 3, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, 12)
         return self.head(self.drop(x + self.out(y)).mean(1))
 
 
