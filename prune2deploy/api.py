@@ -26,6 +26,7 @@ from prune2deploy.errors import ConfigError
 from prune2deploy.graph import Graph, require_prunable
 from prune2deploy.graph import keep as keep_layers
 from prune2deploy.graph import trace as trace_graph
+from prune2deploy.graph.trace import mistaken
 from prune2deploy.identity import content
 from prune2deploy.importance import DATA_FREE, NAMES, score
 from prune2deploy.measure import Comparison
@@ -301,7 +302,7 @@ def _inputs(model: nn.Module, example: object, finetune: object) -> tuple[Tensor
 def _require_values(model: nn.Module) -> None:
     """Raise ConfigError where ``model`` is no module, or has weights that cannot be exported."""
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"model: found a {type(model).__name__}, expected a torch.nn.Module")
+        raise ConfigError(f"model: {mistaken(model)}")
     _require_there(model)
     for name, held in model.state_dict().items():
         if isinstance(held, Tensor) and held.dtype == torch.bfloat16:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 
 def content(module: nn.Module, example_inputs: Iterable[Tensor], batches: Any) -> dict[str, str]:
@@ -43,6 +44,8 @@ def weights_digest(model: nn.Module) -> str:
     """SHA-256 over names, shapes and values of a model's state, in order."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
+        if is_lazy(value):  # without a shape; tracing says so
+            continue
         shape = (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else ()
         digest.update(f"{name}{shape}".encode())
         digest.update(_bytes(value))

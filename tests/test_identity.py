@@ -119,3 +119,8 @@ def test_a_state_of_any_kind_is_digested():
     other.sparse = torch.eye(3).mul(2).to_sparse()
     assert weights_digest(other) != weights_digest(Odd())
     assert weights_digest(nn.Linear(2, 2, device="meta"))
+
+
+def test_parameters_without_a_shape_are_left_to_the_tracing():
+    one, other = (nn.Sequential(nn.LazyLinear(8), nn.Linear(8, n)) for n in (2, 3))
+    assert weights_digest(one) != weights_digest(other)

@@ -199,13 +199,25 @@ class OrtBackend(Backend):
                 str(path), options, providers=_providers(target, provider, path)
             )
         except Exception as error:  # its exceptions share no base but Exception
-            raise BuildError(f"{path}: ONNX Runtime cannot open it: {error}") from error
+            raise BuildError(
+                f"{path}: ONNX Runtime cannot open it: {error}{_advice(error)}"
+            ) from error
         if session.get_providers()[0] != provider:
             raise BackendError(
                 f"{path}: asked for {provider}, ONNX Runtime fell back to "
                 f"{session.get_providers()[0]}; the provider's driver or libraries are missing"
             )
         return session
+
+
+def _advice(error: Exception) -> str:
+    """What to do where an operator has no kernel for the type of its tensors."""
+    if "NOT_IMPLEMENTED" not in str(error):
+        return ""
+    return (
+        "; it has that operator for other types of numbers, or not at all: where the model "
+        "computes in float64, give it and its example inputs in float32 (model.float())"
+    )
 
 
 @functools.cache

@@ -325,12 +325,25 @@ def _on_values(model: nn.Module, example: Any, forward_fn: Forward | None) -> Wa
     except TraceError:
         raise
     except Exception as error:
-        shapes = [tuple(t.shape) for t in tensors_in(as_inputs(example))]
         raise TraceError(
-            f"the forward pass of {type(model).__name__} failed on inputs of shapes {shapes}: "
+            f"the forward pass of {type(model).__name__} failed on {_described(example)}: "
             f"{type(error).__name__}: {error}. Check that the example inputs fit the model; a "
             "factory of --model gives its own by returning (module, example_inputs)"
         ) from error
+
+
+def _described(example: Any) -> str:
+    """Example inputs in words, for a message: what may be wrong with them."""
+    given = as_inputs(example)
+    shapes = [tuple(tensor.shape) for tensor in tensors_in(given)]
+    if isinstance(given, dict):
+        return (
+            f"inputs of shapes {shapes}, given as the keywords {', '.join(map(str, given))} (a "
+            "model that takes a dict as its argument takes a tuple of that dict)"
+        )
+    if not shapes:
+        return f"inputs that hold no tensor ({', '.join(type(one).__name__ for one in given)})"
+    return f"inputs of shapes {shapes}"
 
 
 def _watch(model: nn.Module, recorder: Recorder) -> Any:

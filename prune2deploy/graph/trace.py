@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -58,6 +59,19 @@ def _plain(model: nn.Module) -> nn.Module:
     return model
 
 
+_INSTEAD = (
+    (torch.export.ExportedProgram, "; give the one that its module() returns"),
+    (Mapping, "; load the state dict into the module that it is of"),
+    (type, "; make an instance of it"),
+)
+
+
+def mistaken(model: object) -> str:
+    """What was found in place of a module, and what to give instead."""
+    told = next((told for kind, told in _INSTEAD if isinstance(model, kind)), "")
+    return f"found {type(model).__name__}, expected a torch.nn.Module{told}"
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The module inside ``torch.compile``, ``DataParallel`` or ``DistributedDataParallel``.
 
@@ -65,7 +79,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         TraceError: It is no module.
     """
     if not isinstance(model, nn.Module):
-        raise TraceError(f"the model is a {type(model).__name__}, expected a torch.nn.Module")
+        raise TraceError(f"model: {mistaken(model)}")
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while True:
         if isinstance(model, wrappers):

@@ -6,7 +6,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from prune2deploy.backends import ort as ort_module
 from prune2deploy.backends import ort_profile, ort_tensorrt, registry
@@ -34,6 +36,25 @@ def test_an_engine_computes_what_the_reference_does(ort, make_target, make_onnx,
         found = session.run(feeds)["y"]
     wanted = onnx_reference.ReferenceEvaluator(str(path)).run(None, feeds)[0]
     np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_operators_without_a_kernel_for_their_type_are_told_with_what_to_do(
+    ort, make_target, tmp_path
+):
+    weight = numpy_helper.from_array(np.ones((4, 3, 3, 3)), "w")
+    x, y = (
+        helper.make_tensor_value_info(name, TensorProto.DOUBLE, [1, n, 8, 8])
+        for name, n in (("x", 3), ("y", 4))
+    )
+    conv = helper.make_node("Conv", ["x", "w"], ["y"], pads=[1, 1, 1, 1])
+    model = helper.make_model(
+        helper.make_graph([conv], "g", [x], [y], [weight]),
+        opset_imports=[helper.make_opsetid("", 17)],
+        ir_version=8,
+    )
+    onnx.save(model, tmp_path / "net.onnx")
+    with pytest.raises(BuildError, match=r"NOT_IMPLEMENTED.*float64, .* float32 \(model\.float"):
+        ort.build(tmp_path / "net.onnx", make_target(), tmp_path / "out")
 
 
 def test_what_is_bound_lives_as_long_as_the_session(

@@ -231,12 +231,34 @@ def test_models_that_cannot_be_traced_say_why(model, message):
         trace(model, torch.randn(1, 4))
 
 
-@pytest.mark.parametrize("wrong", [lambda x: x, None, {"weight": torch.ones(2)}])
-def test_what_is_no_module_is_refused_by_its_type(wrong):
-    with pytest.raises(
-        TraceError, match=f"is a {type(wrong).__name__}, expected a torch.nn.Module"
-    ):
-        trace(wrong, torch.randn(1, 3, 8, 8))
+def exported():
+    return torch.export.export(nn.Linear(3, 2), (torch.ones(1, 3),))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (lambda: lambda x: x, "found function, expected a torch.nn.Module$"),
+        (lambda: nn.Linear, "Module; make an instance of it"),
+        (lambda: {"weight": torch.ones(2)}, "found dict, .*; load the state dict into the module"),
+        (exported, r"found ExportedProgram, .*; give the one that its module\(\) returns"),
+    ],
+)
+def test_what_is_no_module_is_refused_by_its_type_with_what_to_give(wrong, told):
+    with pytest.raises(TraceError, match=told):
+        trace(wrong(), torch.randn(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "told"),
+    [
+        ((1, 3), r"inputs that hold no tensor \(int, int\)"),
+        ({"a": torch.ones(1, 4)}, r"as the keywords a \(a model that takes a dict .* a tuple of"),
+    ],
+)
+def test_inputs_that_are_no_arguments_are_told(inputs, told):
+    with pytest.raises(TraceError, match=told):
+        trace(nn.Linear(4, 2), inputs)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
