@@ -12,15 +12,8 @@ from prune2deploy import config
 from prune2deploy.config import Budget, ModelOptions, RunOptions
 from prune2deploy.errors import ConfigError
 
-FORMULA = """
-backend = "null"
-device = "none"
-channel_multiple = 8
-threads = 1
-[measure]
-min_seconds = 0.0
-max_seconds = 5.0
-"""
+from .formula import formula_profile
+
 X = torch.ones(1, 3, 8, 8)
 
 
@@ -33,7 +26,7 @@ def net():
 @pytest.fixture
 def call(net, tmp_path):
     target = tmp_path / "target.toml"
-    target.write_text(FORMULA)
+    target.write_text(formula_profile())
 
     def prune(example_inputs=X, **options):
         options = {"speedup": 1.3, **options}

@@ -25,19 +25,9 @@ from prune2deploy.config import (
 from prune2deploy.errors import ConfigError
 from prune2deploy.progress import Step
 
+from .formula import formula_profile
+
 ROOT = Path(__file__).parent.parent
-FORMULA = """
-backend = "null"
-device = "none"
-channel_multiple = 8
-threads = 1
-description = "latency by formula"
-[options]
-step = 8
-[measure]
-min_seconds = 0.0
-max_seconds = 5.0
-"""
 NET = """
 import torch
 from torch import nn
@@ -61,7 +51,7 @@ def small():
 @pytest.fixture
 def place(tmp_path):
     """A folder with a target by formula and a small model, made the working folder."""
-    (tmp_path / "formula.toml").write_text(FORMULA)
+    (tmp_path / "formula.toml").write_text(formula_profile())
     (tmp_path / "net.py").write_text(NET)
     before = Path.cwd()
     os.chdir(tmp_path)

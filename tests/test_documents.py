@@ -15,6 +15,8 @@ import prune2deploy
 from prune2deploy import cli, target
 from prune2deploy.calibration.recipe import load_recipe
 
+from .formula import formula_profile
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```", re.S | re.M)
@@ -74,10 +76,7 @@ def test_the_first_example_of_the_readme_runs(capsys):
 def test_the_second_example_of_the_readme_runs(tmp_path, monkeypatch):
     """On a small model of our own, and on a runtime whose latency is a formula."""
     monkeypatch.chdir(tmp_path)
-    Path("ort.toml").write_text(
-        'backend = "null"\ndevice = "none"\nchannel_multiple = 8\n[options]\nstep = 8\n'
-        "[measure]\nmin_seconds = 0.0\n"
-    )
+    Path("ort.toml").write_text(formula_profile())
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(),
                           nn.Conv2d(64, 8, 3)).eval()  # fmt: skip

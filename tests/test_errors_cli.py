@@ -14,16 +14,9 @@ import pytest
 from prune2deploy import cli, commands
 from prune2deploy.report.content import SweepReport, to_json
 
+from .formula import formula_profile
+
 ROOT = Path(__file__).parent.parent
-FORMULA = """
-backend = "null"
-device = "none"
-channel_multiple = 8
-threads = 1
-[measure]
-min_seconds = 0.0
-max_seconds = 5.0
-"""
 NETS = """
 import torch
 from torch import nn
@@ -61,7 +54,7 @@ bare = lambda: (Bare(), X)
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("errors")
-    (folder / "formula.toml").write_text(FORMULA)
+    (folder / "formula.toml").write_text(formula_profile())
     (folder / "nets.py").write_text(NETS)
     return folder
 
@@ -197,12 +190,13 @@ def test_unknown_names_offer_the_nearest(fails, case):
     fails(arguments, 2, said)
 
 
+GOOD = formula_profile()
 PROFILES = {
     "syntax": ("backend = [", "not valid toml"),
-    "type": (FORMULA.replace("threads = 1", 'threads = "one"'), "threads"),
-    "key": ("thread = 1\n" + FORMULA, "thread"),
-    "range": (FORMULA.replace("channel_multiple = 8", "channel_multiple = 0"), "channel_multiple"),
-    "backend": (FORMULA.replace('"null"', '"nul"'), "backend"),
+    "type": (GOOD.replace("threads = 1", 'threads = "one"'), "threads"),
+    "key": ("thread = 1\n" + GOOD, "thread"),
+    "range": (GOOD.replace("channel_multiple = 8", "channel_multiple = 0"), "channel_multiple"),
+    "backend": (GOOD.replace('"null"', '"nul"'), "backend"),
     "bytes": (b"\xff\xfe\x00", "utf-8"),
 }
 

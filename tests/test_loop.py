@@ -30,20 +30,9 @@ from prune2deploy.rundir import read_manifest
 from prune2deploy.search.candidate import Built
 from prune2deploy.search.job import Attempt, aim, best, judge
 
+from .formula import formula_profile
+
 ROOT = Path(__file__).parent.parent
-FORMULA = """
-backend = "null"
-device = "none"
-channel_multiple = 8
-threads = 1
-[options]
-step = 8
-fixed_ns = 2000.0
-noise = {noise}
-[measure]
-min_seconds = 0.0
-max_seconds = 30.0
-"""
 
 
 class Net(nn.Module):
@@ -75,7 +64,7 @@ def net():
 @pytest.fixture
 def target(tmp_path):
     path = tmp_path / "formula.toml"
-    path.write_text(FORMULA.format(noise=0.0))
+    path.write_text(formula_profile(fixed_ns=2000.0))
     return path
 
 
@@ -192,7 +181,7 @@ def up(channels):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_it_converges_under_noise(net, tmp_path, seed):
     path = tmp_path / "noisy.toml"
-    path.write_text(FORMULA.format(noise=0.05))
+    path.write_text(formula_profile(fixed_ns=2000.0, noise=0.05))
     result = run(net, path, speedup=1.7, run_dir=tmp_path / "r", seed=seed)
     assert result.met and result.report.builds <= 9
     seen, budget = result.measurement, result.report.budget_ms
@@ -354,11 +343,8 @@ def test_ctrl_c_anywhere_then_resume_does_nothing_twice(net, target, tmp_path, m
 
 
 KILLED = """
-import os, signal, sys, torch
-sys.path.insert(0, {tests!r})
-import importlib.util
-spec = importlib.util.spec_from_file_location("test_loop", {file!r})
-loop_tests = importlib.util.module_from_spec(spec); spec.loader.exec_module(loop_tests)
+import os, signal, torch
+from tests import test_loop as loop_tests
 torch.manual_seed(0)
 net = loop_tests.Net().eval(), torch.randn(1, 3, 8, 8)
 seen = []
@@ -373,9 +359,7 @@ loop_tests.run(net, {target!r}, speedup=2.0, run_dir={folder!r}, progress=die)
 @pytest.mark.parametrize("step", [12, 31])
 def test_kill_9_then_resume_does_nothing_twice(net, target, tmp_path, step):
     folder = tmp_path / "r"
-    code = KILLED.format(
-        tests=str(ROOT), file=__file__, step=step, target=str(target), folder=str(folder)
-    )
+    code = KILLED.format(step=step, target=str(target), folder=str(folder))
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": str(ROOT)},

@@ -11,21 +11,13 @@ from prune2deploy.config import Budget, ModelOptions, RunOptions
 from prune2deploy.errors import ConfigError, PlanError
 from prune2deploy.report.text import gains, run_text
 
-FORMULA = """
-backend = "null"
-device = "none"
-channel_multiple = 8
-[options]
-step = 8
-[measure]
-min_seconds = 0.0
-"""
+from ..formula import formula_profile
 
 
 @pytest.fixture
 def run(tmp_path):
     path = tmp_path / "formula.toml"
-    path.write_text(FORMULA)
+    path.write_text(formula_profile())
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 96, 3), nn.ReLU(), nn.Conv2d(96, 64, 1),
@@ -101,7 +93,7 @@ def test_a_pruning_ratio_that_cannot_be_a_limit_is_an_error(ratio):
 
 def test_a_budget_that_no_other_widths_fill_is_explained(tmp_path):
     path = tmp_path / "formula.toml"
-    path.write_text(FORMULA.replace("8", "16"))
+    path.write_text(formula_profile(channel_multiple=16, step=16))
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 48, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1),

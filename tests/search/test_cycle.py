@@ -15,17 +15,8 @@ from prune2deploy.plan.choices import allowed, choices, importance_curves
 from prune2deploy.rundir import read_manifest
 from prune2deploy.search import planning
 
-FORMULA = """
-backend = "null"
-device = "none"
-channel_multiple = 8
-threads = 1
-[options]
-step = {step}
-fixed_ns = 2000.0
-[measure]
-min_seconds = 0.0
-"""
+from ..formula import formula_profile
+
 X = torch.randn(1, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 
 
@@ -43,7 +34,7 @@ def chain(*widths):
 def start(tmp_path):
     def begin(net, name="r", step=8, **more):
         path = tmp_path / f"formula{step}.toml"
-        path.write_text(FORMULA.format(step=step))
+        path.write_text(formula_profile(step=step, fixed_ns=2000.0))
         return prune2deploy.prune_to_budget(
             net, X, target=path, run_dir=tmp_path / name, cache=False, **more
         )

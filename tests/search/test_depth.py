@@ -17,16 +17,7 @@ from prune2deploy.rundir import read_manifest
 from prune2deploy.search import depth
 from prune2deploy.surgery.slicing import apply
 
-FORMULA = """
-backend = "null"
-device = "none"
-channel_multiple = 8
-[options]
-step = 8
-fixed_ns = 4000.0
-[measure]
-min_seconds = 0.0
-"""
+from ..formula import formula_profile
 
 
 class Block(nn.Module):
@@ -63,7 +54,7 @@ def net():
 @pytest.fixture
 def target(tmp_path):
     path = tmp_path / "formula.toml"
-    path.write_text(FORMULA)
+    path.write_text(formula_profile(fixed_ns=4000.0))
     return path
 
 
@@ -76,7 +67,7 @@ def floor(net, tmp_path_factory):
     """Measured latency of the unpruned net and of its narrowest widths, and of no blocks at all."""
     folder = tmp_path_factory.mktemp("floor")
     path = folder / "formula.toml"
-    path.write_text(FORMULA)
+    path.write_text(formula_profile(fixed_ns=4000.0))
     result = run(net, path, folder / "r", budget_ms=1e-6)
     steps = [line for line in result.report.steps if line.step == "correction"]
     return result, result.report.baseline.p50_ms, steps[0].measured_ms, steps[-1].measured_ms

@@ -16,15 +16,7 @@ from prune2deploy.progress import silent
 from prune2deploy.search import probing, recall
 from prune2deploy.search.recall import Timings
 
-FORMULA = """
-backend = "null"
-device = "none"
-[options]
-step = {step}
-fixed_ns = 10.0
-[measure]
-min_seconds = 0.0
-"""
+from ..formula import formula_profile
 
 
 @pytest.fixture
@@ -35,7 +27,7 @@ def place(tmp_path, monkeypatch):
 
 def profile(tmp_path, step):
     path = tmp_path / f"formula{step}.toml"
-    path.write_text(FORMULA.format(step=step))
+    path.write_text(formula_profile(channel_multiple=None, step=step, fixed_ns=10.0))
     return path
 
 

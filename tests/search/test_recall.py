@@ -16,17 +16,8 @@ from prune2deploy.rundir import read_manifest
 from prune2deploy.search import recall
 from prune2deploy.search.recall import FILE, Timings
 
-FORMULA = """
-backend = "null"
-device = "none"
-channel_multiple = 8
-threads = {threads}
-[options]
-step = 8
-[measure]
-min_seconds = 0.0
-max_seconds = 30.0
-"""
+from ..formula import formula_profile
+
 HERE = Context("cpu", "ort", "fp32", 1)
 
 
@@ -61,7 +52,7 @@ def run(tmp_path):
 
     def start(name, speedup, threads=1, widths=(64, 96, 48, 64), **more):
         target = tmp_path / f"formula{threads}.toml"
-        target.write_text(FORMULA.format(threads=threads))
+        target.write_text(formula_profile(threads))
         torch.manual_seed(0)
         net, example = Net(widths).eval(), torch.randn(1, 3, 8, 8)
         more = {"target": target, "run_dir": tmp_path / name, **more}

@@ -20,15 +20,7 @@ from prune2deploy.plan.plan import Plan
 from prune2deploy.search import recall, worth
 from prune2deploy.search.worth import Loss, blended
 
-FORMULA = """
-backend = "null"
-device = "none"
-channel_multiple = 8
-[options]
-step = 8
-[measure]
-min_seconds = 0.0
-"""
+from ..formula import formula_profile
 
 
 class Branches(nn.Module):
@@ -52,7 +44,7 @@ class Branches(nn.Module):
 @pytest.fixture
 def target(tmp_path):
     path = tmp_path / "formula.toml"
-    path.write_text(FORMULA)
+    path.write_text(formula_profile())
     return path
 
 
