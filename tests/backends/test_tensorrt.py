@@ -237,15 +237,20 @@ def request(tmp_path):
     return BuildRequest("tensorrt_rtx", "model.onnx", str(tmp_path / "m.engine"))
 
 
-def test_crashing_builder_is_an_error_with_the_end_of_its_log(tmp_path, monkeypatch):
-    run_as(monkeypatch, "import os; os.write(1, b'last words\\n'); os.kill(os.getpid(), 11)")
-    with pytest.raises(BuildError, match=r"crashed \(SIGSEGV\)(.|\n)*last words"):
-        engine_store.run_builder(request(tmp_path), tmp_path, 30)
-
-
-def test_builder_killed_for_memory_says_so(tmp_path, monkeypatch):
-    run_as(monkeypatch, "import os; os.kill(os.getpid(), 9)")
-    with pytest.raises(BuildError, match="want of memory"):
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        (
+            "import os; os.write(1, b'last words\\n'); os.kill(os.getpid(), 11)",
+            r"crashed \(SIGSEGV\)(.|\n)*last words",
+        ),
+        ("import os; os.kill(os.getpid(), 9)", "want of memory"),
+        ("raise SystemExit(7)", "code 7 and no answer"),
+    ],
+)
+def test_builder_that_dies_is_an_error_that_says_how(tmp_path, monkeypatch, code, told):
+    run_as(monkeypatch, code)
+    with pytest.raises(BuildError, match=told):
         engine_store.run_builder(request(tmp_path), tmp_path, 30)
 
 
@@ -295,12 +300,6 @@ def test_a_builder_does_not_outlive_the_process_that_wants_its_engine(tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert not folder.exists()
-
-
-def test_builder_that_ends_without_an_answer_is_an_error(tmp_path, monkeypatch):
-    run_as(monkeypatch, "raise SystemExit(7)")
-    with pytest.raises(BuildError, match="code 7 and no answer"):
-        engine_store.run_builder(request(tmp_path), tmp_path, 30)
 
 
 def test_failed_build_leaves_the_cache_as_it_was(tmp_path, monkeypatch):

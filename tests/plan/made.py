@@ -6,8 +6,9 @@ import math
 import numpy as np
 
 from prune2deploy.graph.axes import Axis, Block, Graph, Layer, Member, Polynomial
-from prune2deploy.plan.choices import Removal
-from prune2deploy.plan.latency_model import Anchor, Build, LatencyModel, OperatorModel
+from prune2deploy.plan.choices import Problem, Removal, choices, importance_curves
+from prune2deploy.plan.latency_model import Anchor, Build, LatencyModel, OperatorModel, fit
+from prune2deploy.plan.probes import probes
 from prune2deploy.plan.work import NO_WORK, Work
 from prune2deploy.timing import OperatorTiming
 
@@ -90,6 +91,15 @@ def builds(graph, plans, offset_ms=0.3, **options):
         measured = total_ms(profile) + offset_ms if number == 0 else None
         found.append(Build(counts, profile, measured))
     return found
+
+
+def problem_of(graph, seed, share):
+    """Widths for a share of the latency of the whole, with random scores and a learnt model."""
+    model = fit(graph, builds(graph, [{}, *probes(graph, 4, multiple=16)]), multiple=16)
+    rng = np.random.default_rng(seed)
+    scores = {axis.name: rng.random(axis.size) for axis in graph.prunable}
+    offered = choices(graph, importance_curves(graph, scores), multiple=16)
+    return Problem(graph, model, offered, share * model.predict({}))
 
 
 def residual(stream, inners, tied=()):

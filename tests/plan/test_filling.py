@@ -7,24 +7,16 @@ import pytest
 
 from prune2deploy.plan import filling
 from prune2deploy.plan.allocate import allocate
-from prune2deploy.plan.choices import Problem, choices, importance_curves
 from prune2deploy.plan.filling import NEAR, fuller
-from prune2deploy.plan.latency_model import fit
-from prune2deploy.plan.probes import probes
 
-from .made import builds, chain
+from .made import chain, problem_of
 
 WIDTHS = (64, 96, 80, 64)
 
 
 @pytest.fixture(params=range(6))
 def problem(request):
-    graph = chain(WIDTHS)
-    model = fit(graph, builds(graph, [{}, *probes(graph, 4, multiple=16)]), multiple=16)
-    rng = np.random.default_rng(request.param)
-    scores = {axis.name: rng.random(axis.size) for axis in graph.prunable}
-    offered = choices(graph, importance_curves(graph, scores), multiple=16)
-    return Problem(graph, model, offered, (0.3 + 0.1 * request.param) * model.predict({}))
+    return problem_of(chain(WIDTHS), request.param, 0.3 + 0.1 * request.param)
 
 
 def everything(problem, found, least_ms):

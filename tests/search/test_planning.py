@@ -4,23 +4,15 @@ import numpy as np
 import pytest
 
 from prune2deploy.plan.allocate import SmallestMisses, allocate, optimality_gap
-from prune2deploy.plan.choices import Problem, choices, importance_curves
-from prune2deploy.plan.latency_model import fit
-from prune2deploy.plan.probes import probes
 from prune2deploy.search import planning
 from prune2deploy.search.planning import NEAR, PlanRequest, near, propose, pruned
 
-from ..plan.made import builds, chain
+from ..plan.made import chain, problem_of
 
 
 @pytest.fixture(params=[0, 1, 2])
 def problem(request):
-    graph = chain((64, 96, 80, 64, 112))
-    model = fit(graph, builds(graph, [{}, *probes(graph, 4, multiple=16)]), multiple=16)
-    rng = np.random.default_rng(request.param)
-    scores = {axis.name: rng.random(axis.size) for axis in graph.prunable}
-    offered = choices(graph, importance_curves(graph, scores), multiple=16)
-    return Problem(graph, model, offered, 0.5 * model.predict({}))
+    return problem_of(chain((64, 96, 80, 64, 112)), request.param, 0.5)
 
 
 def worth(problem, counts):
