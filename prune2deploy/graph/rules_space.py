@@ -147,9 +147,29 @@ def restrided(call: Call) -> Layout:
     return fresh(shape, "re-read with other strides")
 
 
-@rule("aten::diagonal", "aten::diag_embed", "aten::as_strided", "aten::view_as_real",
-      "aten::view_as_complex", "aten::_fft_r2c", "aten::_fft_c2r", "aten::_fft_c2c",
-      "aten::view_dtype")  # fmt: skip
+@rule("aten::diagonal", "aten::diagonal_copy", "aten::diag_embed")
+def diagonal(call: Call) -> Layout | Sequence[Layout]:
+    """The main diagonal of two dimensions that hold the same channels, read or written."""
+    x, places = list(call.dims("self")), (call["dim1"], call["dim2"])
+    if call["offset"]:
+        return leading(call)
+    if call.name == "aten::diag_embed":
+        rank = len(x) + 1
+        made = x.pop()
+        for place in sorted(place % rank for place in places):
+            x.insert(place, made)
+        return tuple(x)
+    low, high = sorted(place % len(x) for place in places)
+    if x[low].size != x[high].size:
+        return leading(call)
+    unify(x[low], x[high])
+    node = x.pop(high)
+    del x[low]
+    return (*x, node)
+
+
+@rule("aten::as_strided", "aten::view_as_real", "aten::view_as_complex", "aten::_fft_r2c",
+      "aten::_fft_c2r", "aten::_fft_c2c", "aten::view_dtype")  # fmt: skip
 def leading(call: Call) -> Layout:
     """Leading dimensions of unchanged size pass where the last ones are re-read; those freeze."""
     x, shape = call.notebook.value(call.tensors()[0]).dims, call.shape()

@@ -59,6 +59,20 @@ PRODUCTS = {
         ),
         torch.randn(3, 5),
     ),
+    "diagonals": lambda: (
+        Product(
+            lambda n, a, b: (
+                a @ torch.diag(n.scale) @ n.matrix
+                + b * n.square.diagonal()
+                + torch.einsum("bc,cc->bc", b, n.square)
+            ),
+            6,
+            scale=free(8),
+            matrix=free(8, 6),
+            square=free(6, 6),
+        ),
+        torch.randn(3, 5),
+    ),
     "sum of matrix products": lambda: (
         Product(
             lambda n, a, b: torch.addbmm(n.bias, a, n.matrix) + b,
