@@ -91,7 +91,7 @@ def test_models_that_cannot_be_exported_are_told(net, call, tmp_path):
     def budget(model):
         prune2deploy.prune_to_budget(model, X, target=tmp_path / "target.toml", speedup=1.3)
 
-    with pytest.raises(ConfigError, match="model: found a str, expected a torch"):
+    with pytest.raises(ConfigError, match="model: found str, expected a torch"):
         budget("resnet18")
     with pytest.raises(ConfigError, match=r"0.weight in bfloat16.*model.float\(\)"):
         budget(copy.deepcopy(net).bfloat16())
