@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -269,8 +270,9 @@ def _opened(
         try:
             yield held
         except KeyboardInterrupt:
+            place = shlex.quote(shown(held.path))
             raise KeyboardInterrupt(
-                f"interrupted; go on with the same command and --resume --out {shown(held.path)}"
+                f"interrupted; go on with the same command and --resume --out {place}"
             ) from None
 
 

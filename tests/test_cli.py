@@ -297,6 +297,15 @@ def test_ctrl_c_is_no_bug_and_offers_nothing_that_the_command_has_not(monkeypatc
     assert capsys.readouterr().err == "prune2deploy: interrupted\n"
 
 
+def test_a_folder_with_a_space_is_quoted_in_the_line_that_goes_on(place, monkeypatch, capsys):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("prune2deploy.search.payoff.settle", stop)
+    assert cli.run([*map(str, SMALL), "--speedup", "1.3", "--out", "my run"]) == 130
+    assert "--resume --out 'my run'" in capsys.readouterr().err
+
+
 def test_resume_finds_the_run_by_its_content_and_names_it(place, monkeypatch, capsys):
     given = [*map(str, SMALL), "--speedup", "1.3"]
 

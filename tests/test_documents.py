@@ -14,6 +14,7 @@ from torch import nn
 import prune2deploy
 from prune2deploy import cli, target
 from prune2deploy.calibration.recipe import load_recipe
+from prune2deploy.rundir import read_manifest
 
 from .formula import formula_profile
 
@@ -87,6 +88,11 @@ def test_the_second_example_of_the_readme_runs(tmp_path, monkeypatch):
     exec(compile(second, "README.md", "exec"), known)
     assert known["result"].met and len(seen) == 1
     assert (known["result"].run_dir / "model.onnx").exists()
+    explained = (ROOT / "docs/results.md").read_text("utf-8")
+    manifest = read_manifest(known["result"].run_dir)
+    parts = [manifest[name] for name in ("target", "baseline", "final", "measurement")]
+    parts += [manifest, manifest["precision"], manifest["artefacts"][0], manifest["parity"][0]]
+    assert not [key for part in parts for key in part if f"`{key}`" not in explained]
 
 
 def test_the_example_of_reconstruction_runs(capsys):
