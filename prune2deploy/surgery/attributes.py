@@ -9,14 +9,15 @@ to say, operator by operator; where it is wrong everything is set back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
-from prune2deploy.graph.layout import Node, find, leaves
-from prune2deploy.graph.recording import INPUT, Operation, Recording
+from prune2deploy.graph.layout import find, leaves
+from prune2deploy.graph.recording import INPUT, Recording
 from prune2deploy.graph.whole import WholeModule
 from prune2deploy.surgery.checking import runs_as_planned
 from prune2deploy.surgery.widths import Widths
@@ -146,10 +147,12 @@ def runs_with_its_code(
     """
     if runs_as_planned(module, recording, widths, example, removed):
         return True
-    tried: list[_Changes] = [{}]
-    for daring in (True, False) if recording.on_shapes else ():
-        tried.append(_changes(recording, widths, daring=daring))
-        numbers = _following(module, recording, tried[-1]) if tried[-1] not in tried[:-1] else []
+    spelt = _spelt_sizes(recording, widths) if recording.on_shapes else {}
+    changes = [_changes(spelt, daring=daring) for daring in (True, False)]
+    for place, change in enumerate(changes):
+        if change in changes[:place]:
+            continue
+        numbers = _following(module, recording, change)
         before = [table[name] for table, name, _ in numbers]
         for table, name, number in numbers:
             table[name] = number
@@ -180,29 +183,30 @@ _Changes = dict[str, dict[int, int]]
 """By module, the sizes that its code spells out and that have changed, as they now are."""
 
 
-def _changes(recording: Recording, widths: Widths, *, daring: bool) -> _Changes:
-    """The sizes that changed in one way only; unless ``daring``, also those that nowhere stayed.
+_Spelt = dict[str, dict[int, set[int]]]
+"""By module, the sizes that its code spells out, and what each is to be where it is spelt out."""
 
-    Sizes of the model's inputs are not spelt out.
-    """
-    found: dict[str, dict[int, set[int]]] = {}
+
+def _spelt_sizes(recording: Recording, widths: Widths) -> _Spelt:
+    """Find the sizes that are spelt out; those of the model's inputs are not."""
+    found: _Spelt = {}
     for operation in recording.operations:
         if operation.name in _SPELLING:
             sizes = found.setdefault(operation.scope, {})
-            for node in _spelt_out(operation):
+            for node in chain(*operation.layouts, *operation.symbols.values()):
                 if all(below.frozen != INPUT for below in leaves(node)):
                     sizes.setdefault(find(node).size, set()).add(widths(node))
-    return {path: _single(sizes, daring=daring) for path, sizes in found.items()}
+    return found
+
+
+def _changes(spelt: _Spelt, *, daring: bool) -> _Changes:
+    """The sizes that changed in one way only; unless ``daring``, also those that nowhere stayed."""
+    return {path: _single(sizes, daring=daring) for path, sizes in spelt.items()}
 
 
 def _single(sizes: Mapping[int, set[int]], *, daring: bool) -> dict[int, int]:
     left = {old: news - {old} if daring else news for old, news in sizes.items()}
     return {old: next(iter(news)) for old, news in left.items() if len(news) == 1}
-
-
-def _spelt_out(operation: Operation) -> Iterator[Node]:
-    for dims in (*operation.layouts, *operation.symbols.values()):
-        yield from dims
 
 
 def _replaced(value: Any, sizes: Mapping[int, int]) -> Any:
