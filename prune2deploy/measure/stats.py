@@ -9,7 +9,8 @@ measurements are evaluated at once.
 Sources: block resampling, Künsch 1989 (Annals of Statistics 17:1217); trimmed means and their
 degrees of freedom, Tukey and McLaughlin 1963 (Sankhya A 25:331); order-statistic bounds of
 quantiles, David and Nagaraja, Order Statistics, section 7.1; batch means for runs that come in
-clumps, Conway 1963 (Management Science 10:47); fences, Tukey 1977.
+clumps, Conway 1963 (Management Science 10:47); what correlated values are worth, Bartlett 1946
+(Supplement to the Journal of the Royal Statistical Society 8:27); fences, Tukey 1977.
 """
 
 from __future__ import annotations
@@ -33,8 +34,10 @@ LOOK_GROWTH = 1.3
 """Stopping is considered only each time the blocks have grown by this: few looks, few errors."""
 EARLY_LEVEL = 0.998
 """Level of the interval that an early decision must clear, because it is looked at repeatedly."""
-BATCHES = 10
+BATCHES = 20
 """Stretches of time that the spread of a quantile is taken from: contention comes in clumps."""
+MOST_ALIKE = 0.8
+"""Greatest correlation of neighbouring stretches that is believed: few tell it only roughly."""
 
 
 def block_medians(values: Floats, blocks: npt.NDArray[np.int64]) -> Floats:
@@ -93,29 +96,39 @@ def ratio_interval(effects: Floats) -> tuple[float, tuple[float, float]]:
     return float(np.exp(trimmed_mean(effects))), (float(np.exp(low)), float(np.exp(high)))
 
 
-def share_error(values: Floats, quantile: float) -> float:
+def share_error(values: Floats, quantile: float) -> tuple[float, float]:
     """Standard error of the share of ``values`` (n,), in order of time, that a quantile exceeds.
 
     That of independent values, or of the shares in ``BATCHES`` stretches of time if greater: a busy
-    host slows many runs in a row, and a clump of them tells little more than one.
+    host slows many runs in a row, and a clump of them tells little more than one. Where stretches
+    resemble their neighbours, clumps are longer than they, and their error grows accordingly.
+
+    Returns:
+        The error, and its degrees of freedom.
     """
     below = values <= np.quantile(values, quantile)
-    shares = [part.mean() for part in np.array_split(below, BATCHES) if part.size]
-    clumped = float(np.std(shares, ddof=1)) / np.sqrt(len(shares)) if len(shares) > 1 else 0.0
-    return max(float(np.sqrt(quantile * (1 - quantile) / len(values))), float(clumped))
+    shares = np.array([part.mean() for part in np.array_split(below, min(BATCHES, len(values)))])
+    off, count = shares - shares.mean(), len(shares)
+    squares = float((off**2).sum())
+    alike = float((off[1:] * off[:-1]).sum()) / squares + 1 / count if squares else 0.0
+    alike = min(max(alike, 0.0), MOST_ALIKE)
+    stretch = (1 + alike) / (1 - alike)  # how many neighbours tell as much as one, if chained
+    clumped = float(np.sqrt(stretch * squares / max(1, count - 1) / count))
+    independent = float(np.sqrt(quantile * (1 - quantile) / len(values)))
+    return max(independent, clumped), max(1.0, (count - 1) / stretch)
 
 
 def median_interval(values: Floats, level: float = 0.95) -> tuple[float, float]:
     """Return the interval of the median of ``values`` (n,), which are in order of time.
 
     In simulation, 95 % intervals cover 93 to 98 % where a stretch of contention lasts up to a
-    fiftieth of the measurement, and 82 % where it lasts a tenth. A host that changes its speed for
+    fiftieth of the measurement, and 85 % where it lasts a tenth. A host that changes its speed for
     longer than that shows only what it was like meanwhile.
     """
     if len(values) < 2:
         return 0.0, float("inf")
-    freedom = min(len(values), BATCHES) - 1
-    half = float(t.ppf(0.5 + level / 2, freedom)) * share_error(values, 0.5)
+    error, freedom = share_error(values, 0.5)
+    half = float(t.ppf(0.5 + level / 2, freedom)) * error
     if half < 0.5:
         low, high = np.quantile(values, [0.5 - half, 0.5 + half])
         return float(low), float(high)
@@ -137,7 +150,7 @@ def upper_quantile(values: Floats, quantile: float, confidence: float = 0.95) ->
         The bound, and whether there were samples enough for it; if not, it is the largest sample.
     """
     ordered, count = np.sort(values), len(values)
-    worth = quantile * (1 - quantile) / share_error(values, quantile) ** 2
+    worth = quantile * (1 - quantile) / share_error(values, quantile)[0] ** 2
     worth = max(1, min(count, round(worth)))
     rank = int(binom.ppf(confidence, worth, quantile))  # 0-based rank of the bound among ``worth``
     if rank >= worth:

@@ -87,9 +87,9 @@ def test_slow_runs_in_one_clump_count_as_few():
     values[np.arange(20) * 20] = 2.0
     apart, enough = stats.upper_quantile(values + 1e-6 * spread(400), 0.94)
     assert enough and apart > 2
-    assert stats.share_error(values, 0.94) == pytest.approx(np.sqrt(0.94 * 0.06 / 400))
+    assert stats.share_error(values, 0.94)[0] == pytest.approx(np.sqrt(0.94 * 0.06 / 400))
     clump = np.sort(values)
-    assert stats.share_error(clump, 0.94) > 2 * stats.share_error(values, 0.94)
+    assert stats.share_error(clump, 0.94)[0] > 2 * stats.share_error(values, 0.94)[0]
 
 
 def test_the_upper_quantile_bound_covers():
@@ -102,17 +102,19 @@ def test_the_upper_quantile_bound_covers():
 @pytest.mark.parametrize(
     ("host", "least"),
     [
-        (Host(), 0.92),
+        (Host(), 0.93),
         (Host(contended=0.01), 0.94),
         (Host(contended=1e-9), 0.95),
-        (Host(contended=0.01, calm=0.02), 0.79),  # stretches of 50 pairs in 500
+        (Host(contended=0.02, calm=0.04), 0.89),  # stretches of 25 pairs in 500
+        (Host(contended=0.01, calm=0.02), 0.83),  # of 50
     ],
 )
 def test_the_median_of_a_contended_host_is_covered(host, least):
-    truth = np.median(logarithms((100, 5000), host, seed=1)[0])
-    bounds = np.array([stats.median_interval(one) for one in logarithms((600, 500), host, 2)[0]])
+    truth = np.exp(np.median(logarithms((100, 5000), host, seed=1)[0]))
+    runs = np.exp(logarithms((600, 500), host, 2)[0])
+    bounds = np.array([stats.median_interval(one) for one in runs])
     covered = (bounds[:, 0] <= truth) & (truth <= bounds[:, 1])
-    assert least <= covered.mean() <= 0.995
+    assert least <= covered.mean() <= 0.985
 
 
 @pytest.mark.parametrize("quantile", [0.95, 0.99])
@@ -121,7 +123,7 @@ def test_the_upper_quantile_of_a_contended_host_is_bounded(quantile):
     truth = np.quantile(logarithms((100, 5000), host, seed=3)[0], quantile)
     found = [stats.upper_quantile(one, quantile) for one in logarithms((600, 500), host, 4)[0]]
     bounds = np.array([bound for bound, enough in found if enough])
-    assert len(bounds) > 500
+    assert len(bounds) > 450
     assert (bounds >= truth).mean() >= 0.92  # counting every run as independent: 0.81 at p95
 
 
