@@ -54,7 +54,7 @@ def _exported(
 ) -> torch.export.ExportedProgram:
     try:
         with evaluating(module):
-            return torch.export.export(module, example_inputs)
+            return torch.export.export(module, example_inputs, strict=False)
     except Exception as error:
         raise ExportError(
             f"torch.export cannot express this model ({first_line(error)})"

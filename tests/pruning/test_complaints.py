@@ -234,7 +234,11 @@ def test_attributes_are_right_for_tracing_scripting_and_export():
     model = Res().eval()
     half(model)
     wanted = model(X)
-    for again in (traced(model), torch.export.export(model, (X,)).module(), copy.deepcopy(model)):
+    for again in (
+        traced(model),
+        torch.export.export(model, (X,), strict=False).module(),
+        copy.deepcopy(model),
+    ):
         torch.testing.assert_close(again(X), wanted)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):

@@ -119,7 +119,7 @@ def test_one_value_per_channel_says_nothing_of_variance():
 
 def test_programs_are_re_estimated_as_layers_are(module):
     example = batches(1)[0][0]
-    program = torch.export.export(copy.deepcopy(module), example).module()
+    program = torch.export.export(copy.deepcopy(module), example, strict=False).module()
     done, expected = (reestimate_batchnorm(m, batches()) for m in (program, module))
     assert done == expected and done.layers == 2
     for name, value in program.state_dict().items():
