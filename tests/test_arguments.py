@@ -88,7 +88,7 @@ def test_models_that_cannot_be_exported_are_told(net, call, tmp_path):
         budget("resnet18")
     with pytest.raises(ConfigError, match=r"0.weight in bfloat16.*model.float\(\)"):
         budget(copy.deepcopy(net).bfloat16())
-    for function in (budget, lambda model: prune2deploy.prune(model, X.to("meta"))):
+    for function in (budget, lambda model: prune2deploy.prune(model, X)):
         with pytest.raises(ConfigError, match=r"0.weight on the device 'meta'"):
             function(copy.deepcopy(net).to("meta"))
 
@@ -164,7 +164,7 @@ def test_the_model_given_is_not_written_to(call):
 
     model = Bounded().eval()
     before = model.weight.detach().clone()
-    call(model=model)
+    call(model=model, batches=[(torch.randn(4, 3, 8, 8), None)])
     assert torch.equal(model.weight, before)
 
 
