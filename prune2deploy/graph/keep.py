@@ -58,8 +58,7 @@ def require_prunable(graph: Graph) -> None:
         reasons = sorted({str(axis.frozen) for axis in graph.axes if axis.frozen})
         raise TraceError(
             "the model has nothing to prune: every axis is frozen "
-            f"({', '.join(reasons)}); `prune2deploy inspect` or trace() lists them"
-            + packed(graph.unknown)
+            f"({', '.join(reasons)}); `prune2deploy inspect` lists them" + packed(graph.unknown)
         )
 
 
