@@ -26,12 +26,12 @@ from prune2deploy.errors import ConfigError
 from prune2deploy.graph import Graph, require_prunable
 from prune2deploy.graph import keep as keep_layers
 from prune2deploy.graph import trace as trace_graph
-from prune2deploy.graph.trace import mistaken
+from prune2deploy.graph.trace import mistaken, unwrap
 from prune2deploy.identity import content
 from prune2deploy.importance import DATA_FREE, NAMES, score
 from prune2deploy.measure import Comparison
 from prune2deploy.models.weights import load_weights
-from prune2deploy.naming import in_python
+from prune2deploy.naming import in_python, spelled
 from prune2deploy.plan.allocate import channels
 from prune2deploy.plan.choices import importance_curves
 from prune2deploy.plan.plan import Plan
@@ -39,9 +39,11 @@ from prune2deploy.progress import Progress, silent
 from prune2deploy.report.content import RunReport
 from prune2deploy.rundir import RunDir, run_folder
 from prune2deploy.search.job import Job
+from prune2deploy.surgery.copying import copied
 from prune2deploy.surgery.slicing import apply as apply_plan
 from prune2deploy.sweep import uniform_counts
 
+_FLOATS = (torch.float16, torch.float32, torch.float64)
 _ALONE = threading.RLock()  # recording and exporting change state of torch that threads share
 
 
@@ -179,9 +181,9 @@ def prune(
             f"importance {importance!r} looks at data, which prune() takes none of; choose one of "
             f"{', '.join(DATA_FREE)}, or use prune_to_budget(..., batches=...)"
         )
+    _require_there(unwrap(model))
     graph = keep_layers(trace_graph(model, example_inputs), _names("keep", keep))
     require_prunable(graph)
-    _require_there(model)
     scores = score(importance, model, graph)
     curves = importance_curves(graph, scores)
     counts = uniform_counts(graph, curves, ratio, channel_multiple)
@@ -266,7 +268,7 @@ def prune_to_budget(
     place = extras.get("run_dir") or run_folder(label, identity, resume=resume)
     with RunDir(Path(place), identity, resume=resume) as run:
         job = Job(
-            module=model,
+            module=copied(model, {}),  # a forward pass may write into the weights
             example_inputs=inputs,
             target=profile,
             run=run,
@@ -275,13 +277,16 @@ def prune_to_budget(
             input_names=input_names,
             output_names=output_names,
             progress=extras.get("progress") or silent,
+            spelled=spelled,
         )
         return carry_out(job, options, name)
 
 
 def _inputs(model: nn.Module, example: object, finetune: object) -> tuple[Tensor, ...]:
     """Check model and training function; return the positional arguments of the forward pass."""
-    _require_values(model)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model: {mistaken(model)}")
+    _require_there(model)
     given = example if isinstance(example, tuple | list) else (example,)
     others = [
         f"{type(one).__name__} at {i}" for i, one in enumerate(given) if not isinstance(one, Tensor)
@@ -296,20 +301,26 @@ def _inputs(model: nn.Module, example: object, finetune: object) -> tuple[Tensor
             f"finetune: found a {type(finetune).__name__}, expected a function that trains the "
             "module that it is given"
         )
+    for name, held in model.state_dict().items():
+        if isinstance(held, Tensor):
+            _require_exportable(name, held)
+    for place, one in enumerate(given):
+        _require_exportable(f"example_inputs[{place}]", one)
     return tuple(given)
 
 
-def _require_values(model: nn.Module) -> None:
-    """Raise ConfigError where ``model`` is no module, or has weights that cannot be exported."""
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model: {mistaken(model)}")
-    _require_there(model)
-    for name, held in model.state_dict().items():
-        if isinstance(held, Tensor) and held.dtype == torch.bfloat16:
-            raise ConfigError(
-                f"model: found {name} in bfloat16, which ONNX Runtime cannot compare; expected "
-                "float32: give model.float() and example inputs in float32"
-            )
+def _require_exportable(what: str, held: Tensor) -> None:
+    """Raise ConfigError at a weight or an input that no ONNX file can be compared on."""
+    if held.is_floating_point() and held.dtype not in _FLOATS:
+        raise ConfigError(
+            f"found {what} in {str(held.dtype).removeprefix('torch.')}, which ONNX Runtime cannot "
+            "compare, expected float32: give model.float() and example inputs in float32"
+        )
+    if held.layout != torch.strided:
+        raise ConfigError(
+            f"found {what} of layout {held.layout}, for which ONNX has no form, expected a dense "
+            "tensor: give tensor.to_dense(), or stop at prune(), which takes it"
+        )
 
 
 def _require_there(model: nn.Module) -> None:

@@ -27,7 +27,7 @@ PURPOSE = """Prune a PyTorch model until its measured latency on the target devi
 is short for `prune2deploy run ...`."""
 EXIT_CODES = """exit codes: 0 budget met, 2 wrong usage or input, 3 target or dependency not
 available, 4 budget unreachable, 5 parity failed, 6 measurement too unstable to decide,
-130 interrupted, 1 a bug of this program"""
+130 interrupted, 143 terminated, 1 a bug of this program"""
 
 _OURS = {  # how argparse says it, and how this package does
     "expected one argument": "found nothing after it, expected a value",

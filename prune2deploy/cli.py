@@ -24,8 +24,21 @@ from prune2deploy.errors import ConfigError, Prune2DeployError
 from prune2deploy.progress import NOTICE, Progress, Step
 from prune2deploy.rundir import DISK_FULL, explain
 
-INTERRUPTED, BUG = 130, 1
+BUG, INTERRUPTED, TERMINATED = 1, 128 + signal.SIGINT, 128 + signal.SIGTERM
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # words of torch
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which schedulers and containers send; it ends a command as Ctrl-C does."""
+
+
+def end_on_sigterm() -> None:
+    """Have SIGTERM raise :class:`Terminated`, so that it is told and what was begun is cleared."""
+
+    def terminate(*_: object) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -38,7 +51,8 @@ def run(argv: Sequence[str]) -> int:
         except Prune2DeployError as error:
             return _complain(error, error.exit_code, out, as_json=as_json)
         except KeyboardInterrupt as error:
-            return _complain(error, INTERRUPTED, out, as_json=as_json)
+            code = TERMINATED if isinstance(error, Terminated) else INTERRUPTED
+            return _complain(error, code, out, as_json=as_json)
         except OSError as error:
             return _system(error, out, as_json=as_json)
         except Exception as error:  # noqa: BLE001  (the last place that can turn a bug into a report)

@@ -269,9 +269,9 @@ def _opened(
     with RunDir(Path(place), identity, resume=arguments.resume) as held:
         try:
             yield held
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:  # Ctrl-C, or SIGTERM
             place = shlex.quote(shown(held.path))
-            raise KeyboardInterrupt(
+            raise type(stop)(
                 f"interrupted; go on with the same command and --resume --out {place}"
             ) from None
 

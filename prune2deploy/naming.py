@@ -1,4 +1,4 @@
-"""Turns option names in messages into the names of Python parameters.
+"""Turns names of the command line in messages into those of Python.
 
 Messages of all stages name options as they are typed on the command line (``--max-drop``). A caller
 of the Python interface gave ``max_drop`` instead: :func:`in_python` stands around the functions of
@@ -25,15 +25,17 @@ _ALIKE = (
     "max-builds", "max-size-mb", "max-macs", "max-pruning-ratio",
 )  # fmt: skip
 _NAMES = {**{name: name.replace("-", "_") for name in _ALIKE}, **_OTHERS}
+_INSPECT = ("`prune2deploy inspect` lists", "`prune2deploy.trace(...).axes` lists")
 _OPTION = re.compile(rf"--({'|'.join(_NAMES)})(?![\w-])( [A-Z]+\b)?")  # and its placeholder
 
 
 def spelled(text: str) -> str:
-    """A message with its options named as the parameters of Python functions.
+    """A message with its options named as parameters, and its command as a function, of Python.
 
     >>> spelled("--max-drop needs labelled data: add --data RECIPE")
     'max_drop needs labelled data: add batches=...'
     """
+    text = text.replace(*_INSPECT)
     return _OPTION.sub(lambda found: _NAMES[found[1]] + ("=..." if found[2] else ""), text)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import PurePath
 from typing import Any
 
@@ -59,6 +60,7 @@ def finish(job: Job, outcome: Outcome, seconds: float, name: str) -> RunReport:
     run.write_text("target.toml", outcome.target.text)
     trouble = candidate.save_module(run, outcome.module, job.example_inputs)
     report = describe(outcome, seconds, name, (trouble,) if trouble else ())
+    report = replace(report, notes=tuple(map(job.spelled, report.notes)))
     write.write(report, run)
     run.finish(manifest(outcome, report))
     return report

@@ -28,10 +28,10 @@ def call(net, tmp_path):
     target = tmp_path / "target.toml"
     target.write_text(formula_profile())
 
-    def prune(example_inputs=X, **options):
+    def prune(example_inputs=X, model=net, **options):
         options = {"speedup": 1.3, **options}
         options = {"run_dir": tmp_path / "run", "cache": False, **options}
-        return prune2deploy.prune_to_budget(net, example_inputs, target=target, **options)
+        return prune2deploy.prune_to_budget(model, example_inputs, target=target, **options)
 
     return prune
 
@@ -88,9 +88,84 @@ def test_models_that_cannot_be_exported_are_told(net, call, tmp_path):
         budget("resnet18")
     with pytest.raises(ConfigError, match=r"0.weight in bfloat16.*model.float\(\)"):
         budget(copy.deepcopy(net).bfloat16())
-    for function in (budget, lambda model: prune2deploy.prune(model, X.to("meta"))):
+    for function in (budget, lambda model: prune2deploy.prune(model, X)):
         with pytest.raises(ConfigError, match=r"0.weight on the device 'meta'"):
             function(copy.deepcopy(net).to("meta"))
+
+
+@pytest.mark.parametrize(
+    ("example", "told"),
+    [
+        (X.to(torch.float8_e4m3fn), r"example_inputs\[0\] in float8_e4m3fn.*in float32"),
+        (X.to_sparse(), r"example_inputs\[0\] of layout torch.sparse_coo.*to_dense"),
+    ],
+)
+def test_inputs_that_no_file_can_be_compared_on_are_told(net, tmp_path, example, told):
+    with pytest.raises(ConfigError, match=told):
+        prune2deploy.prune_to_budget(net, example, target=tmp_path / "target.toml", speedup=1.3)
+
+
+@pytest.mark.parametrize(
+    ("example", "told"),
+    [
+        (X[:0], r"shapes \[\(0, .*at least one sample"),
+        (
+            torch.nested.nested_tensor([X[0]], layout=torch.jagged),
+            "nested tensor.*to_padded_tensor",
+        ),
+    ],
+)
+def test_inputs_without_numbers_or_of_several_shapes_are_told(net, example, told):
+    with pytest.raises(prune2deploy.TraceError, match=told):
+        prune2deploy.trace(net, example)
+
+
+def test_an_input_may_be_empty_beside_others_or_sparse():
+    class Mixing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 4)
+
+        def forward(self, x, past, links):
+            return links @ self.last(torch.relu(self.first(torch.cat([past, x]))))
+
+    model, x, past = Mixing(), torch.randn(5, 8), torch.empty(0, 8)
+    links = torch.eye(5).flip(0)
+    pruned = prune2deploy.prune(model, (x, past, links.to_sparse()), 0.5)
+    assert pruned.first.out_features == 8
+    torch.testing.assert_close(pruned(x, past, links.to_sparse()), pruned(x, past, links))
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_quantised_models_are_told_to_be_pruned_before():
+    kind = torch.ao.nn.quantized.dynamic.Linear
+    model = nn.Sequential(kind(8, 8), nn.ReLU(), kind(8, 4))
+    for layers in (model, nn.Sequential(nn.Linear(8, 8), model)):
+        with pytest.raises(prune2deploy.TraceError, match="prune the model in floating point"):
+            prune2deploy.prune(layers, torch.randn(1, 8))
+
+
+def test_reports_name_options_as_the_caller_gave_them(call):
+    notes = " ".join(call(max_builds=1, max_pruning_ratio=0.5).report.notes)
+    assert "batches" in notes and "--" not in notes
+
+
+def test_the_model_given_is_not_written_to(call):
+    class Bounded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 3, 1, 1))
+            self.last = nn.Conv2d(8, 4, 1)
+
+        def forward(self, x):
+            with torch.no_grad():
+                self.weight.clamp_(-0.1, 0.1)
+            return self.last(torch.relu(nn.functional.conv2d(x, self.weight)))
+
+    model = Bounded().eval()
+    before = model.weight.detach().clone()
+    call(model=model, batches=[(torch.randn(4, 3, 8, 8), None)])
+    assert torch.equal(model.weight, before)
 
 
 def test_batches_may_come_from_a_data_loader(call):

@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prune2deploy import arguments, cli, commands, console
+from prune2deploy import __main__, arguments, cli, commands, console
 from prune2deploy.config import (
     Budget,
     ModelOptions,
@@ -304,6 +305,23 @@ def test_a_folder_with_a_space_is_quoted_in_the_line_that_goes_on(place, monkeyp
     monkeypatch.setattr("prune2deploy.search.payoff.settle", stop)
     assert cli.run([*map(str, SMALL), "--speedup", "1.3", "--out", "my run"]) == 130
     assert "--resume --out 'my run'" in capsys.readouterr().err
+
+
+def test_a_run_that_is_terminated_says_how_to_go_on(place, monkeypatch, capsys):
+    def stop(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("prune2deploy.search.payoff.settle", stop)
+    monkeypatch.setattr(sys, "argv", ["prune2deploy", *SMALL, "--speedup", "1.3", "--out", "mine"])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as left:
+            __main__.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert left.value.code == 143
+    assert "same command and --resume --out mine" in capsys.readouterr().err
+    assert not [*(place / "mine").rglob(".part-*")]
 
 
 def test_resume_finds_the_run_by_its_content_and_names_it(place, monkeypatch, capsys):

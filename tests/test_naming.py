@@ -14,6 +14,7 @@ from prune2deploy.errors import ConfigError
     [
         ("--latency-ms: found -3", "budget_ms: found -3"),
         ("expected --data RECIPE; add it", "expected batches=...; add it"),
+        ("`prune2deploy inspect` lists them", "`prune2deploy.trace(...).axes` lists them"),
         ("choose another --out", "choose another run_dir"),
         ("--max-builds 1: found", "max_builds 1: found"),
         ("--max-buildsX --gpus all, --data-dir", "--max-buildsX --gpus all, --data-dir"),

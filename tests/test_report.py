@@ -236,6 +236,14 @@ def test_runs_are_compared_by_names_that_tell_them_apart(tmp_path):
         write.comparable([paths[0], tmp_path / "q/../p/run"])
 
 
+def test_a_sweep_among_runs_is_refused_with_the_line_that_shows_it(tmp_path):
+    for name, report in (("a", replace(RUN, layers=())), ("b", SWEEP)):
+        with RunDir(tmp_path / name, {}) as run:
+            write.write(report, run)
+    with pytest.raises(ConfigError, match=rf"found a sweep, .*prune2deploy report {tmp_path}/b"):
+        write.comparable([tmp_path / "a", tmp_path / "b"])
+
+
 def test_a_chart_of_one_point_and_a_bar_of_nothing_are_drawn():
     for at in (0.0, 0.5):
         chart = svg.line_chart([svg.Point(at, 1, 1, 1)], "x", "y")

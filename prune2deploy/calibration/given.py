@@ -91,12 +91,14 @@ def filled(batches: Iterable[Batch], rows: int) -> Iterator[tuple[Tensor, ...]]:
         yield tuple(one[order.to(one.device)] for one in held)
 
 
-def restarting(data: Iterable[Batch]) -> Iterable[Batch]:
+def restarting(data: Any) -> Iterable[Batch]:
     """Return data that may be gone through again and again.
 
     Raises:
-        ConfigError: It is an iterator, which is empty after one pass.
+        ConfigError: It holds no batches, or is an iterator, which is empty after one pass.
     """
+    if not isinstance(data, Iterable):
+        raise ConfigError(f"batches: found a {type(data).__name__}, expected {_FORM}")
     if iter(data) is data:
         raise ConfigError(
             f"batches: found a {type(data).__name__}, which can be read once, expected batches "
@@ -114,8 +116,6 @@ def check_form(data: object) -> None:
     """
     if data is None or isinstance(data, Batches):
         return
-    if not isinstance(data, Iterable):
-        raise ConfigError(f"batches: found a {type(data).__name__}, expected {_FORM}")
     if next(read(restarting(data)), None) is None:
         raise ConfigError(f"batches: found no batch, expected {_FORM}; give at least one sample")
 

@@ -6,7 +6,7 @@ In: nothing but plain values. Out: what planning, pruning and reporting read. No
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -55,6 +55,21 @@ def _collect(terms: list[tuple[int, tuple[str, ...]]]) -> Polynomial:
     for coefficient, axes in terms:
         sums[axes] = sums.get(axes, 0) + coefficient
     return Polynomial(tuple((c, a) for a, c in sums.items() if c))
+
+
+def packed(operators: Iterable[str]) -> str:
+    """What to do where quantised layers, which hold their weights packed, leave nothing to prune.
+
+    >>> packed(["aten::relu"])
+    ''
+    """
+    found = sorted({name for name in operators if name.startswith("quantized::")})
+    if not found:
+        return ""
+    return (
+        f"; it is quantised already ({', '.join(found)}), and such layers hold their weights "
+        "packed: prune the model in floating point, and quantise what comes back"
+    )
 
 
 @dataclass(frozen=True, eq=False)

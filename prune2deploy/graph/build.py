@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prune2deploy.errors import TraceError
-from prune2deploy.graph.axes import Axis, Block, Graph, Layer, Member, Polynomial
+from prune2deploy.graph.axes import Axis, Block, Graph, Layer, Member, Polynomial, packed
 from prune2deploy.graph.layout import (
     CAT,
     LEAF,
@@ -40,6 +40,7 @@ def build(recording: Recording) -> Graph:
     if not members:
         raise TraceError(
             "the model has no parameter with a dimension above one: there is nothing to prune"
+            + packed(recording.unknown)
         )
     ties = _tie_numbers(members)
     _keep_tables(recording, members)

@@ -118,17 +118,48 @@ def quiet(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """As ``quiet``; what the forward pass writes into buffers is taken back too."""
+    """As ``quiet``; what the forward pass writes into buffers and parameters is taken back too."""
     dense = (b for b in model.buffers() if b.layout == torch.strided)
     saved = [(b, b.clone()) for b in dense if not b.is_inference()]
     try:
-        with quiet(model):
+        with quiet(model), _Unwritten(model):
             yield
     finally:
         with torch.no_grad():
             for buffer, copied in saved:  # some kernels write without counting versions up
                 if buffer.is_meta or not torch.equal(buffer, copied):
                     buffer.copy_(copied)
+
+
+class _Unwritten(TorchDispatchMode):
+    """Takes back what operators write into parameters, such as rows brought to a largest norm.
+
+    What is written to is copied before; few models do, and all parameters are large.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        self._ours = {
+            one.untyped_storage()._cdata for one in model.parameters() if _has_values(one)
+        }
+        self._copies: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.is_mutable:
+            for tensor in filter(_has_values, tensors_in((args, kwargs))):
+                storage = tensor.untyped_storage()
+                if storage._cdata in self._ours and storage._cdata not in self._copies:
+                    self._copies[storage._cdata] = (storage, storage.clone())
+        return func(*args, **(kwargs or {}))
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
+        for storage, copied in self._copies.values():
+            storage.copy_(copied)
+
+
+def _has_values(tensor: torch.Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_meta
 
 
 class _Answered(TorchDispatchMode):

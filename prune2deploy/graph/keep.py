@@ -14,7 +14,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from prune2deploy.errors import ConfigError, TraceError
-from prune2deploy.graph.axes import Axis, Graph
+from prune2deploy.graph.axes import Axis, Graph, packed
 
 KEPT = "kept as asked"
 _SHOWN = 3  # names offered for one that is unknown
@@ -58,7 +58,7 @@ def require_prunable(graph: Graph) -> None:
         reasons = sorted({str(axis.frozen) for axis in graph.axes if axis.frozen})
         raise TraceError(
             "the model has nothing to prune: every axis is frozen "
-            f"({', '.join(reasons)}); `prune2deploy inspect` lists them"
+            f"({', '.join(reasons)}); `prune2deploy inspect` lists them" + packed(graph.unknown)
         )
 
 

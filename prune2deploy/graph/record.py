@@ -327,8 +327,8 @@ def _on_values(model: nn.Module, example: Any, forward_fn: Forward | None) -> Wa
     except Exception as error:
         raise TraceError(
             f"the forward pass of {type(model).__name__} failed on {_described(example)}: "
-            f"{type(error).__name__}: {error}. Check that the example inputs fit the model; a "
-            "factory of --model gives its own by returning (module, example_inputs)"
+            f"{type(error).__name__}: {error}. Check that the example inputs fit the model "
+            "(a factory for the command line returns them with it: module, example_inputs)"
         ) from error
 
 

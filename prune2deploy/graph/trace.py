@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from prune2deploy.errors import TraceError
 from prune2deploy.graph.axes import Graph
 from prune2deploy.graph.build import build
-from prune2deploy.graph.calling import Forward, stored_tensors
+from prune2deploy.graph.calling import Forward, stored_tensors, tensors_in
 from prune2deploy.graph.record import record
 
 
@@ -33,7 +33,23 @@ def trace(model: nn.Module, example_inputs: Any, *, forward_fn: Forward | None =
         TraceError: the forward pass fails, returns no tensor, or has nothing to prune; or the
             model is TorchScript, or has parameters without a shape.
     """
+    _require_content(example_inputs)
     return build(record(_plain(unwrap(model)), example_inputs, forward_fn))
+
+
+def _require_content(example: Any) -> None:
+    """Raise TraceError where example inputs are nested tensors, or all of them empty."""
+    tensors = list(tensors_in(example))
+    if any(tensor.is_nested for tensor in tensors):
+        raise TraceError(
+            "example inputs: found a nested tensor, expected tensors of one shape each; give one "
+            "that is padded, as by torch.nested.to_padded_tensor"
+        )
+    if tensors and not any(tensor.numel() for tensor in tensors):
+        raise TraceError(
+            f"example inputs: found shapes {[tuple(t.shape) for t in tensors]}, which hold no "
+            "numbers, expected at least one sample"
+        )
 
 
 def _plain(model: nn.Module) -> nn.Module:

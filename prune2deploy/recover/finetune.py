@@ -104,6 +104,7 @@ def finetune(
             parameters, or a loss that is not finite.
     """
     options = options or FinetuneOptions()
+    _check_kinds(module, teacher, options)
     started = time.monotonic()
     total = options.epochs * _length(restarting(batches)) if batches is not None else 0
     if batches is None or total == 0:
@@ -156,6 +157,20 @@ class Training:
         return 2 * self.options.epochs * _length(self.batches) >= SETTLES
 
 
+def _check_kinds(module: object, teacher: object, options: object) -> None:
+    """Raise ConfigError where an argument of :func:`finetune` stands in the place of another."""
+    for name, found, kind, wanted in (
+        ("module", module, nn.Module, "the torch.nn.Module to train"),
+        ("teacher", teacher, nn.Module | None, "the unpruned torch.nn.Module, or None"),
+        ("options", options, FinetuneOptions, "FinetuneOptions(epochs=...)"),
+    ):
+        if not isinstance(found, kind):
+            raise ConfigError(
+                f"finetune(module, teacher, batches, options): found a {type(found).__name__} as "
+                f"{name}, expected {wanted}"
+            )
+
+
 class _Run:
     """The moving parts of one training run."""
 
@@ -178,6 +193,13 @@ class _Run:
         weights = [p for p in student.parameters() if p.requires_grad]
         if not weights:
             raise ConfigError("fine-tuning: found no parameter to train, expected a module of some")
+        short = next((p.dtype for p in weights if p.element_size() < 4), None)  # in bytes
+        if short is not None:
+            raise ConfigError(
+                f"fine-tuning: found weights in {short}, in which the steps of training are lost "
+                "to rounding, expected torch.float32: train module.float(), with a teacher and "
+                "data in float32, and convert it afterwards"
+            )
         groups = [
             {"params": [p for p in weights if p.ndim > 1], "weight_decay": options.weight_decay},
             {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},

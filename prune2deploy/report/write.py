@@ -91,7 +91,11 @@ def comparable(paths: Sequence[Path]) -> list[tuple[str, RunReport]]:
     for path, name in zip(paths, endings(paths), strict=True):
         report = load(path)
         if not isinstance(report, RunReport):
-            raise ConfigError(f"{path}: found a sweep, expected a run; show sweeps one by one")
+            raise ConfigError(
+                f"{path}: found a sweep, expected runs, which alone are compared; show the sweep "
+                f"by itself (prune2deploy report {path}): its table has the latency at each ratio, "
+                "to be held against that of a run"
+            )
         found.append((name, report))
     machines = {report.environment.get("machine", "") for _, report in found}
     if len(machines) > 1:

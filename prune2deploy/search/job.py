@@ -49,6 +49,7 @@ class Job:
             several for those of the parameters of the forward pass.
         output_names: Names of the outputs in the ONNX file; empty likewise.
         progress: Hears of every step.
+        spelled: Gives a note with the names that options have for whoever asked for the job.
     """
 
     module: nn.Module
@@ -60,6 +61,7 @@ class Job:
     input_names: tuple[str, ...] = ()
     output_names: tuple[str, ...] = ()
     progress: Progress = silent
+    spelled: Callable[[str], str] = str
 
     @property
     def recovers(self) -> bool:

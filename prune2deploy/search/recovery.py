@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from prune2deploy.calibration import serves
 from prune2deploy.errors import ConfigError
 from prune2deploy.graph.axes import Graph
+from prune2deploy.graph.calling import device_of
 from prune2deploy.plan.plan import Plan
 from prune2deploy.recover import Finetuned, Training
 from prune2deploy.recover.reconstruct import restore
@@ -62,15 +63,15 @@ def _short(train: Finetune) -> bool:
 
 
 def finetuned(module: nn.Module, train: Finetune) -> tuple[nn.Module, str]:
-    """Train a pruned module by a function; what comes back must have the same shapes.
+    """Train a pruned module by a function; what comes back must have the same shapes and types.
 
     Returns:
-        The trained module, and what the built-in training says of it.
+        The trained module, on the device that it was on, and what the built-in training says of it.
 
     Raises:
         ConfigError: It gives back something else.
     """
-    before = _shapes(module)
+    before, device = _forms(module), device_of(module)
     returned: Any = train(module)
     note, after = "", module if returned is None else returned
     if isinstance(returned, Finetuned):
@@ -80,16 +81,17 @@ def finetuned(module: nn.Module, train: Finetune) -> tuple[nn.Module, str]:
             f"finetune: it returned a {type(after).__name__}, expected None (trained in place) or "
             "a module"
         )
-    found = _shapes(after)
+    found = _forms(after)
     for name in sorted({*before, *found}):
         if before.get(name) != found.get(name):
             raise ConfigError(
                 f"finetune: {name} has shape {found.get(name)} afterwards, expected "
                 f"{before.get(name)} as in the module that it was given: train that one, or "
-                "return one of the same layers and widths"
+                "return one of the same layers, widths and types"
             )
-    return after, note
+    return after.to(device), note
 
 
-def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(value.shape) for name, value in module.state_dict().items()}
+def _forms(module: nn.Module) -> dict[str, str]:
+    held = {name: one for name, one in module.state_dict().items() if isinstance(one, Tensor)}
+    return {name: f"{tuple(one.shape)} in {one.dtype}" for name, one in held.items()}

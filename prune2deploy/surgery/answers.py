@@ -7,7 +7,8 @@ where it does, the original runs again on the example and on two other inputs, a
 compared. In one, floating-point values are in another order, and the samples of whole numbers
 (token ids, masks) are. In the other, floating-point values are mirrored into the inner part of
 their range, where every model takes them, so that no statistic of them stays. Code may also hand
-values to NumPy or put them in a list: what is computed from the input must not leave this way.
+values to NumPy or put them in a list: what is computed from the input must not leave this way. Nor
+may it draw numbers from a generator of its own, which recorded operators cannot follow.
 """
 
 from __future__ import annotations
@@ -40,8 +41,17 @@ def check_answers(source: nn.Module, recording: Recording, removed: Sequence[str
         source: The original module.
         recording: Its recording.
         removed: Names of the blocks that the captured graph is without.
+
+    Raises:
+        PruneError: Likewise if the code draws random numbers from a generator of its own.
     """
-    for operation in followers(recording.without(removed), recording.inputs).questions:
+    operations = recording.without(removed)
+    for operation in operations:
+        if any(
+            isinstance(a, torch.Generator) for a in (*operation.args, *operation.kwargs.values())
+        ):
+            raise _drawn(operation)
+    for operation in followers(operations, recording.inputs).questions:
         if operation.name == LEAVE:
             raise _left(operation)
     if recording.missed:
@@ -73,6 +83,15 @@ def _whole(recording: Recording) -> list[int]:
     """The inputs that have values in a pass on shapes: those that are not floating-point."""
     kinds = {number: recording.values[number].dtype for number in recording.inputs}
     return [n for n, kind in kinds.items() if kind is not None and not kind.is_floating_point]
+
+
+def _drawn(operation: Operation) -> PruneError:
+    return PruneError(
+        f"{operation.scope or 'the model'} draws random numbers from a torch.Generator, while its "
+        "code holds widths as constants, so that recorded operators would have to stand for it; "
+        "they cannot follow the generator. Draw without one (torch.manual_seed makes that repeat), "
+        "keep the numbers in a buffer, or take widths from shapes"
+    )
 
 
 def _left(operation: Operation) -> FollowsInput:
@@ -128,7 +147,7 @@ def _same(one: Answer, other: Answer) -> bool:
 
 def _shuffled(tensor: torch.Tensor) -> torch.Tensor:
     """The same values in another order; of anything but floating-point values, the samples."""
-    if tensor.is_meta or not tensor.numel() or not tensor.dim():
+    if tensor.layout != torch.strided or tensor.is_meta or not tensor.numel() or not tensor.dim():
         return tensor
     if not tensor.is_floating_point():
         return tensor.flip(0)

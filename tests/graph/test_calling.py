@@ -145,6 +145,31 @@ def test_buffers_that_the_forward_pass_writes_to_hold_what_they_held(asks):
     assert not model.mean.any()
 
 
+class Bounded(nn.Module):
+    """Its forward pass shortens the rows that it reads, in place; one that asks runs on values."""
+
+    def __init__(self, asks):
+        super().__init__()
+        self.rows, self.asks = nn.Embedding(6, 8, max_norm=0.5), asks
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        x = self.first(self.rows(x))
+        return self.last(x * 2 if self.asks and x.sum() > -1e9 else x)
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_weights_that_the_forward_pass_writes_to_hold_what_they_held(asks):
+    model = Bounded(asks).eval()
+    before = model.rows.weight.detach().clone()
+    shared = model.rows.weight.data  # the very memory is restored, not another put in its place
+    prune2deploy.prune(model, torch.arange(6), ratio=0.5)
+    assert torch.equal(model.rows.weight, before)
+    assert shared.data_ptr() == model.rows.weight.data_ptr()
+    model(torch.arange(6))
+    assert not torch.equal(model.rows.weight, before)
+
+
 def test_inference_mode_around_the_calls_changes_nothing():
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Flatten(), nn.Linear(32, 2)).eval()
     with torch.inference_mode():

@@ -144,6 +144,27 @@ def test_batches_that_can_be_read_once_are_refused(teacher):
         finetune(teacher, teacher, (batch for batch in [((x,), None)]))
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ((None, None, []), "a NoneType as module"),
+        ((student(), [], {"epochs": 3}), "a list as teacher"),
+        ((student(), None, [], {"epochs": 3}), r"a dict as options, expected FinetuneOptions"),
+        ((student(), None, FinetuneOptions()), "batches: found a FinetuneOptions"),
+    ],
+)
+def test_arguments_in_the_place_of_others_are_told(given, told):
+    with pytest.raises(ConfigError, match=told):
+        finetune(*given)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_weights_too_short_to_take_small_steps_are_not_trained(kind):
+    data = [(torch.randn(4, 8, dtype=kind), torch.zeros(4).long())]
+    with pytest.raises(ConfigError, match=rf"{kind}.*train module.float\(\)"):
+        finetune(student().to(kind), None, data, CPU)
+
+
 def test_no_epochs():
     assert finetune(student(), None, blobs(), FinetuneOptions(epochs=0)).steps == 0
 

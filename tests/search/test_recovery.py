@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from prune2deploy.calibration import from_dataset
+from prune2deploy.errors import ConfigError
 from prune2deploy.graph import trace
 from prune2deploy.plan.plan import Plan
 from prune2deploy.recover import FinetuneOptions, Training
@@ -21,6 +22,20 @@ class Nothing(Training):
 
     def __call__(self, module):
         return None
+
+
+def test_what_training_gives_back_is_of_the_same_types_and_goes_back_to_the_device():
+    class Elsewhere(nn.Linear):
+        went = ()
+
+        def to(self, *where):
+            self.went = where
+            return self
+
+    trained, _ = recovery.finetuned(nn.Linear(8, 4), lambda _: Elsewhere(8, 4))
+    assert trained.went == (torch.device("cpu"),)
+    with pytest.raises(ConfigError, match=r"torch.float16 afterwards, .* in torch.float32"):
+        recovery.finetuned(nn.Linear(8, 4), lambda module: module.half())
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import prune2deploy
 from prune2deploy.errors import PruneError
 from prune2deploy.graph import trace
 from prune2deploy.plan.plan import Plan
@@ -95,6 +96,26 @@ def scaled_by_a_tensor(model, y):
 
 def asking_for_a_setting(model, y):
     return y.clamp(max=model.limit.item())
+
+
+class Drawing(nn.Module):
+    """Its code holds a width as a constant, and draws numbers."""
+
+    def __init__(self, generator):
+        super().__init__()
+        self.first, self.last, self.generator = nn.Linear(8, 16), nn.Linear(16, 4), generator
+
+    def forward(self, x):
+        x = torch.relu(self.first(x)).reshape(-1, 16)
+        kept = torch.bernoulli(torch.full(x.shape[:1], 0.5), generator=self.generator)
+        return self.last(x * kept[:, None])
+
+
+def test_numbers_of_a_generator_are_not_captured():
+    x = torch.randn(2, 8)
+    assert isinstance(prune2deploy.prune(Drawing(None), x), torch.fx.GraphModule)
+    with pytest.raises(PruneError, match=r"from a torch\.Generator"):
+        prune2deploy.prune(Drawing(torch.Generator()), x)
 
 
 @pytest.fixture(autouse=True)
