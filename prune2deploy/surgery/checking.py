@@ -1,15 +1,21 @@
 """Whether a pruned module computes what the plan implies.
 
 In: a module whose stored tensors are sliced, the recorded operators, the planned widths. Out: a
-verdict, operator by operator, on the shapes that are returned and on the numbers that are widths:
-groups, where a slice begins. An operator may return the planned shape with a number that a
+verdict, operator by operator, on the shapes that are taken and returned and on the numbers that are
+widths: groups, where a slice begins. An operator may return the planned shape with a number that a
 constant in the code has left as it was.
+
+Operators that hand on the elements of a tensor as they are, in their order, are left out: how many
+of them it takes depends on strides, and on which dimensions are one wide, and each shape that the
+others take is compared. Where something is written to memory that these share they count, since one
+of them may have been a copy.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +25,7 @@ from torch import nn
 
 from prune2deploy.errors import PruneError
 from prune2deploy.graph.calling import run, tensors_in, untouched
+from prune2deploy.graph.following import memory_of, written_by
 from prune2deploy.graph.layout import VARYING, Node, leaves
 from prune2deploy.graph.recording import Operation, Recording, refs_in
 from prune2deploy.graph.rules import Value, argument
@@ -26,6 +33,8 @@ from prune2deploy.graph.shapes import Outline, on_shapes, outlined
 from prune2deploy.graph.visible import Watch
 from prune2deploy.graph.whole import name_of, watched
 from prune2deploy.surgery.widths import Widths
+
+Shapes = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -35,16 +44,27 @@ class Seen:
     Attributes:
         name: Of the operator.
         shapes: Those that it returned.
-        func: Its ATen overload; None for a module that is an operator by itself.
+        taken: Those of the tensors that it was given.
+        func: Its ATen overload; None or a stand-in for a module that is an operator by itself.
         args: Its arguments.
         kwargs: Likewise.
     """
 
     name: str
-    shapes: tuple[tuple[int, ...], ...]
+    shapes: Shapes
+    taken: Shapes = ()
     func: Any = None
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether it hands on the elements of a tensor as they are, in their order."""
+        return (
+            self.name in IN_ORDER
+            and self.func._overloadname != "dtype"
+            and math.prod(self.taken[0]) == math.prod(self.shapes[0])
+        )
 
     def number(self, name: str) -> Any:
         """The argument of that name; the ends of a slice counted from the front."""
@@ -59,6 +79,14 @@ class Seen:
 
 SLICES = frozenset({"aten::slice", "aten::slice_copy"})
 ENDS = ("start", "end")
+IN_ORDER = SLICES | frozenset(
+    f"aten::{name}"
+    for name in (
+        "clone", "alias", "view", "_unsafe_view", "reshape", "_reshape_alias", "unsqueeze",
+        "squeeze", "expand",
+    )
+)  # fmt: skip
+"""Operators that keep the order of elements where they return as many as they are given."""
 
 
 class _Seeing(Watch):
@@ -74,14 +102,15 @@ class _Seeing(Watch):
         """Hear of an operator that has run."""
         self._alive.append(result)
         if not self.inside:
-            self.seen.append(Seen(func._schema.name, _shapes(result), func, args, kwargs))
+            taken = _shapes((args, kwargs))
+            self.seen.append(Seen(func._schema.name, _shapes(result), taken, func, args, kwargs))
 
-    def ended(self, module: nn.Module, result: Any) -> None:
+    def ended(self, module: nn.Module, given: Any, result: Any) -> None:
         """Hear of a module that is an operator by itself."""
-        self.seen.append(Seen(name_of(module), _shapes(result)))
+        self.seen.append(Seen(name_of(module), _shapes(result), _shapes(given)))
 
 
-def _shapes(result: Any) -> tuple[tuple[int, ...], ...]:
+def _shapes(result: Any) -> Shapes:
     return tuple(tuple(tensor.shape) for tensor in tensors_in(result))
 
 
@@ -101,42 +130,79 @@ def runs_as_planned(
     """
     operations, shapes = recording.without(removed), recording.on_shapes
     inputs = outlined(example) if shapes else example
+    strictly = _any_written(operations)
     known = list(itertools.takewhile(_known_size, operations))
-    returned: list[list[torch.Size]] = []
+    complete = len(known) == len(operations)
+    wanted = [pair for pair in _planned(known, recording, widths) if strictly or not pair[0].idle]
+    returned: list[Shapes] = []
     try:
         with untouched(module), on_shapes(module, shapes):
             for _ in range(2):
                 watch = _Seeing()
                 with watched(module, watch.inside, watch.ended), watch:
                     result = run(module, inputs, recording.forward_fn)
-                returned.append([tensor.shape for tensor in tensors_in(result)])
-                if _same_operators(watch.seen, operations, known):
+                returned.append(_shapes(result))
+                seen = [one for one in watch.seen if strictly or not one.idle]
+                if _same_operators(seen, wanted, complete=complete):
                     return (
                         returned[0] == returned[-1]
-                        and _same_widths(watch.seen, known, widths)
-                        and (not shapes or _same_factors(watch.seen, known, recording.values))
+                        and (not complete or returned[0] == _results(recording, widths))
+                        and _same_widths(seen, wanted, widths)
+                        and (not shapes or _same_factors(seen, wanted, recording.values))
                     )
     except Exception:  # noqa: BLE001  the user's code may fail in any way when widths change
         return False
     return False
 
 
-def _same_operators(
-    seen: Sequence[Seen], operations: Sequence[Operation], known: Sequence[Operation]
-) -> bool:
+Wanted = tuple[Seen, Operation]
+"""What is to be seen of a recorded operator."""
+
+
+def _planned(
+    operations: Sequence[Operation], recording: Recording, widths: Widths
+) -> Iterator[Wanted]:
+    """Each operator with the shapes that the plan implies."""
+    held = {number: value.dims for number, value in enumerate(recording.values)}
+    for one in operations:
+        held.update(zip(one.outputs, one.layouts, strict=True))
+        taken = (widths.shape(held[ref.number]) for ref in refs_in((one.args, one.kwargs)))
+        made = map(widths.shape, one.layouts)
+        yield Seen(one.name, tuple(made), tuple(taken), one.func, one.args, one.kwargs), one
+
+
+def _results(recording: Recording, widths: Widths) -> Shapes:
+    """The shapes of what the model is to return."""
+    refs = refs_in(recording.outputs)
+    return tuple(widths.shape(recording.values[ref.number].dims) for ref in refs)
+
+
+def _any_written(operations: Sequence[Operation]) -> bool:
+    """Whether there are writes to memory that operators which may be left out read or return."""
+    memory = memory_of(operations)
+    handed = {
+        memory.get(number, number)
+        for one in operations
+        if one.name in IN_ORDER
+        for number in (*one.outputs, *(ref.number for ref in refs_in(one.args)))
+    }
+    targets = (ref.number for one in operations for ref in refs_in(written_by(one)))
+    return any(memory.get(number, number) in handed for number in targets)
+
+
+def _same_operators(seen: Sequence[Seen], wanted: Sequence[Wanted], *, complete: bool) -> bool:
     """Whether the operators are those recorded, as far as values have no say in them."""
-    if len(known) == len(operations) != len(seen):
+    if complete and len(wanted) != len(seen):
         return False
-    pairs = zip(seen, known, strict=False)
-    return all(found.name == operation.name for found, operation in pairs)
+    return all(found.name == one.name for found, (one, _) in zip(seen, wanted, strict=False))
 
 
-def _same_widths(seen: Sequence[Seen], known: Sequence[Operation], widths: Widths) -> bool:
-    pairs = zip(seen, known, strict=False)
+def _same_widths(seen: Sequence[Seen], wanted: Sequence[Wanted], widths: Widths) -> bool:
     return all(
-        found.shapes == tuple(widths.shape(dims) for dims in operation.layouts)
+        found.shapes == one.shapes
+        and found.taken == one.taken
         and _same_numbers(found, operation, widths)
-        for found, operation in pairs
+        for found, (one, operation) in zip(seen, wanted, strict=False)
     )
 
 
@@ -154,9 +220,7 @@ def _same_numbers(found: Seen, operation: Operation, widths: Widths) -> bool:
     return True
 
 
-def _same_factors(
-    seen: Sequence[Seen], known: Sequence[Operation], values: Sequence[Value]
-) -> bool:
+def _same_factors(seen: Sequence[Seen], wanted: Sequence[Wanted], values: Sequence[Value]) -> bool:
     """Whether operators compute with the numbers and constants that they were recorded with."""
     constants = {n: v.constant for n, v in enumerate(values) if v.constant is not None}
     return all(
@@ -166,7 +230,7 @@ def _same_factors(
             == _factors(operation.func, operation.args, operation.kwargs)
             and (not constants or _same_constants(found, operation, constants))
         )
-        for found, operation in zip(seen, known, strict=False)
+        for found, (_, operation) in zip(seen, wanted, strict=False)
     )
 
 
