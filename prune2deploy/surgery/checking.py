@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -148,7 +148,7 @@ def runs_as_planned(
                         returned[0] == returned[-1]
                         and (not complete or returned[0] == _results(recording, widths))
                         and _same_widths(seen, wanted, widths)
-                        and (not shapes or _same_factors(seen, wanted, recording.values))
+                        and (not shapes or _same_others(seen, wanted, recording.values))
                     )
     except Exception:  # noqa: BLE001  the user's code may fail in any way when widths change
         return False
@@ -220,14 +220,14 @@ def _same_numbers(found: Seen, operation: Operation, widths: Widths) -> bool:
     return True
 
 
-def _same_factors(seen: Sequence[Seen], wanted: Sequence[Wanted], values: Sequence[Value]) -> bool:
-    """Whether operators compute with the numbers and constants that they were recorded with."""
+def _same_others(seen: Sequence[Seen], wanted: Sequence[Wanted], values: Sequence[Value]) -> bool:
+    """Whether operators are given the numbers and constants that they were recorded with."""
     constants = {n: v.constant for n, v in enumerate(values) if v.constant is not None}
     return all(
         found.func is None
         or (
-            _factors(found.func, found.args, found.kwargs or {})
-            == _factors(operation.func, operation.args, operation.kwargs)
+            _others(found.func, found.args, found.kwargs or {}, operation.symbols)
+            == _others(operation.func, operation.args, operation.kwargs, operation.symbols)
             and (not constants or _same_constants(found, operation, constants))
         )
         for found, (_, operation) in zip(seen, wanted, strict=False)
@@ -253,14 +253,31 @@ def _same_constants(
     )
 
 
-def _factors(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[float]:
-    """Numbers that an operator computes with, in order; whole ones may be sizes and positions."""
-    kinds = (int, float) if torch.Tag.pointwise in func.tags else (float,)
+def _others(
+    func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], told: Collection[str]
+) -> list[float]:
+    """Numbers that an operator is given, in order, except those of widths: ``told``, and sizes."""
+    named = zip((one.name for one in func._schema.arguments), args, strict=False)
+    sized = func._schema.name in SIZED
     found: list[float] = []
-    for entry in (*args, *kwargs.values()):
-        items = entry if isinstance(entry, list | tuple) else (entry,)
-        found += [item for item in items if type(item) in kinds]
+    for name, entry in (*named, *kwargs.items()):
+        if name not in told and not (sized and (name in SIZES or isinstance(entry, list | tuple))):
+            items = entry if isinstance(entry, list | tuple) else (entry,)
+            found += [item for item in items if type(item) in (int, float)]
     return found
+
+
+SIZED = IN_ORDER | frozenset(
+    f"aten::{name}"
+    for name in (
+        "split", "split_with_sizes", "split_with_sizes_copy", "unsafe_split",
+        "unsafe_split_with_sizes", "view_copy", "_reshape_copy", "expand_copy", "as_strided_",
+        "zeros", "ones", "full", "empty", "empty_strided", "rand", "randn", "new_zeros",
+        "new_ones", "new_full", "new_empty", "new_empty_strided",
+    )
+)  # fmt: skip
+"""Operators of which the shapes of the results tell whether they are given the right sizes."""
+SIZES = (*ENDS, "split_size")
 
 
 def _known_size(operation: Operation) -> bool:

@@ -170,3 +170,39 @@ def test_what_code_computes_from_an_attribute_follows(kind):
     assert type(pruned) is Model
     torch.testing.assert_close(pruned(X), zeroed(model, graph, plan)(X))
     assert pruned(torch.randn(3, 9, 5)).shape[0] == 3
+
+
+class Elsewhere(nn.Module):
+    """An attribute that is a width in one place, and another number in another."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.heads, self.use = 4, use
+
+    def forward(self, x):
+        x = x.unflatten(-1, (self.heads, -1)).tanh().flatten(2)
+        return self.use(x, self.heads)
+
+
+USES = {
+    "position": lambda x, n: x * x[:, n].unsqueeze(1),
+    "steps": lambda x, n: x + x.roll(n, 1),
+    "place": lambda x, n: x + x.kthvalue(n, 1, keepdim=True)[0],
+    "diagonal": lambda x, n: x + (x @ x.transpose(1, 2)).tril(n - 5).sum(2, keepdim=True),
+    "value": lambda x, n: x + x.new_full((7, 1), n),
+    "numbers": lambda x, n: x + torch.arange(n, n + 7).unsqueeze(1),
+    "border": lambda x, n: x + F.pad(x[..., :1, :], (0, 0, n, 6 - n)),
+    "range": lambda x, n: x + x.sum(2).repeat(1, 2)[:, n : n + 7].unsqueeze(2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_width_that_is_another_number_elsewhere_stays_that_there(use):
+    torch.manual_seed(0)
+    model = Model(Elsewhere(USES[use])).eval()
+    graph = trace(model, X)
+    assert graph.recording.on_shapes
+    plan = Plan({axis.name: (0, 1, 3) for axis in graph.prunable if axis.size == 4})
+    assert plan.kept
+    pruned = apply(model, graph, plan)
+    torch.testing.assert_close(pruned(X), zeroed(model, graph, plan)(X))
