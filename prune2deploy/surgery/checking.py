@@ -1,117 +1,48 @@
 """Whether a pruned module computes what the plan implies.
 
 In: a module whose stored tensors are sliced, the recorded operators, the planned widths. Out: a
-verdict, operator by operator, on the shapes that are taken and returned and on the numbers that are
-widths: groups, where a slice begins. An operator may return the planned shape with a number that a
-constant in the code has left as it was.
-
-Operators that hand on the elements of a tensor as they are, in their order, are left out: how many
-of them it takes depends on strides, and on which dimensions are one wide, and each shape that the
-others take is compared. Where something is written to memory that these share they count, since one
-of them may have been a copy.
+verdict, operator by operator: where the tensors come from that it takes, their shapes and those of
+what it returns, and its numbers. Those that are widths (groups, where a slice begins) are to be as
+planned: an operator may return the planned shape with a number that a constant in the code has left
+as it was. All others are to be as recorded.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from prune2deploy.errors import PruneError
-from prune2deploy.graph.calling import run, tensors_in, untouched
+from prune2deploy.graph.calling import (
+    as_inputs,
+    run,
+    stored_tensors,
+    tensors_in,
+    untouched,
+)
 from prune2deploy.graph.following import memory_of, written_by
-from prune2deploy.graph.layout import VARYING, Node, leaves
+from prune2deploy.graph.layout import VARYING, Layout, Node, leaves
 from prune2deploy.graph.recording import Operation, Recording, refs_in
-from prune2deploy.graph.rules import Value, argument
+from prune2deploy.graph.rules import Value
 from prune2deploy.graph.shapes import Outline, on_shapes, outlined
-from prune2deploy.graph.visible import Watch
-from prune2deploy.graph.whole import name_of, watched
+from prune2deploy.graph.whole import watched
+from prune2deploy.surgery.seeing import (
+    ENDS,
+    IN_ORDER,
+    Calls,
+    Seeing,
+    Seen,
+    Shapes,
+    Source,
+    ids,
+    shapes_of,
+)
 from prune2deploy.surgery.widths import Widths
-
-Shapes = tuple[tuple[int, ...], ...]
-
-
-@dataclass(frozen=True)
-class Seen:
-    """One operator call of the module under check.
-
-    Attributes:
-        name: Of the operator.
-        shapes: Those that it returned.
-        taken: Those of the tensors that it was given.
-        func: Its ATen overload; None or a stand-in for a module that is an operator by itself.
-        args: Its arguments.
-        kwargs: Likewise.
-    """
-
-    name: str
-    shapes: Shapes
-    taken: Shapes = ()
-    func: Any = None
-    args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] | None = None
-
-    @property
-    def idle(self) -> bool:
-        """Whether it hands on the elements of a tensor as they are, in their order."""
-        return (
-            self.name in IN_ORDER
-            and self.func._overloadname != "dtype"
-            and math.prod(self.taken[0]) == math.prod(self.shapes[0])
-        )
-
-    def number(self, name: str) -> Any:
-        """The argument of that name; the ends of a slice counted from the front."""
-        if self.name not in SLICES or name not in ENDS:
-            return self._given(name)
-        size = self._given("self").shape[self._given("dim")]
-        return slice(*map(self._given, ENDS)).indices(size)[ENDS.index(name)]
-
-    def _given(self, name: str) -> Any:
-        return argument(self.func, self.args, self.kwargs or {}, name)
-
-
-SLICES = frozenset({"aten::slice", "aten::slice_copy"})
-ENDS = ("start", "end")
-IN_ORDER = SLICES | frozenset(
-    f"aten::{name}"
-    for name in (
-        "clone", "alias", "view", "_unsafe_view", "reshape", "_reshape_alias", "unsqueeze",
-        "squeeze", "expand",
-    )
-)  # fmt: skip
-"""Operators that keep the order of elements where they return as many as they are given."""
-
-
-class _Seeing(Watch):
-    """Lists each operator that runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[Seen] = []
-        self.inside: list[nn.Module] = []  # modules that are operators by themselves
-        self._alive: list[Any] = []  # torch detaches a new tensor that somebody holds
-
-    def ran(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        """Hear of an operator that has run."""
-        self._alive.append(result)
-        if not self.inside:
-            taken = _shapes((args, kwargs))
-            self.seen.append(Seen(func._schema.name, _shapes(result), taken, func, args, kwargs))
-
-    def ended(self, module: nn.Module, given: Any, result: Any) -> None:
-        """Hear of a module that is an operator by itself."""
-        self.seen.append(Seen(name_of(module), _shapes(result), _shapes(given)))
-
-
-def _shapes(result: Any) -> Shapes:
-    return tuple(tuple(tensor.shape) for tensor in tensors_in(result))
 
 
 def runs_as_planned(
@@ -132,49 +63,81 @@ def runs_as_planned(
     inputs = outlined(example) if shapes else example
     strictly = _any_written(operations)
     known = list(itertools.takewhile(_known_size, operations))
+    wanted, results = _planned(known, recording, widths, removed, strictly=strictly)
     complete = len(known) == len(operations)
-    wanted = [pair for pair in _planned(known, recording, widths) if strictly or not pair[0].idle]
-    returned: list[Shapes] = []
+    returned: list[Results] = []
     try:
         with untouched(module), on_shapes(module, shapes):
             for _ in range(2):
-                watch = _Seeing()
+                calls = Calls(_before(module, recording, inputs), strictly=strictly)
+                watch = Seeing(calls)
                 with watched(module, watch.inside, watch.ended), watch:
                     result = run(module, inputs, recording.forward_fn)
-                returned.append(_shapes(result))
-                seen = [one for one in watch.seen if strictly or not one.idle]
-                if _same_operators(seen, wanted, complete=complete):
+                returned.append((shapes_of(result), calls.of(ids(result))))
+                if _same_operators(calls.listed, wanted, complete=complete):
                     return (
-                        returned[0] == returned[-1]
-                        and (not complete or returned[0] == _results(recording, widths))
-                        and _same_widths(seen, wanted, widths)
-                        and (not shapes or _same_others(seen, wanted, recording.values))
+                        returned[0][0] == returned[-1][0]
+                        and (not complete or returned[-1] == results)
+                        and _same_widths(calls.listed, wanted, widths)
+                        and (not shapes or _same_others(calls.listed, wanted, recording.values))
                     )
     except Exception:  # noqa: BLE001  the user's code may fail in any way when widths change
         return False
     return False
 
 
+Results = tuple[Shapes, tuple[Source, ...]]
+"""What a model returns: shapes, and where each tensor comes from."""
+
 Wanted = tuple[Seen, Operation]
 """What is to be seen of a recorded operator."""
 
 
+def _before(module: nn.Module, recording: Recording, inputs: Any) -> dict[int, Source]:
+    """What there is before a model runs, by identity: the numbers of stored and given tensors."""
+    known: dict[int, Source] = dict(zip(ids(as_inputs(inputs)), recording.inputs, strict=True))
+    known |= {id(tensor): recording.stored.get(name) for name, tensor in stored_tensors(module)}
+    return known
+
+
 def _planned(
-    operations: Sequence[Operation], recording: Recording, widths: Widths
-) -> Iterator[Wanted]:
-    """Each operator with the shapes that the plan implies."""
+    operations: Sequence[Operation],
+    recording: Recording,
+    widths: Widths,
+    removed: Sequence[str],
+    *,
+    strictly: bool,
+) -> tuple[list[Wanted], Results]:
+    """Each operator that counts, and the results, with the shapes that the plan implies."""
     held = {number: value.dims for number, value in enumerate(recording.values)}
+    calls = Calls(
+        {n: n for n in (*recording.stored.values(), *recording.inputs)}, strictly=strictly
+    )
+    ends = ((block.outputs[0], block.inputs[0]) for block in recording.spans(removed).values())
+    handed = {after: before for after, before in ends if after != before}
+    listed: list[Operation] = []
+
+    def numbers(tree: Any) -> Iterator[int]:
+        for ref in refs_in(tree):
+            number = ref.number
+            while number in handed:  # a block that is taken out hands on what it is given
+                number = handed[number]
+            yield number
+
     for one in operations:
         held.update(zip(one.outputs, one.layouts, strict=True))
-        taken = (widths.shape(held[ref.number]) for ref in refs_in((one.args, one.kwargs)))
-        made = map(widths.shape, one.layouts)
-        yield Seen(one.name, tuple(made), tuple(taken), one.func, one.args, one.kwargs), one
+        given = list(numbers((one.args, one.kwargs)))
+        made, taken = (_sizes(widths, held, each) for each in (one.outputs, given))
+        call = Seen(one.name, made, taken, one.func, one.args, one.kwargs)
+        if calls.enter(call, given, one.outputs):
+            listed.append(one)
+    returned = list(numbers(recording.outputs))
+    results = _sizes(widths, held, returned), calls.of(returned)
+    return list(zip(calls.listed, listed, strict=True)), results
 
 
-def _results(recording: Recording, widths: Widths) -> Shapes:
-    """The shapes of what the model is to return."""
-    refs = refs_in(recording.outputs)
-    return tuple(widths.shape(recording.values[ref.number].dims) for ref in refs)
+def _sizes(widths: Widths, held: Mapping[int, Layout], numbers: Iterable[int]) -> Shapes:
+    return tuple(widths.shape(held[number]) for number in numbers)
 
 
 def _any_written(operations: Sequence[Operation]) -> bool:
@@ -200,7 +163,7 @@ def _same_operators(seen: Sequence[Seen], wanted: Sequence[Wanted], *, complete:
 def _same_widths(seen: Sequence[Seen], wanted: Sequence[Wanted], widths: Widths) -> bool:
     return all(
         found.shapes == one.shapes
-        and found.taken == one.taken
+        and (found.taken, found.sources) == (one.taken, one.sources)
         and _same_numbers(found, operation, widths)
         for found, (one, operation) in zip(seen, wanted, strict=False)
     )

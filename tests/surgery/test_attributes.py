@@ -192,6 +192,7 @@ USES = {
     "value": lambda x, n: x + x.new_full((7, 1), n),
     "numbers": lambda x, n: x + torch.arange(n, n + 7).unsqueeze(1),
     "border": lambda x, n: x + F.pad(x[..., :1, :], (0, 0, n, 6 - n)),
+    "choice": lambda x, n: [x, x.cos(), x.tanh(), x.exp(), x.sin()][n] + x,
     "range": lambda x, n: x + x.sum(2).repeat(1, 2)[:, n : n + 7].unsqueeze(2),
 }  # fmt: skip
 
