@@ -42,20 +42,29 @@ def followers(operations: Iterable[Operation], inputs: Iterable[int]) -> Followe
         operations: In order.
         inputs: Numbers of the values that are given.
     """
-    memory: dict[int, int] = {}  # value → the one whose memory it lies in
+    operations = list(operations)
+    memory = memory_of(operations)
     found = Followers(set(inputs), [])
     for op in operations:
-        given = [ref.number for ref in refs_in((op.args, op.kwargs))]
-        read = [memory.get(number, number) for number in given]
-        if read and _aliases(op.func):
-            memory.update((number, read[0]) for number in op.outputs if number not in given)
+        read = [memory.get(ref.number, ref.number) for ref in refs_in((op.args, op.kwargs))]
         if op.name in SHAPED or found.values.isdisjoint(read):
             continue
-        written = [ref.number for ref in refs_in(_written(op))]
+        written = [ref.number for ref in refs_in(written_by(op))]
         found.values.update(memory.get(number, number) for number in (*written, *op.outputs))
         if not op.outputs and not written:
             found.questions.append(op)
     return found
+
+
+def memory_of(operations: Iterable[Operation]) -> dict[int, int]:
+    """By number of a value that lies in the memory of another, the number of that one."""
+    memory: dict[int, int] = {}
+    for op in operations:
+        given = [ref.number for ref in refs_in((op.args, op.kwargs))]
+        if given and _aliases(op.func):
+            root = memory.get(given[0], given[0])
+            memory.update((number, root) for number in op.outputs if number not in given)
+    return memory
 
 
 def decided_by_numbers(recording: Recording) -> list[Operation]:
@@ -85,7 +94,7 @@ def _aliases(func: Any) -> bool:
     return schema is not None and any(returned.alias_info for returned in schema.returns)
 
 
-def _written(operation: Operation) -> list[Any]:
+def written_by(operation: Operation) -> list[Any]:
     """The arguments that an operator writes to."""
     schema = getattr(operation.func, "_schema", None)
     arguments = () if schema is None else schema.arguments

@@ -6,6 +6,7 @@ import torch
 
 from prune2deploy.graph.layout import Layout, Node, freeze, leaf, prod, regroup, unify
 from prune2deploy.graph.rules import ACROSS_GROUPS, CATEGORIES, KERNEL, Call, broadcast, fresh, rule
+from prune2deploy.graph.visible import ATTENTION
 
 
 @rule("aten::_prelu_kernel", "aten::prelu")
@@ -129,6 +130,7 @@ def _couple_groups(
     "aten::_scaled_dot_product_attention_math",
     "aten::_scaled_dot_product_attention_math_for_mps",
     "aten::scaled_dot_product_attention",
+    ATTENTION,
 )
 def attention(call: Call) -> list[Layout]:
     """Fused attention: q (…, L, E), k (…, S, E), v (…, S, D) → (…, L, D); the keys stay.

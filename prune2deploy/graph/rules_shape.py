@@ -190,6 +190,7 @@ def sliced(call: Call) -> Layout:
         return (*x[:dim], _stepped(x[dim], start, length, call["step"]), *x[dim + 1 :])
     pieces = cut(x[dim], [start, start + length])
     if pieces is None:
+        call.symbols["start"], call.symbols["end"] = fresh([start]), fresh([start + length])
         return (*x[:dim], leaf(length, "a slice cuts across its channels"), *x[dim + 1 :])
     if call.value("self").origin:
         freeze(pieces, "a slice of a stored table")

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from prune2deploy.graph import visible  # noqa: F401  defines an operator
+
 aten = torch.ops.aten
 
 
@@ -266,20 +268,21 @@ def unsafe_view(x: Tensor, sizes: Sequence[int]) -> Form | None:
     return contiguous(sizes, x.dtype)
 
 
-@kernel(aten._scaled_dot_product_flash_attention_for_cpu.default)
-def attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **settings: Any) -> list[Form] | None:
+@kernel(torch.ops.prune2deploy.attention.default)
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *_: Any, **__: Any
+) -> Form | None:
     """Fused attention on CPU: the result lies in memory as the queries do."""
     form = _like(q)
     if form is None or q.dim() != 4 or not (q.dtype == k.dtype == v.dtype == torch.float32):
         return None
+    if not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
+        return None  # computed by smaller operators
     batch, heads, rows, width = q.shape
     if k.shape != v.shape or (*k.shape[:2], k.shape[3]) != (batch, heads, width):
         return None
-    mask = settings.get("attn_mask")
     if mask is not None:
         logits = (batch, heads, rows, k.shape[2])
         fits = _broadcast(tuple(mask.shape), logits) == logits
         _fit(fits, "mask of an attention", mask, logits)
-    turned = contiguous((batch, rows, heads), q.dtype).strides
-    strides = (turned[0], turned[2], turned[1])
-    return [form, Form((batch, heads, rows), strides, q.dtype)]
+    return form

@@ -1,7 +1,8 @@
 """What a model does beside torch's operators, made visible as operators.
 
 In: calls of functions while the modes below are active. Out: recorded operators, each of which
-changes nothing. Two kinds of calls leave no trace by themselves. Dropout that is called as a
+changes nothing. Fused attention becomes one operator, whatever torch makes of it on a device, for a
+type and with a mask. Two kinds of calls leave no trace by themselves. Dropout that is called as a
 function does nothing in evaluation mode; it becomes an operator that knows the kind and the
 probability, so that a captured module can drop again when it trains. (Calls with a probability of
 zero stay unseen: code that passes ``p if self.training else 0`` does not tell its probability in
@@ -26,8 +27,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _LIBRARY = torch.library.Library("prune2deploy", "FRAGMENT")
 _LIBRARY.define("dropout(Tensor(a) self, float p, str kind) -> Tensor(a)")
 _LIBRARY.define("leave(Tensor self, str how) -> ()")
+_LIBRARY.define(
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, "
+    "float dropout_p=0.0, bool is_causal=False, *, float? scale=None, bool enable_gqa=False) "
+    "-> Tensor"
+)
 
 LEAVE = "prune2deploy::leave"
+ATTENTION = "prune2deploy::attention"
 
 
 @torch.library.impl(_LIBRARY, "dropout", "CompositeExplicitAutograd")
@@ -39,6 +46,23 @@ def _nothing(self: Tensor, p: float, kind: str) -> Tensor:
 @torch.library.impl(_LIBRARY, "leave", "CompositeExplicitAutograd")
 def _leave(self: Tensor, how: str) -> None:
     return None
+
+
+@torch.library.impl(_LIBRARY, "attention", "CompositeExplicitAutograd")
+def _attention(*args: Any, **settings: Any) -> Tensor:
+    return F.scaled_dot_product_attention(*args, **settings)
+
+
+def _attends(func: Any, args: tuple[Any, ...], settings: dict[str, Any]) -> bool:
+    """Whether it is fused attention of as many queries, keys and values, but for shared heads."""
+    if func is not F.scaled_dot_product_attention:
+        return False
+    named = map(settings.get, ("query", "key", "value"))
+    q, k, v = [tensor for tensor in (*args, *named) if tensor is not None][:3]
+    if q.dim() < 3 or any(map(stands_in, (q, k, v))):
+        return False
+    alike = 3 if settings.get("enable_gqa") else 2
+    return bool(q.shape[:-alike] == k.shape[:-alike] and k.shape[:-2] == v.shape[:-2])
 
 
 KINDS: dict[Any, str] = {
@@ -75,6 +99,8 @@ class Visible(TorchFunctionMode):
         idle = kind is not None and settings["p"] and not settings["training"]
         if idle and not stands_in(args[0]):
             return torch.ops.prune2deploy.dropout(args[0], settings["p"], kind)
+        if _attends(func, args, settings):
+            return torch.ops.prune2deploy.attention(*args, **settings)
         if func in EXITS:
             torch.ops.prune2deploy.leave(args[0], EXITS[func])
         return func(*args, **settings)

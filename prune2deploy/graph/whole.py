@@ -117,7 +117,7 @@ def _outputs(module: nn.Module, result: Any) -> list[torch.Tensor]:
     return list(items)
 
 
-Ended = Callable[[nn.Module, Any], None]
+Ended = Callable[[nn.Module, Any, Any], None]
 
 
 @contextmanager
@@ -127,20 +127,20 @@ def watched(model: nn.Module, inside: list[nn.Module], ended: Ended) -> Iterator
     Args:
         model: Whose modules are watched.
         inside: Filled and emptied.
-        ended: Is given each outermost one with its result.
+        ended: Is given each outermost one with its arguments and its result.
     """
 
     def before(module: nn.Module, _: Any) -> None:
         inside.append(module)
 
-    def after(module: nn.Module, _: Any, result: Any) -> None:
+    def after(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
         inside.pop()
         if not inside:
-            ended(module, result)
+            ended(module, (args, kwargs), result)
 
     parts = [part for part in model.modules() if rule_of(part) is not None]
     handles = [part.register_forward_pre_hook(before) for part in parts]
-    handles += [part.register_forward_hook(after) for part in parts]
+    handles += [part.register_forward_hook(after, with_kwargs=True) for part in parts]
     try:
         yield
     finally:

@@ -3,21 +3,21 @@
 What the attributes of ``torch.nn``'s layers mean is known. Code of the model's own that spells
 widths out mostly reads them from an attribute too (``self.num_heads``). Which attribute is which
 width is not known there: a whole number that a module holds, and that is the size of a dimension
-which its code views, expands or splits, is taken for one. Whether that is right is for ``checking``
-to say, operator by operator; where it is wrong everything is set back.
+which its code views, expands or splits, or a number of groups, is taken for one. Whether that is
+right is for ``checking`` to say, operator by operator; where it is wrong everything is set back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
-from prune2deploy.graph.layout import find, leaves
-from prune2deploy.graph.recording import INPUT, Recording
+from prune2deploy.graph.layout import Layout, find, leaves
+from prune2deploy.graph.recording import INPUT, Recording, refs_in
 from prune2deploy.graph.whole import WholeModule
 from prune2deploy.surgery.checking import runs_as_planned
 from prune2deploy.surgery.widths import Widths
@@ -124,14 +124,14 @@ def _follow_convolution(part: nn.modules.conv._ConvNd, groups: int | None) -> No
         part.in_channels, part.out_channels = columns * part.groups, rows
 
 
-_SPELLING = frozenset(
+_CUTTING = frozenset(f"aten::{name}" for name in ("slice", "split", "split_with_sizes", "chunk"))
+"""Operators that are told sizes of parts, which code may compute from the size of the whole."""
+
+_SPELLING = _CUTTING | frozenset(
     f"aten::{name}"
-    for name in (
-        "view", "_unsafe_view", "reshape", "expand", "repeat", "repeat_interleave", "slice",
-        "split", "split_with_sizes", "chunk",
-    )
-)  # fmt: skip
-"""Operators that are told sizes by numbers."""
+    for name in ("view", "_unsafe_view", "reshape", "expand", "repeat", "repeat_interleave")
+)
+"""Operators that are told sizes of what they return by numbers."""
 
 
 def runs_with_its_code(
@@ -148,7 +148,7 @@ def runs_with_its_code(
     if runs_as_planned(module, recording, widths, example, removed):
         return True
     spelt = _spelt_sizes(recording, widths) if recording.on_shapes else {}
-    changes = [_changes(spelt, daring=daring) for daring in (True, False)]
+    changes = [{path: choice(sizes) for path, sizes in spelt.items()} for choice in _CHOICES]
     for place, change in enumerate(changes):
         if change in changes[:place]:
             continue
@@ -183,30 +183,51 @@ _Changes = dict[str, dict[int, int]]
 """By module, the sizes that its code spells out and that have changed, as they now are."""
 
 
-_Spelt = dict[str, dict[int, set[int]]]
-"""By module, the sizes that its code spells out, and what each is to be where it is spelt out."""
+_Spelt = dict[str, dict[int, list[int]]]
+"""By module, the sizes that its code spells out, and what each is to be, place by place."""
 
 
 def _spelt_sizes(recording: Recording, widths: Widths) -> _Spelt:
-    """Find the sizes that are spelt out; those of the model's inputs are not."""
+    """Find the sizes that are spelt out; those of the model's inputs are not.
+
+    That of a whole that is cut counts where no part has the same.
+    """
     found: _Spelt = {}
+    wholes: _Spelt = {}
     for operation in recording.operations:
+        spelt = [*operation.symbols.values()]
         if operation.name in _SPELLING:
-            sizes = found.setdefault(operation.scope, {})
-            for node in chain(*operation.layouts, *operation.symbols.values()):
-                if all(below.frozen != INPUT for below in leaves(node)):
-                    sizes.setdefault(find(node).size, set()).add(widths(node))
-    return found
+            spelt += operation.layouts
+        _enter(found.setdefault(operation.scope, {}), spelt, widths)
+        if operation.name in _CUTTING:
+            cut = [recording.values[ref.number].dims for ref in refs_in(operation.args)]
+            _enter(wholes.setdefault(operation.scope, {}), cut, widths)
+    return {path: wholes.get(path, {}) | sizes for path, sizes in found.items()}
 
 
-def _changes(spelt: _Spelt, *, daring: bool) -> _Changes:
-    """The sizes that changed in one way only; unless ``daring``, also those that nowhere stayed."""
-    return {path: _single(sizes, daring=daring) for path, sizes in spelt.items()}
+def _enter(sizes: dict[int, list[int]], spelt: Iterable[Layout], widths: Widths) -> None:
+    for node in chain(*spelt):
+        if all(below.frozen != INPUT for below in leaves(node)):
+            sizes.setdefault(find(node).size, []).append(widths(node))
 
 
-def _single(sizes: Mapping[int, set[int]], *, daring: bool) -> dict[int, int]:
-    left = {old: news - {old} if daring else news for old, news in sizes.items()}
-    return {old: next(iter(news)) for old, news in left.items() if len(news) == 1}
+def _changed(sizes: Mapping[int, Sequence[int]]) -> dict[int, int]:
+    """The sizes that changed in one way only, wherever they changed."""
+    return _alike({old: [new for new in news if new != old] for old, news in sizes.items()})
+
+
+def _alike(sizes: Mapping[int, Sequence[int]]) -> dict[int, int]:
+    """The sizes that are to be the same everywhere."""
+    return {old: news[0] for old, news in sizes.items() if len(set(news)) == 1}
+
+
+def _last(sizes: Mapping[int, Sequence[int]]) -> dict[int, int]:
+    """What each size is to be where it is spelt out last: mostly of what a module returns."""
+    return {old: news[-1] for old, news in sizes.items()}
+
+
+_CHOICES = (_changed, _alike, _last)
+"""What to make of sizes that are not to be the same everywhere; the first that is right holds."""
 
 
 def _replaced(value: Any, sizes: Mapping[int, int]) -> Any:

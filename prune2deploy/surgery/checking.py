@@ -1,88 +1,48 @@
 """Whether a pruned module computes what the plan implies.
 
 In: a module whose stored tensors are sliced, the recorded operators, the planned widths. Out: a
-verdict, operator by operator, on the shapes that are returned and on the numbers that are widths:
-groups, where a slice begins. An operator may return the planned shape with a number that a
-constant in the code has left as it was.
+verdict, operator by operator: where the tensors come from that it takes, their shapes and those of
+what it returns, and its numbers. Those that are widths (groups, where a slice begins) are to be as
+planned: an operator may return the planned shape with a number that a constant in the code has left
+as it was. All others are to be as recorded.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from prune2deploy.errors import PruneError
-from prune2deploy.graph.calling import run, tensors_in, untouched
-from prune2deploy.graph.layout import VARYING, Node, leaves
+from prune2deploy.graph.calling import (
+    as_inputs,
+    run,
+    stored_tensors,
+    tensors_in,
+    untouched,
+)
+from prune2deploy.graph.following import memory_of, written_by
+from prune2deploy.graph.layout import VARYING, Layout, Node, leaves
 from prune2deploy.graph.recording import Operation, Recording, refs_in
-from prune2deploy.graph.rules import Value, argument
+from prune2deploy.graph.rules import Value
 from prune2deploy.graph.shapes import Outline, on_shapes, outlined
-from prune2deploy.graph.visible import Watch
-from prune2deploy.graph.whole import name_of, watched
+from prune2deploy.graph.whole import watched
+from prune2deploy.surgery.seeing import (
+    ENDS,
+    IN_ORDER,
+    Calls,
+    Seeing,
+    Seen,
+    Shapes,
+    Source,
+    ids,
+    shapes_of,
+)
 from prune2deploy.surgery.widths import Widths
-
-
-@dataclass(frozen=True)
-class Seen:
-    """One operator call of the module under check.
-
-    Attributes:
-        name: Of the operator.
-        shapes: Those that it returned.
-        func: Its ATen overload; None for a module that is an operator by itself.
-        args: Its arguments.
-        kwargs: Likewise.
-    """
-
-    name: str
-    shapes: tuple[tuple[int, ...], ...]
-    func: Any = None
-    args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] | None = None
-
-    def number(self, name: str) -> Any:
-        """The argument of that name; the ends of a slice counted from the front."""
-        if self.name not in SLICES or name not in ENDS:
-            return self._given(name)
-        size = self._given("self").shape[self._given("dim")]
-        return slice(*map(self._given, ENDS)).indices(size)[ENDS.index(name)]
-
-    def _given(self, name: str) -> Any:
-        return argument(self.func, self.args, self.kwargs or {}, name)
-
-
-SLICES = frozenset({"aten::slice", "aten::slice_copy"})
-ENDS = ("start", "end")
-
-
-class _Seeing(Watch):
-    """Lists each operator that runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[Seen] = []
-        self.inside: list[nn.Module] = []  # modules that are operators by themselves
-        self._alive: list[Any] = []  # torch detaches a new tensor that somebody holds
-
-    def ran(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        """Hear of an operator that has run."""
-        self._alive.append(result)
-        if not self.inside:
-            self.seen.append(Seen(func._schema.name, _shapes(result), func, args, kwargs))
-
-    def ended(self, module: nn.Module, result: Any) -> None:
-        """Hear of a module that is an operator by itself."""
-        self.seen.append(Seen(name_of(module), _shapes(result)))
-
-
-def _shapes(result: Any) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(tensor.shape) for tensor in tensors_in(result))
 
 
 def runs_as_planned(
@@ -101,42 +61,111 @@ def runs_as_planned(
     """
     operations, shapes = recording.without(removed), recording.on_shapes
     inputs = outlined(example) if shapes else example
+    strictly = _any_written(operations)
     known = list(itertools.takewhile(_known_size, operations))
-    returned: list[list[torch.Size]] = []
+    wanted, results = _planned(known, recording, widths, removed, strictly=strictly)
+    complete = len(known) == len(operations)
+    returned: list[Results] = []
     try:
         with untouched(module), on_shapes(module, shapes):
             for _ in range(2):
-                watch = _Seeing()
+                calls = Calls(_before(module, recording, inputs), strictly=strictly)
+                watch = Seeing(calls)
                 with watched(module, watch.inside, watch.ended), watch:
                     result = run(module, inputs, recording.forward_fn)
-                returned.append([tensor.shape for tensor in tensors_in(result)])
-                if _same_operators(watch.seen, operations, known):
+                returned.append((shapes_of(result), calls.of(ids(result))))
+                if _same_operators(calls.listed, wanted, complete=complete):
                     return (
-                        returned[0] == returned[-1]
-                        and _same_widths(watch.seen, known, widths)
-                        and (not shapes or _same_factors(watch.seen, known, recording.values))
+                        returned[0][0] == returned[-1][0]
+                        and (not complete or returned[-1] == results)
+                        and _same_widths(calls.listed, wanted, widths)
+                        and (not shapes or _same_others(calls.listed, wanted, recording.values))
                     )
     except Exception:  # noqa: BLE001  the user's code may fail in any way when widths change
         return False
     return False
 
 
-def _same_operators(
-    seen: Sequence[Seen], operations: Sequence[Operation], known: Sequence[Operation]
-) -> bool:
+Results = tuple[Shapes, tuple[Source, ...]]
+"""What a model returns: shapes, and where each tensor comes from."""
+
+Wanted = tuple[Seen, Operation]
+"""What is to be seen of a recorded operator."""
+
+
+def _before(module: nn.Module, recording: Recording, inputs: Any) -> dict[int, Source]:
+    """What there is before a model runs, by identity: the numbers of stored and given tensors."""
+    known: dict[int, Source] = dict(zip(ids(as_inputs(inputs)), recording.inputs, strict=True))
+    known |= {id(tensor): recording.stored.get(name) for name, tensor in stored_tensors(module)}
+    return known
+
+
+def _planned(
+    operations: Sequence[Operation],
+    recording: Recording,
+    widths: Widths,
+    removed: Sequence[str],
+    *,
+    strictly: bool,
+) -> tuple[list[Wanted], Results]:
+    """Each operator that counts, and the results, with the shapes that the plan implies."""
+    held = {number: value.dims for number, value in enumerate(recording.values)}
+    calls = Calls(
+        {n: n for n in (*recording.stored.values(), *recording.inputs)}, strictly=strictly
+    )
+    ends = ((block.outputs[0], block.inputs[0]) for block in recording.spans(removed).values())
+    handed = {after: before for after, before in ends if after != before}
+    listed: list[Operation] = []
+
+    def numbers(tree: Any) -> Iterator[int]:
+        for ref in refs_in(tree):
+            number = ref.number
+            while number in handed:  # a block that is taken out hands on what it is given
+                number = handed[number]
+            yield number
+
+    for one in operations:
+        held.update(zip(one.outputs, one.layouts, strict=True))
+        given = list(numbers((one.args, one.kwargs)))
+        made, taken = (_sizes(widths, held, each) for each in (one.outputs, given))
+        call = Seen(one.name, made, taken, one.func, one.args, one.kwargs)
+        if calls.enter(call, given, one.outputs):
+            listed.append(one)
+    returned = list(numbers(recording.outputs))
+    results = _sizes(widths, held, returned), calls.of(returned)
+    return list(zip(calls.listed, listed, strict=True)), results
+
+
+def _sizes(widths: Widths, held: Mapping[int, Layout], numbers: Iterable[int]) -> Shapes:
+    return tuple(widths.shape(held[number]) for number in numbers)
+
+
+def _any_written(operations: Sequence[Operation]) -> bool:
+    """Whether there are writes to memory that operators which may be left out read or return."""
+    memory = memory_of(operations)
+    handed = {
+        memory.get(number, number)
+        for one in operations
+        if one.name in IN_ORDER
+        for number in (*one.outputs, *(ref.number for ref in refs_in(one.args)))
+    }
+    targets = (ref.number for one in operations for ref in refs_in(written_by(one)))
+    return any(memory.get(number, number) in handed for number in targets)
+
+
+def _same_operators(seen: Sequence[Seen], wanted: Sequence[Wanted], *, complete: bool) -> bool:
     """Whether the operators are those recorded, as far as values have no say in them."""
-    if len(known) == len(operations) != len(seen):
+    if complete and len(wanted) != len(seen):
         return False
-    pairs = zip(seen, known, strict=False)
-    return all(found.name == operation.name for found, operation in pairs)
+    return all(found.name == one.name for found, (one, _) in zip(seen, wanted, strict=False))
 
 
-def _same_widths(seen: Sequence[Seen], known: Sequence[Operation], widths: Widths) -> bool:
-    pairs = zip(seen, known, strict=False)
+def _same_widths(seen: Sequence[Seen], wanted: Sequence[Wanted], widths: Widths) -> bool:
     return all(
-        found.shapes == tuple(widths.shape(dims) for dims in operation.layouts)
+        found.shapes == one.shapes
+        and (found.taken, found.sources) == (one.taken, one.sources)
         and _same_numbers(found, operation, widths)
-        for found, operation in pairs
+        for found, (one, operation) in zip(seen, wanted, strict=False)
     )
 
 
@@ -154,19 +183,17 @@ def _same_numbers(found: Seen, operation: Operation, widths: Widths) -> bool:
     return True
 
 
-def _same_factors(
-    seen: Sequence[Seen], known: Sequence[Operation], values: Sequence[Value]
-) -> bool:
-    """Whether operators compute with the numbers and constants that they were recorded with."""
+def _same_others(seen: Sequence[Seen], wanted: Sequence[Wanted], values: Sequence[Value]) -> bool:
+    """Whether operators are given the numbers and constants that they were recorded with."""
     constants = {n: v.constant for n, v in enumerate(values) if v.constant is not None}
     return all(
         found.func is None
         or (
-            _factors(found.func, found.args, found.kwargs or {})
-            == _factors(operation.func, operation.args, operation.kwargs)
+            _others(found.func, found.args, found.kwargs or {}, operation.symbols)
+            == _others(operation.func, operation.args, operation.kwargs, operation.symbols)
             and (not constants or _same_constants(found, operation, constants))
         )
-        for found, operation in zip(seen, known, strict=False)
+        for found, (_, operation) in zip(seen, wanted, strict=False)
     )
 
 
@@ -189,14 +216,31 @@ def _same_constants(
     )
 
 
-def _factors(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[float]:
-    """Numbers that an operator computes with, in order; whole ones may be sizes and positions."""
-    kinds = (int, float) if torch.Tag.pointwise in func.tags else (float,)
+def _others(
+    func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], told: Collection[str]
+) -> list[float]:
+    """Numbers that an operator is given, in order, except those of widths: ``told``, and sizes."""
+    named = zip((one.name for one in func._schema.arguments), args, strict=False)
+    sized = func._schema.name in SIZED
     found: list[float] = []
-    for entry in (*args, *kwargs.values()):
-        items = entry if isinstance(entry, list | tuple) else (entry,)
-        found += [item for item in items if type(item) in kinds]
+    for name, entry in (*named, *kwargs.items()):
+        if name not in told and not (sized and (name in SIZES or isinstance(entry, list | tuple))):
+            items = entry if isinstance(entry, list | tuple) else (entry,)
+            found += [item for item in items if type(item) in (int, float)]
     return found
+
+
+SIZED = IN_ORDER | frozenset(
+    f"aten::{name}"
+    for name in (
+        "split", "split_with_sizes", "split_with_sizes_copy", "unsafe_split",
+        "unsafe_split_with_sizes", "view_copy", "_reshape_copy", "expand_copy", "as_strided_",
+        "zeros", "ones", "full", "empty", "empty_strided", "rand", "randn", "new_zeros",
+        "new_ones", "new_full", "new_empty", "new_empty_strided",
+    )
+)  # fmt: skip
+"""Operators of which the shapes of the results tell whether they are given the right sizes."""
+SIZES = (*ENDS, "split_size")
 
 
 def _known_size(operation: Operation) -> bool:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from prune2deploy.graph.layout import Layout, Node, factors, find, leaves, prod
 from prune2deploy.graph.recording import Operation, Recording, Ref
 from prune2deploy.graph.rules import argument
+from prune2deploy.graph.visible import ATTENTION
 
 Argument = Any
 
@@ -315,10 +316,10 @@ _ATEN: dict[str, Callable[[Writer, Operation], Argument]] = {
 }
 
 
-SPELLINGS = {**_ATEN, "prune2deploy::dropout": _dropout}
+SPELLINGS = {**_ATEN, "prune2deploy::dropout": _dropout, ATTENTION: _attention}
 """Operators written in the form that has gradients, exporters and size arguments."""
 
-ATTENTIONS = frozenset(f"aten::{name}" for name in _ATTENTIONS)
+ATTENTIONS = frozenset({ATTENTION, *(f"aten::{name}" for name in _ATTENTIONS)})
 """Operators that compute a softmax over products of queries and keys."""
 
 POOLS = frozenset({"aten::max_pool2d_with_indices", "aten::max_pool3d_with_indices"})

@@ -46,7 +46,7 @@ CALLS = {
     "softmax": lambda: F.softmax(r(2, 3, 4), 1) + F.log_softmax(r(2, 3, 4), -1),
     "masked": lambda: r(2, 1, 4).masked_fill(r(3, 4) > 0, 0.0),
     "rolled": lambda: r(2, 5, 4).roll((1, 2), (0, 1)).view(2, 20),
-    "attention": lambda: F.scaled_dot_product_attention(
+    "attention": lambda: torch.ops.prune2deploy.attention(
         r(2, 5, 3, 4).transpose(1, 2), r(2, 3, 6, 4), r(2, 3, 6, 4), r(5, 6)
     ),
     "half": lambda: F.relu(r(2, 3).half()) + 1,

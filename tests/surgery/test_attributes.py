@@ -107,3 +107,103 @@ def test_standard_layers_keep_what_is_no_width():
     torch.testing.assert_close(
         pruned(x), zeroed(model, graph, Plan({"0": (0, 3), "3": (1, 2, 5)}))(x)
     )
+
+
+class Parts(nn.Module):
+    """A part and what is left, both computed from the width of the whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.width, self.part = 12, 4
+        self.own = nn.Linear(4, 4)
+
+    def forward(self, x):
+        a, b = x.split([self.part, self.width - self.part], -1)
+        return torch.cat([self.own(a), b], -1)
+
+
+class Halves(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.width, self.wide = 12, nn.Linear(12, 12)
+
+    def forward(self, x):
+        x = self.wide(x)
+        return torch.cat([x[..., self.width // 2 :], x[..., : self.width // 2].tanh()], -1)
+
+
+class Blur(nn.Module):
+    """A fixed kernel for each channel, as many as an attribute says."""
+
+    def __init__(self):
+        super().__init__()
+        self.channels = 12
+        self.register_buffer("kernel", torch.rand(12, 1, 3))
+
+    def forward(self, x):
+        return F.conv1d(x.transpose(1, 2), self.kernel, groups=self.channels).transpose(1, 2)
+
+
+class Projection(nn.Module):
+    """A layer of its own, as wide as what it is given, with another width inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.made, self.weight = 12, nn.Parameter(torch.randn(12, 12))
+
+    def forward(self, x):
+        y = torch.mm(x.reshape(-1, x.shape[-1]), self.weight)
+        return y.view(*x.shape[:-1], self.made)
+
+
+@pytest.mark.parametrize("kind", [Parts, Halves, Blur, Projection])
+def test_what_code_computes_from_an_attribute_follows(kind):
+    torch.manual_seed(0)
+    model = Model(kind(), nn.Linear(12, 12)).eval()
+    graph = trace(model, X)
+    left = [
+        axis.size - (2 if axis.tie is not None else 1 + place % 2)
+        for place, axis in enumerate(graph.prunable)
+    ]  # widths that were alike differ now
+    plan = Plan({axis.name: range(n) for axis, n in zip(graph.prunable, left, strict=True)})
+    pruned = apply(model, graph, plan)
+    assert type(pruned) is Model
+    torch.testing.assert_close(pruned(X), zeroed(model, graph, plan)(X))
+    assert pruned(torch.randn(3, 9, 5)).shape[0] == 3
+
+
+class Elsewhere(nn.Module):
+    """An attribute that is a width in one place, and another number in another."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.heads, self.use = 4, use
+
+    def forward(self, x):
+        x = x.unflatten(-1, (self.heads, -1)).tanh().flatten(2)
+        return self.use(x, self.heads)
+
+
+USES = {
+    "position": lambda x, n: x * x[:, n].unsqueeze(1),
+    "steps": lambda x, n: x + x.roll(n, 1),
+    "place": lambda x, n: x + x.kthvalue(n, 1, keepdim=True)[0],
+    "diagonal": lambda x, n: x + (x @ x.transpose(1, 2)).tril(n - 5).sum(2, keepdim=True),
+    "value": lambda x, n: x + x.new_full((7, 1), n),
+    "numbers": lambda x, n: x + torch.arange(n, n + 7).unsqueeze(1),
+    "border": lambda x, n: x + F.pad(x[..., :1, :], (0, 0, n, 6 - n)),
+    "choice": lambda x, n: [x, x.cos(), x.tanh(), x.exp(), x.sin()][n] + x,
+    "range": lambda x, n: x + x.sum(2).repeat(1, 2)[:, n : n + 7].unsqueeze(2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_width_that_is_another_number_elsewhere_stays_that_there(use):
+    torch.manual_seed(0)
+    model = Model(Elsewhere(USES[use])).eval()
+    graph = trace(model, X)
+    assert graph.recording.on_shapes
+    plan = Plan({axis.name: (0, 1, 3) for axis in graph.prunable if axis.size == 4})
+    assert plan.kept
+    pruned = apply(model, graph, plan)
+    torch.testing.assert_close(pruned(X), zeroed(model, graph, plan)(X))

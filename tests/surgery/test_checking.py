@@ -110,3 +110,41 @@ def test_what_code_computes_from_a_width_stays_what_it_was(name):
     pruned = apply(model, graph, plan)
     assert isinstance(pruned, torch.fx.GraphModule)
     torch.testing.assert_close(pruned(X), zeroed(model, graph, plan)(X))
+
+
+def merged(net, x):
+    """Heads are moved, and copied for that unless there is one."""
+    heads = x.flatten(2).unflatten(1, (net.heads, -1))
+    return heads.transpose(1, 2).reshape(x.shape[0], -1, *x.shape[2:])
+
+
+def written_after(net, x):
+    """What is written to lies in the memory of what is read, unless that was copied."""
+    y = merged(net, x)
+    y.add_(1)
+    return y * x.sum()
+
+
+class Heads(nn.Module):
+    def __init__(self, middle):
+        super().__init__()
+        self.heads = 2
+        self.first, self.last = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 2, 1)
+        self._middle = middle
+
+    def forward(self, x):
+        return self.last(self._middle(self, self.first(x)))
+
+
+@pytest.mark.parametrize(
+    ("middle", "kind"), [(merged, Heads), (written_after, torch.fx.GraphModule)]
+)
+def test_copies_that_one_head_does_not_take_are_no_difference_unless_written_to(middle, kind):
+    torch.manual_seed(0)
+    model = Heads(middle).eval()
+    graph = trace(model, X)
+    heads, within = (axis for axis in graph.prunable if axis.size in (2, 8))
+    plan = Plan({heads.name: (1,), within.name: (0, 1, 3)})
+    pruned = apply(model, graph, plan)
+    assert isinstance(pruned, kind)
+    torch.testing.assert_close(pruned(X), zeroed(model, graph, plan)(X))

@@ -76,6 +76,10 @@ def complex_rotated(net, x):
 
 
 KEPT = {
+    "strides that torch has no kernel for": lambda: Heads(
+        lambda n, x: [heads(f(x.mT).mT) for f in (n.q, n.k, n.v)],
+        **{name: nn.Conv1d(16, 16, 1) for name in "qkv"},
+    ),
     "one projection": lambda: Heads(
         lambda n, x: n.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4).unbind(0),
         qkv=linear(48),
@@ -118,10 +122,6 @@ SPELT = {
     ),
     "other functions between": lambda: Heads(
         lambda n, x: (heads(n.q(x).relu()), heads(n.k(x).sigmoid()), heads(n.v(x))), **three()
-    ),
-    "scaled by torch": lambda: Heads(  # it computes with such strides by smaller operators
-        lambda n, x: [heads(f(x.mT).mT) for f in (n.q, n.k, n.v)],
-        **{name: nn.Conv1d(16, 16, 1) for name in "qkv"},
     ),
     "scaled by the code": lambda: Heads(
         apart,
