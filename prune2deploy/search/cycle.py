@@ -199,7 +199,7 @@ class Search:
     @property
     def starved(self) -> bool:
         """Whether the search ended for want of builds."""
-        return not self.done and self.builds_left <= 0
+        return not (self.done or self.out_of_reach) and self.builds_left <= 0
 
     @property
     def _removable(self) -> tuple[Block, ...]:
@@ -279,7 +279,7 @@ class Search:
             self.lessons.keep()
         self.model = self.lessons.fit()
         self.notes += self.lessons.timings.notes
-        if not self.done:
+        if not (self.done or self.out_of_reach):
             self.notes += unfilled(self.best(), self.builds_left, self.options)
         if self.ranked:
             self.notes.append(
