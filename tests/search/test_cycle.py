@@ -14,6 +14,7 @@ from prune2deploy.plan.allocate import SmallestMisses
 from prune2deploy.plan.choices import allowed, choices, importance_curves
 from prune2deploy.rundir import read_manifest
 from prune2deploy.search import planning
+from prune2deploy.search.cycle import Search
 
 from ..formula import formula_profile
 
@@ -78,6 +79,29 @@ def test_a_run_that_goes_on_tells_of_its_earlier_final_build(start):
     }
     numbers = [step.number for step in second.report.steps]
     assert numbers == sorted(numbers)
+
+
+@pytest.mark.parametrize("most", [7, 8])
+def test_a_search_goes_on_where_the_recovered_model_is_too_slow(start, monkeypatch, most):
+    real, doubted = Search.measure, []
+
+    def measure(self, made, predicted_ms):
+        found = real(self, made, predicted_ms)
+        if made.step == "final" and (not doubted or doubted[0] == made.number):
+            doubted.append(made.number)
+            return replace(found, verdict="uncertain")
+        return found
+
+    monkeypatch.setattr(Search, "measure", measure)
+    given = {"speedup": 1.6, "batches": [((torch.randn(8, 3, 12, 12),), None)]}
+    result = start(chain(64, 96, 64), max_builds=most, **given)
+    steps = [line.step for line in result.report.steps]
+    finals = [line for line in result.report.steps if line.step == "final"]
+    assert result.met and len(finals) == 2 and steps[-1] == "final"
+    assert result.report.builds == len(steps) <= most and finals[0].macs != finals[1].macs
+    check_agreement(result)
+    again = start(chain(64, 96, 64), max_builds=most, resume=True, **given)
+    assert again.plan == result.plan and built(again) == built(result)
 
 
 def test_a_run_may_be_moved(start, tmp_path):
