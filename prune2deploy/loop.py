@@ -31,7 +31,7 @@ from prune2deploy.rundir import WORK, RunDir
 from prune2deploy.search import accuracy, candidate, payoff
 from prune2deploy.search.candidate import Built
 from prune2deploy.search.cycle import Search
-from prune2deploy.search.job import Attempt, Job, Outcome, bounded
+from prune2deploy.search.job import Attempt, Job, Outcome, best, bounded
 from prune2deploy.search.opening import measure_baseline, open_workshop
 from prune2deploy.search.payoff import Payoff
 from prune2deploy.search.recovery import Told, recovered
@@ -69,7 +69,8 @@ def prune_to_budget(job: Job, options: RunOptions) -> Outcome:
     if not search.done:
         search.probe()
         search.correct()
-    return _recover(search, paid)
+    module, found = _shipped(search)
+    return _outcome(search, module, found, paid)
 
 
 def _allowed(run: RunDir, asked: int) -> int:
@@ -81,22 +82,45 @@ def _allowed(run: RunDir, asked: int) -> int:
     return max(asked, before)
 
 
-def _recover(search: Search, paid: Payoff | None) -> Outcome:
-    """Get accuracy back on the best plan, and measure the model that is shipped.
+def _shipped(search: Search) -> tuple[nn.Module, Attempt]:
+    """The model that is shipped and its measurement: the best plan with its accuracy back.
 
-    A model that misses the budget is shipped too, for its user to judge: its weights are fitted,
-    but it is not trained, which may take hours.
+    Recovered weights are measured anew. Where the budget is not met after all, the search goes on
+    while there are builds, unless the model was trained, which may take hours. A model that misses
+    the budget is shipped too, for its user to judge: its weights are fitted, but it is not trained.
     """
-    job, shop, lessons = search.job, search.shop, search.lessons
-    found = search.best()
-    plan = found.built.plan
-    module = apply_plan(shop.module, shop.graph, plan, shop.example_inputs)
-    trains = job.finetune is not None and found.verdict != "missed"
-    if job.finetune is not None and not trains:
-        search.notes.append("nothing was trained, since the budget is missed")
-    if found.built.number and (trains or serves(job.batches, "bn")):
+    job, shop = search.job, search.shop
+    made: dict[int, tuple[nn.Module, Attempt]] = {}
+    while (found := search.best()).built.number not in made:
+        module = apply_plan(shop.module, shop.graph, found.built.plan, shop.example_inputs)
+        trains = job.finetune is not None and found.verdict != "missed"
+        if not found.built.number or not (trains or serves(job.batches, "bn")):
+            made[found.built.number] = module, found
+            break
         module, found = _recovered(search, module, found, trains=trains)
         search.attempts.append(found)
+        made[found.built.number] = module, found
+        if found.verdict == "met" or trains or search.lessons.builds >= search.options.max_builds:
+            break
+        search.correct()
+    module, found = made[best([final for _, final in made.values()]).built.number]
+    if found.built.step == "final" and not (shop.run / _weights(found.built.number)).exists():
+        # the run is finished, and of all recovered weights the shipped ones are left
+        module.load_state_dict(torch.load(shop.run / "weights.pt", weights_only=True))
+    if job.finetune is not None and not trains:
+        search.notes.append("nothing was trained, since the budget is missed")
+    search.tell()
+    return module, found
+
+
+def _weights(number: int) -> str:
+    """Where the recovered weights of a build are kept while the run goes on."""
+    return f"{WORK}/{number:02d}-final/weights.pt"
+
+
+def _outcome(search: Search, module: nn.Module, found: Attempt, paid: Payoff | None) -> Outcome:
+    """What the run ends with."""
+    shop, lessons, plan = search.shop, search.lessons, found.built.plan
     unreachable = found.verdict == "missed" and search.out_of_reach
     if unreachable:
         search.notes += bounded(search.options)
@@ -136,11 +160,10 @@ def _recovered(
 ) -> tuple[nn.Module, Attempt]:
     """The module with its accuracy back, and its measurement; from the journal if it was done."""
     shop, number, plan = search.shop, search.next, found.built.plan
-    key, name = f"{number:02d}-final/recovered", f"{WORK}/{number:02d}-final/weights.pt"
+    key, name = f"{number:02d}-final/recovered", _weights(number)
     if key in shop.run.journal:
-        kept = shop.run / name  # of a run that is finished the shipped ones are left
-        state = torch.load(kept if kept.exists() else shop.run / "weights.pt", weights_only=True)
-        module.load_state_dict(state)
+        if (kept := shop.run / name).exists():
+            module.load_state_dict(torch.load(kept, weights_only=True))
     else:
         shop.say("recovering accuracy", number)
         module, told = recovered(search.job, shop.graph, plan, module, trains=trains)

@@ -7,8 +7,9 @@ Every operator's work (multiply-accumulates, elements read and written, channels
 the device's block) is a formula of axis widths, found by ``identify``; its cost per unit of work
 is fitted by ``costs``. What an operator took in the builds beyond its prediction is kept as a
 residual that counts near the widths it was seen at, so a cell that was just measured overrides
-its prediction. The offset (measured minus sum of operators) is interpolated between the builds
-that were measured, partly constant and partly in proportion, and renewed by each of them.
+its prediction. What profiling adds to each is taken off first (``overhead``). The offset (measured
+minus sum of operators) is interpolated between the builds that were measured, partly constant and
+partly in proportion, and renewed by each of them.
 
 Runtimes without a profile get one cost per multiply-accumulate plus a fixed cost, fitted on
 whole-model measurements; ``method`` then says ``"macs"``.
@@ -27,6 +28,7 @@ from prune2deploy.errors import PlanError
 from prune2deploy.graph.axes import Counts, Graph
 from prune2deploy.plan.costs import Cost, Point, fit_costs
 from prune2deploy.plan.identify import Identified, Identifier
+from prune2deploy.plan.overhead import overhead_ns, without
 from prune2deploy.plan.pairing import align
 from prune2deploy.plan.work import NO_WORK, Work, is_convolution
 from prune2deploy.timing import OperatorTiming
@@ -273,7 +275,8 @@ def fit(
     Raises:
         PlanError: There is no build, or nothing was profiled or measured.
     """
-    profiled = [build for build in builds if build.profile]
+    extra = overhead_ns(builds[0].profile, builds[0].measured_ms) if builds else 0.0
+    profiled = [replace(b, profile=without(b.profile, extra)) for b in builds if b.profile]
     sizes = {axis.name: axis.size for axis in graph.axes}
     if not profiled:
         return anchored(_fit_macs(graph, sizes, builds), builds)
@@ -281,7 +284,8 @@ def fit(
     padded = [widths(sizes, build.counts, multiple) for build in profiled]
     points = [p for one in found for p in _points(one, padded).values()]
     whole = sum(timing.ns for timing in profiled[0].profile)
-    costs = fit_costs([*points, *known], whole)
+    others = [replace(point, ns=max(point.ns - extra, 0.0)) for point in known]
+    costs = fit_costs([*points, *others], whole)
     operators = tuple(_operator(one, padded, costs, len(profiled)) for one in found)
     unmatched = tuple(one.seen.name for one in found if not one.matched)
     model = LatencyModel(sizes, multiple, operators, (), "profiles", unmatched)

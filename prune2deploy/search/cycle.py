@@ -69,7 +69,7 @@ class Search:
         deadline = self.budget.latency_ms
         self.goal = None if deadline is None else Goal(deadline, self.budget.percentile)
         self.lessons = Lessons(shop, baseline, cache=options.cache)
-        self.floor_missed = self._shortest = False
+        self.floor_missed = self._shortest = self._spent = False
         self.notes = list(notices(job.batches))
         self.model: LatencyModel | None = None
         self.curve: Curve = ()
@@ -105,9 +105,14 @@ class Search:
         return self.lessons.attempts
 
     @property
+    def standing(self) -> list[Attempt]:
+        """The last attempt at every plan: its weights may have been recovered since the first."""
+        return list({a.built.plan.to_json(): a for a in self.attempts}.values())
+
+    @property
     def done(self) -> bool:
         """Whether an attempt meets and fills the budget, or the unpruned model meets it."""
-        return any(a.filled or (a.verdict == "met" and a.built.number == 0) for a in self.attempts)
+        return any(a.filled or (a.verdict == "met" and a.built.number == 0) for a in self.standing)
 
     @property
     def builds_left(self) -> int:
@@ -199,7 +204,7 @@ class Search:
     @property
     def starved(self) -> bool:
         """Whether the search ended for want of builds."""
-        return not self.done and self.builds_left <= 0
+        return self._spent and not (self.done or self.out_of_reach)
 
     @property
     def _removable(self) -> tuple[Block, ...]:
@@ -238,9 +243,9 @@ class Search:
         Plans are told apart by their loss where the run has data for it, else by what their widths
         are worth.
         """
-        met = [a for a in self.attempts if a.verdict == "met"]
+        met = [a for a in self.standing if a.verdict == "met"]
         if len(met) < 2:
-            return best(self.attempts)
+            return best(self.standing)
         fewest = min(len(a.built.plan.removed) for a in met)
         among = [a for a in met if len(a.built.plan.removed) == fewest]
         least, most = self.problem().ends
@@ -278,9 +283,13 @@ class Search:
             self.floor_missed = proposal.floor and attempt.verdict != "met"
             self.lessons.keep()
         self.model = self.lessons.fit()
+        self._spent = self.builds_left <= 0
+
+    def tell(self) -> None:
+        """Note how the search went, once it is over."""
         self.notes += self.lessons.timings.notes
-        if not self.done:
-            self.notes += unfilled(self.best(), self.builds_left, self.options)
+        if not (self.done or self.out_of_reach):
+            self.notes += unfilled(self.best(), self.options, starved=self.starved)
         if self.ranked:
             self.notes.append(
                 f"{self.ranked} plans of nearly equal worth were compared by their loss on "
@@ -318,7 +327,7 @@ class Search:
                 problem,
                 aim(problem.budget_ms, self._half_width()),
                 self.lessons.tried,
-                up=any(attempt.verdict == "met" for attempt in self.attempts),
+                up=any(attempt.verdict == "met" for attempt in self.standing),
                 rank=rank and (lambda counts: rank(self._plan(counts))),
             )
         )

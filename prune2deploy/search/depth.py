@@ -5,7 +5,8 @@ names of blocks to take out: those that the best plan lacks, blocks and widths c
 the exact method. Plain arithmetic on predictions.
 
 What a block saves is the time of the operators that depend on an axis which goes with it, and of
-what follows the last of them element by element (the addition to the shortcut, an activation).
+what lies between these and before the next block (normalisation, reshaping, the addition to the
+shortcut): engines run a block at a stretch.
 The widths of the best plan stay on the grid of the whole model; what is left is allocated anew
 by the latency model of the whole one less those operators, which needs no probes of its own.
 """
@@ -14,13 +15,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-from prune2deploy.graph.axes import Block, Counts, Graph
+from prune2deploy.graph.axes import Block, Graph, Polynomial
 from prune2deploy.plan.allocate import SmallestMisses, allocate
 from prune2deploy.plan.choices import Problem, Removal
-from prune2deploy.plan.latency_model import LatencyModel, OperatorModel
+from prune2deploy.plan.latency_model import LatencyModel
+from prune2deploy.plan.work import contracts
 
 SECONDS = 20.0  # time limit of the exact method, which never returns less than it starts from
 
@@ -41,36 +43,45 @@ def gone(graph: Graph, block: str) -> frozenset[str]:
     return frozenset(axis.name for axis in graph.axes if axis.name not in left)
 
 
-def operators(graph: Graph, model: LatencyModel, block: str) -> frozenset[int]:
-    """Numbers of the operators of the engine that go with a block."""
-    axes = gone(graph, block)
-    own = [i for i, operator in enumerate(model.operators) if operator.axes & axes]
-    if not own:
-        return frozenset()
-    behind = range(own[-1] + 1, len(model.operators))
-    tail = itertools.takewhile(lambda i: _elementwise(model.operators[i], model.sizes), behind)
-    return frozenset((*own, *tail))
+def operators(graph: Graph, model: LatencyModel) -> dict[str, frozenset[int]]:
+    """Numbers of the operators of the engine that go with each removable block."""
+    axes = {block.name: gone(graph, block.name) for block in removable(graph)}
+    every = frozenset().union(*axes.values())
+    owned = [bool(operator.axes & every) for operator in model.operators]
+    found = {}
+    for name, mine in axes.items():
+        own = [n for n, operator in enumerate(model.operators) if operator.axes & mine]
+        behind = itertools.chain.from_iterable(_behind(model, owned, n) for n in own)
+        found[name] = frozenset((*own, *behind))
+    return found
 
 
-def saved(graph: Graph, model: LatencyModel, counts: Counts) -> dict[str, float]:
-    """Predicted milliseconds that each removable block takes at ``counts``."""
-    times = model.predict_operators(counts)
-    return {
-        block.name: sum(times[i] for i in operators(graph, model, block.name))
-        for block in removable(graph)
-    }
+def _behind(model: LatencyModel, owned: Sequence[bool], number: int) -> list[int]:
+    """What goes with an operator of a block because it follows: up to the next one of any block.
+
+    Where another layer comes first, it is what works element by element.
+    """
+    rest = range(number + 1, len(owned))
+    layer = (n for n in rest if owned[n] or contracts(model.operators[n].kind))
+    end = next(layer, len(owned))
+    run = range(number + 1, end)
+    if end < len(owned) and owned[end]:
+        return list(run)
+    return list(itertools.takewhile(lambda n: _elementwise(model, n), run))
 
 
 def shortened(graph: Graph, model: LatencyModel, blocks: Collection[str]) -> LatencyModel:
     """What ``model`` says of the graph without ``blocks``."""
-    return model.without({i for block in blocks for i in operators(graph, model, block)})
+    found = operators(graph, model)
+    return model.without({number for block in blocks for number in found[block]})
 
 
-def _elementwise(operator: OperatorModel, sizes: Counts) -> bool:
+def _elementwise(model: LatencyModel, number: int) -> bool:
     """Whether an operator makes as many elements as each of its one or two inputs has."""
-    work = operator.work
+    work, sizes = model.operators[number].work, model.sizes
+    varying = Polynomial(tuple(term for term in work.read.terms if term[1]))  # no shape, say
     made = work.written(sizes)
-    return bool(work.axes) and not work.macs.axes and work.read(sizes) in (made, 2 * made)
+    return bool(work.axes) and varying(sizes) in (made, 2 * made)
 
 
 def removals(problem: Problem, losses: Mapping[str, float]) -> tuple[Removal, ...]:
@@ -81,10 +92,11 @@ def removals(problem: Problem, losses: Mapping[str, float]) -> tuple[Removal, ..
         losses: What the objective loses with each block, beside the worth of its axes.
     """
     graph, model = problem.graph, problem.model
+    found, times = operators(graph, model), model.predict_operators({})
     return tuple(
-        Removal(name, losses[name], gone(graph, name), operators(graph, model, name))
-        for name, ms in saved(graph, model, {}).items()
-        if ms > 0
+        Removal(name, losses[name], gone(graph, name), numbers)
+        for name, numbers in found.items()
+        if any(times[number] > 0 for number in numbers)
     )
 
 

@@ -129,7 +129,7 @@ class Outcome:
         module: The pruned module.
         final: Its build and measurement.
         baseline: What it is compared with.
-        attempts: Every measured candidate in order, the final one last.
+        attempts: Every measured candidate in order.
         probes: Builds that were profiled only.
         model: The latency model at the end; ``None`` where no plan was needed.
         graph: Axes and layers of the model.
@@ -230,15 +230,15 @@ def best(
     return max(close, key=lambda a: a.share)
 
 
-def unfilled(found: Attempt, left: int, options: RunOptions) -> tuple[str, ...]:
+def unfilled(found: Attempt, options: RunOptions, *, starved: bool) -> tuple[str, ...]:
     """Why a search ended although the budget is not filled, where it can be said.
 
     Args:
         found: The best that was measured.
-        left: Builds that were left.
         options: What was asked for.
+        starved: Whether it ended for want of builds.
     """
-    if left <= 0:
+    if starved:
         return (
             f"all {options.max_builds} builds are used; more of them (--max-builds) may come "
             "nearer to the budget",

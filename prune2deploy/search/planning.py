@@ -122,7 +122,7 @@ def _best(request: PlanRequest, problem: Problem, found: Allocation, floor: Prop
 def _among(request: PlanRequest, problem: Problem, found: Allocation) -> list[Allocation]:
     """The plans to choose from, the worthiest first: never empty, tried ones only if all are."""
     whole, plans = request.problem, [found]
-    if request.up and found.predicted_ms < FILL * whole.budget_ms:
+    if found.predicted_ms < FILL * whole.budget_ms:
         plans = fuller(problem, found, FILL * whole.budget_ms) or plans
     if request.rank is not None:
         filled = min(FILL * problem.budget_ms, plans[0].predicted_ms)

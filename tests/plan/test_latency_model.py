@@ -198,3 +198,23 @@ def test_probes_keep_the_grid_and_tell_axes_apart():
 
 def test_more_probes_begin_with_the_same_ones(graph):
     assert probes(graph, 5, multiple=16)[:3] == probes(graph, 3, multiple=16)
+
+
+@pytest.mark.parametrize("extra", [500.0, 1500.0])
+def test_what_profiling_adds_to_every_operator_is_no_work(graph, extra):
+    """Profiled, operators of 2 us and little more add up to more than any plan takes."""
+    plans = [{}, *probes(graph, 3, multiple=16)]
+    true = builds(graph, plans, offset_ms=0.0, fixed=2000.0)
+    loud = [
+        dataclasses.replace(
+            b,
+            profile=tuple(dataclasses.replace(o, ns=o.ns + extra) for o in b.profile),
+            measured_ms=b.measured_ms if not b.counts else None,
+        )
+        for b in true
+    ]
+    model, least = fit(graph, loud, multiple=16), {a.name: 16 for a in graph.prunable}
+    assert model.predict(least) == pytest.approx(total_ms(engine(graph, least)), rel=0.03)
+    seen = [dataclasses.replace(b, measured_ms=0.5 * b.measured_ms) for b in true[:1]]
+    slow = fit(graph, [*seen, *loud[1:]], multiple=16)  # another speed: no operator takes nothing
+    assert all(operator.ns(slow.sizes) >= 0 for operator in slow.operators)

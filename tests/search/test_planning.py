@@ -1,9 +1,13 @@
 """What to build next: plans nearly as good are found, and compared by what the caller knows."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from prune2deploy.config import FILL
 from prune2deploy.plan.allocate import SmallestMisses, allocate, optimality_gap
+from prune2deploy.plan.filling import fuller
 from prune2deploy.search import planning
 from prune2deploy.search.planning import NEAR, PlanRequest, near, propose, pruned
 
@@ -46,6 +50,19 @@ def test_the_rank_decides_between_plans_nearly_as_good(problem):
     assert chosen.counts["a2"] == max(counts["a2"] for counts in asked)
     assert chosen.counts["a2"] >= plain.counts["a2"]
     assert problem.model.predict(chosen.counts) <= problem.budget_ms * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("up", [False, True])
+def test_a_first_plan_fills_the_budget_too_where_nearly_as_good_a_plan_does(problem, up):
+    some = 0
+    for share in np.linspace(0.6, 0.95, 12):
+        tight = replace(problem, budget_ms=share * problem.budget_ms)
+        found = allocate(tight)
+        if fuller(tight, found, FILL * tight.budget_ms):
+            some += found.predicted_ms < FILL * tight.budget_ms
+            wanted = propose(PlanRequest(tight, tight.budget_ms, [], up=up))
+            assert FILL * tight.budget_ms <= wanted.predicted_ms <= tight.budget_ms * (1 + 1e-6)
+    assert some
 
 
 def test_a_plan_that_was_tried_is_not_wanted_again(problem):
