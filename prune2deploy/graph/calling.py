@@ -117,12 +117,17 @@ def quiet(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """As ``quiet``; what the forward pass writes into buffers and parameters is taken back too."""
+def untouched(model: nn.Module, *, shapes: bool = False) -> Iterator[None]:
+    """As ``quiet``; what the forward pass writes into buffers and parameters is taken back too.
+
+    Args:
+        model: What runs inside.
+        shapes: Whether it runs on shapes, which writes nothing into parameters.
+    """
     dense = (b for b in model.buffers() if b.layout == torch.strided)
     saved = [(b, b.clone()) for b in dense if not b.is_inference()]
     try:
-        with quiet(model), _Unwritten(model):
+        with quiet(model), nullcontext() if shapes else _Unwritten(model):
             yield
     finally:
         with torch.no_grad():

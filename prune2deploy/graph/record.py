@@ -349,9 +349,10 @@ def _described(example: Any) -> str:
 def _watch(model: nn.Module, recorder: Recorder) -> Any:
     """The result of one forward pass under the recorder."""
     recording = recorder.recording
-    example = outlined(recording.example) if recording.on_shapes else recording.example
+    shapes = recording.on_shapes
+    example = outlined(recording.example) if shapes else recording.example
     recorder.enter_inputs(as_inputs(example))
-    with untouched(model), on_shapes(model, recording.on_shapes), recorder.watching():
+    with untouched(model, shapes=shapes), on_shapes(model, shapes), recorder.watching():
         result = run(model, example, recording.forward_fn)
         recorder.note_attributes(model)
     return result

@@ -67,7 +67,7 @@ def runs_as_planned(
     complete = len(known) == len(operations)
     returned: list[Results] = []
     try:
-        with untouched(module), on_shapes(module, shapes):
+        with untouched(module, shapes=shapes), on_shapes(module, shapes):
             for _ in range(2):
                 calls = Calls(_before(module, recording, inputs), strictly=strictly)
                 watch = Seeing(calls)
@@ -272,7 +272,7 @@ def check_outputs(module: nn.Module, recording: Recording, widths: Widths, examp
 def _result(module: nn.Module, recording: Recording, example: Any) -> Any:
     """What the module returns, in shapes where the recording shows that these will do."""
     if recording.on_shapes:
-        with suppress(Exception), untouched(module), on_shapes(module, True):
+        with suppress(Exception), untouched(module, shapes=True), on_shapes(module, True):
             return run(module, outlined(example), recording.forward_fn)
     with untouched(module):
         return run(module, example, recording.forward_fn)
