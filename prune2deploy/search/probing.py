@@ -69,14 +69,15 @@ def multiple(
     """The width step to plan with, and where it is from.
 
     That of the profile counts where it names one. Else the device is probed, once: a result that
-    is sure is kept in the cache. Without a cache it is what this machine's CPU is known to do.
+    is sure is kept in the cache. Without a cache, or where the runtime takes exported programs and
+    not the ONNX files of the probes, it is what this machine's CPU is known to do.
 
     Raises:
         BackendError: A probe model could not be built or run.
     """
     if target.channel_multiple is not None:
         return target.channel_multiple, "given by the target profile"
-    if not timings.kept:
+    if not timings.kept or backend.takes_program:
         return measure.native_channel_multiple(), "detected on this machine"
     found = probe(target, backend, timings, progress)
     source = "probed on this device"

@@ -122,3 +122,12 @@ def test_a_narrow_model_gets_a_finer_step(tmp_path, place):
     assert result.met and set(result.plan.counts.values()) <= {8}
     assert limits.channel_multiple == 8
     assert limits.multiple_source == "32, given by the target profile, leaves too little to prune"
+
+
+def test_a_runtime_of_programs_is_not_probed_with_onnx_files(place):
+    where = target.load("torch")
+    backend = registry.for_target(where)
+    timings = recall.timings(where, backend)
+    assert timings.kept and where.channel_multiple is None
+    found = probing.multiple(where, backend, timings, silent)
+    assert found == (native_channel_multiple(), "detected on this machine")
