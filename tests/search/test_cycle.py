@@ -186,9 +186,9 @@ def test_blocks_go_where_the_smallest_widths_miss_unless_layers_are_bounded(star
     assert gone.met and gone.plan.removed
     bounded = start(net, "bounded", step=32, speedup=1.9, max_pruning_ratio=0.5, max_builds=4)
     assert bounded.report.builds == 4
-    assert not any("--max-builds" in note for note in bounded.report.notes)
+    assert not any("max_builds" in note for note in bounded.report.notes)
     assert bounded.verdict == "unreachable" and not bounded.plan.removed
-    assert any("because of --max-pruning-ratio 0.5" in note for note in bounded.report.notes)
+    assert any("because of max_pruning_ratio 0.5" in note for note in bounded.report.notes)
     assert not (bounded.run_dir / "builds").exists()  # no more builds would help
 
 
@@ -221,7 +221,7 @@ def test_blocks_go_where_widths_alone_cannot_keep_a_cap(start, speedup):
     least = narrowest.report.final.macs
     result = start(net, "capped", step=32, speedup=speedup, keep=["0"], max_macs=4 * least)
     assert result.met and result.report.final.macs <= 4 * least and result.plan.removed
-    assert any(f"within --max-macs {4 * least}" in note for note in result.report.notes)
+    assert any(f"within max_macs {4 * least}" in note for note in result.report.notes)
     with pytest.raises(PlanError, match="a cap of"):
         start(net, "beyond", step=32, speedup=speedup, keep=["0"], max_macs=least // 2)
 
