@@ -8,10 +8,12 @@ shapes does not follow; what is written into a tensor reaches every view of its 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Any, NamedTuple
 
 from prune2deploy.graph.layout import VARYING, find
 from prune2deploy.graph.recording import Operation, Recording, refs_in
+from prune2deploy.graph.shapes import written_places
 
 SHAPED = frozenset(
     f"aten::{name}"
@@ -88,6 +90,7 @@ def _varies(operation: Operation) -> bool:
     return any(find(node).frozen == VARYING for dims in operation.layouts for node in dims)
 
 
+@cache
 def _aliases(func: Any) -> bool:
     """Whether what an operator returns lies in the memory of its first argument."""
     schema = getattr(func, "_schema", None)
@@ -96,10 +99,10 @@ def _aliases(func: Any) -> bool:
 
 def written_by(operation: Operation) -> list[Any]:
     """The arguments that an operator writes to."""
-    schema = getattr(operation.func, "_schema", None)
-    arguments = () if schema is None else schema.arguments
+    args, func = operation.args, operation.func
     return [
-        operation.args[place] if place < len(operation.args) else operation.kwargs.get(one.name)
-        for place, one in enumerate(arguments)
-        if one.alias_info is not None and one.alias_info.is_write
+        args[place]
+        if place < len(args)
+        else operation.kwargs.get(func._schema.arguments[place].name)
+        for place in written_places(func)
     ]

@@ -31,11 +31,17 @@ class Ref:
 
 def refs_in(tree: Any) -> list[Ref]:
     """The value references of nested arguments or results, in order."""
+    if isinstance(tree, Ref):
+        return [tree]
     if isinstance(tree, Mapping):
         tree = list(tree.values())
-    if isinstance(tree, list | tuple):
-        return [ref for item in tree for ref in refs_in(item)]
-    return [tree] if isinstance(tree, Ref) else []
+    if not isinstance(tree, list | tuple):
+        return []
+    return [ref for item in tree if not isinstance(item, _PLAIN) for ref in refs_in(item)]
+
+
+_PLAIN = (int, float, str, type(None))
+"""Most of what holds no value; told at once, since every operator is given some."""
 
 
 class Struct(dict[Any, Any]):

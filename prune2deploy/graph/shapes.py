@@ -127,7 +127,7 @@ class OnShapes(TorchDispatchMode):
         forms = kernel(*args, **kwargs) if kernel is not None else None
         if forms is None:
             return self._on_meta(func, args, kwargs)
-        if _written(func):
+        if written_places(func):
             return args[0]
         if isinstance(forms, list):
             return tuple(_drawn(form, device) for form in forms)
@@ -139,7 +139,7 @@ class OnShapes(TorchDispatchMode):
             raise NeedsValues(f"{func} depends on values")
         if len({tensor.device for tensor in given if tensor.dim()}) > 1:
             raise NeedsValues("tensors on several devices")
-        for place in _written(func):
+        for place in written_places(func):
             if place < len(args) and not all(map(self._unknown, _tensors(args[place : place + 1]))):
                 raise NeedsValues(f"{func} writes unknown values into a known tensor")
 
@@ -206,10 +206,11 @@ def _indices(func: Any, args: tuple[Any, ...]) -> list[torch.Tensor]:
 
 
 @cache
-def _written(func: Any) -> tuple[int, ...]:
+def written_places(func: Any) -> tuple[int, ...]:
     """Places of the arguments that an operator writes to."""
+    schema = getattr(func, "_schema", None)
     return tuple(
         place
-        for place, argument in enumerate(func._schema.arguments)
+        for place, argument in enumerate(() if schema is None else schema.arguments)
         if argument.alias_info is not None and argument.alias_info.is_write
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 import torch
@@ -128,8 +129,8 @@ def _planned(
         held.update(zip(one.outputs, one.layouts, strict=True))
         given = list(numbers((one.args, one.kwargs)))
         made, taken = (_sizes(widths, held, each) for each in (one.outputs, given))
-        call = Seen(one.name, made, taken, one.func, one.args, one.kwargs)
-        if calls.enter(call, given, one.outputs):
+        call = Seen(one.name, made, taken, one.func, one.args, one.kwargs, calls.of(given))
+        if calls.enter(call, one.outputs):
             listed.append(one)
     returned = list(numbers(recording.outputs))
     results = _sizes(widths, held, returned), calls.of(returned)
@@ -220,7 +221,7 @@ def _others(
     func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], told: Collection[str]
 ) -> list[float]:
     """Numbers that an operator is given, in order, except those of widths: ``told``, and sizes."""
-    named = zip((one.name for one in func._schema.arguments), args, strict=False)
+    named = zip(_names(func), args, strict=False)
     sized = func._schema.name in SIZED
     found: list[float] = []
     for name, entry in (*named, *kwargs.items()):
@@ -228,6 +229,12 @@ def _others(
             items = entry if isinstance(entry, list | tuple) else (entry,)
             found += [item for item in items if type(item) in (int, float)]
     return found
+
+
+@cache
+def _names(func: Any) -> tuple[str, ...]:
+    """The names of the arguments of an operator."""
+    return tuple(one.name for one in func._schema.arguments)
 
 
 SIZED = IN_ORDER | frozenset(

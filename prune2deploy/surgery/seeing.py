@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -87,15 +87,14 @@ class Calls:
         self._sources = dict(known)
         self._strictly = strictly
 
-    def enter(self, call: Seen, given: Iterable[int], made: Iterable[int]) -> bool:
+    def enter(self, call: Seen, made: Iterable[int]) -> bool:
         """List an operator, unless it is left out; values by any key that is their own."""
-        sources = self.of(given)
         left_out = call.idle and not self._strictly
         place = len(self.listed)
         for number, key in enumerate(made):
-            self._sources[key] = sources[0] if left_out else (place, number)
+            self._sources[key] = call.sources[0] if left_out else (place, number)
         if not left_out:
-            self.listed.append(replace(call, sources=sources))
+            self.listed.append(call)
         return not left_out
 
     def of(self, keys: Iterable[int]) -> tuple[Source, ...]:
@@ -114,17 +113,22 @@ class Seeing(Watch):
 
     def ran(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Hear of an operator that has run."""
-        self._alive.append(result)
-        if not self.inside:
-            name, given = func._schema.name, (args, kwargs)
-            call = Seen(name, shapes_of(result), shapes_of(given), func, args, kwargs)
-            self.calls.enter(call, ids(given), ids(result))
+        if self.inside:
+            self._alive.append(result)
+        else:
+            self._enter(func._schema.name, (args, kwargs), result, func)
 
     def ended(self, module: nn.Module, given: Any, result: Any) -> None:
         """Hear of a module that is an operator by itself."""
+        self._enter(name_of(module), given, result, None)
+
+    def _enter(self, name: str, given: tuple[Any, Any], result: Any, func: Any) -> None:
         self._alive.append(result)
-        call = Seen(name_of(module), shapes_of(result), shapes_of(given))
-        self.calls.enter(call, ids(given), ids(result))
+        taken, made = list(tensors_in(given)), list(tensors_in(result))
+        args, kwargs = given if func is not None else ((), None)
+        sources = self.calls.of(map(id, taken))
+        call = Seen(name, shapes_of(made), shapes_of(taken), func, args, kwargs, sources)
+        self.calls.enter(call, map(id, made))
 
 
 def ids(tree: Any) -> list[int]:
