@@ -16,6 +16,7 @@ from typing import Any
 from prune2deploy import atomic, measure
 from prune2deploy.backends.base import Backend, Session
 from prune2deploy.backends.feeds import random_feeds
+from prune2deploy.errors import ConfigError
 from prune2deploy.plan import alignment
 from prune2deploy.plan.alignment import Staircase
 from prune2deploy.plan.choices import leaving_choice
@@ -37,8 +38,15 @@ def probe(
     """Time the probe models of every kernel family; what the cache knows is not timed again.
 
     Raises:
+        ConfigError: The runtime takes exported programs, and not the ONNX files of the probes.
         BackendError: A probe model could not be built or run.
     """
+    if backend.takes_program:
+        raise ConfigError(
+            f"probing widths: found target {target.name!r}, whose runtime takes no ONNX file; "
+            "expected one that does, such as ort. A run on it takes the width step that this "
+            "machine's CPU is known to have, unless its profile names one (channel_multiple)"
+        )
     with tempfile.TemporaryDirectory(prefix="prune2deploy-") as folder:
 
         def time_ns(path: Path) -> float:

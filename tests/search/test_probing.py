@@ -108,6 +108,13 @@ def test_a_file_or_the_probe_is_needed_but_not_both(tmp_path, capsys):
     assert "--probe-alignment" in capsys.readouterr().err
 
 
+def test_widths_of_a_runtime_without_onnx_files_are_not_probed(tmp_path, place, capsys):
+    arguments = ["measure", "--probe-alignment", "--target", "torch", "--out", str(tmp_path / "o")]
+    assert cli.run(arguments) == 2
+    assert "found target 'torch', whose runtime takes no ONNX file" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
 def test_a_narrow_model_gets_a_finer_step(tmp_path, place):
     """Sixteen channels are one block of 32, and still worth pruning."""
     torch.manual_seed(0)
