@@ -89,28 +89,38 @@ def _shipped(search: Search) -> tuple[nn.Module, Attempt]:
     while there are builds, unless the model was trained, which may take hours. A model that misses
     the budget is shipped too, for its user to judge: its weights are fitted, but it is not trained.
     """
-    job, shop = search.job, search.shop
+    shop, options = search.shop, search.options
     made: dict[int, tuple[nn.Module, Attempt]] = {}
-    while (found := search.best()).built.number not in made:
-        module = apply_plan(shop.module, shop.graph, found.built.plan, shop.example_inputs)
-        trains = job.finetune is not None and found.verdict != "missed"
-        if not found.built.number or not (trains or serves(job.batches, "bn")):
-            made[found.built.number] = module, found
-            break
-        module, found = _recovered(search, module, found, trains=trains)
-        search.attempts.append(found)
-        made[found.built.number] = module, found
-        if found.verdict == "met" or trains or search.lessons.builds >= search.options.max_builds:
+    while (chosen := search.best()).built.number not in made:
+        module, final, trained = _finished(search, chosen)
+        made[final.built.number] = module, final
+        spent = search.lessons.builds >= options.max_builds
+        if final is chosen or final.verdict == "met" or trained or spent:
             break
         search.correct()
-    module, found = made[best([final for _, final in made.values()]).built.number]
-    if found.built.step == "final" and not (shop.run / _weights(found.built.number)).exists():
+    module, final = made[best([final for _, final in made.values()]).built.number]
+    if final.built.step == "final" and not (shop.run / _weights(final.built.number)).exists():
         # the run is finished, and of all recovered weights the shipped ones are left
         module.load_state_dict(torch.load(shop.run / "weights.pt", weights_only=True))
-    if job.finetune is not None and not trains:
+    if search.job.finetune is not None and chosen.verdict == "missed":
         search.notes.append("nothing was trained, since the budget is missed")
     search.tell()
-    return module, found
+    return module, final
+
+
+def _finished(search: Search, chosen: Attempt) -> tuple[nn.Module, Attempt, bool]:
+    """The model of an attempt, with its accuracy back if that is wanted; and if it was trained.
+
+    The attempt is a new one where the weights are.
+    """
+    job, shop = search.job, search.shop
+    module = apply_plan(shop.module, shop.graph, chosen.built.plan, shop.example_inputs)
+    trains = job.finetune is not None and chosen.verdict != "missed"
+    if not chosen.built.number or not (trains or serves(job.batches, "bn")):
+        return module, chosen, False
+    module, final = _recovered(search, module, chosen, trains=trains)
+    search.attempts.append(final)
+    return module, final, trains
 
 
 def _weights(number: int) -> str:
