@@ -19,7 +19,7 @@ from torch import nn
 from prune2deploy.graph.layout import Layout, find, leaves
 from prune2deploy.graph.recording import INPUT, Recording, refs_in
 from prune2deploy.graph.whole import WholeModule
-from prune2deploy.surgery.checking import runs_as_planned
+from prune2deploy.surgery.checking import Expected
 from prune2deploy.surgery.widths import Widths
 
 FROM_WEIGHT: tuple[tuple[tuple[type[nn.Module], ...], dict[str, int]], ...] = (
@@ -145,7 +145,8 @@ def runs_with_its_code(
 
     On values, numbers that the code computes with are not compared: attributes stay then.
     """
-    if runs_as_planned(module, recording, widths, example, removed):
+    expected = Expected(recording, widths, removed)
+    if expected.met_by(module, example):
         return True
     spelt = _spelt_sizes(recording, widths) if recording.on_shapes else {}
     changes = [{path: choice(sizes) for path, sizes in spelt.items()} for choice in _CHOICES]
@@ -156,7 +157,7 @@ def runs_with_its_code(
         before = [table[name] for table, name, _ in numbers]
         for table, name, number in numbers:
             table[name] = number
-        if numbers and runs_as_planned(module, recording, widths, example, removed):
+        if numbers and expected.met_by(module, example):
             return True
         for (table, name, _), number in zip(numbers, before, strict=True):
             table[name] = number

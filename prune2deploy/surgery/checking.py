@@ -45,53 +45,60 @@ from prune2deploy.surgery.seeing import (
 )
 from prune2deploy.surgery.widths import Widths
 
-
-def runs_as_planned(
-    module: nn.Module,
-    recording: Recording,
-    widths: Widths,
-    example: Any,
-    removed: Sequence[str] = (),
-) -> bool:
-    """Whether the module runs the recorded operators, each with the widths that the plan implies.
-
-    It is run as it was recorded. On shapes without values, a number that is not as it was recorded
-    comes from a width, and should not have changed with it. Code that keeps what it has computed
-    (anchors, masks) computes it again when widths have changed: where other operators are met in
-    a first pass, a second one decides.
-    """
-    operations, shapes = recording.without(removed), recording.on_shapes
-    inputs = outlined(example) if shapes else example
-    strictly = _any_written(operations)
-    known = list(itertools.takewhile(_known_size, operations))
-    wanted, results = _planned(known, recording, widths, removed, strictly=strictly)
-    complete = len(known) == len(operations)
-    returned: list[Results] = []
-    try:
-        with untouched(module, shapes=shapes), on_shapes(module, shapes):
-            for _ in range(2):
-                calls = Calls(_before(module, recording, inputs), strictly=strictly)
-                watch = Seeing(calls)
-                with watched(module, watch.inside, watch.ended), watch:
-                    result = run(module, inputs, recording.forward_fn)
-                returned.append((shapes_of(result), calls.of(ids(result))))
-                if _same_operators(calls.listed, wanted, complete=complete):
-                    return (
-                        returned[0][0] == returned[-1][0]
-                        and (not complete or returned[-1] == results)
-                        and _same_widths(calls.listed, wanted, widths)
-                        and (not shapes or _same_others(calls.listed, wanted, recording.values))
-                    )
-    except Exception:  # noqa: BLE001  the user's code may fail in any way when widths change
-        return False
-    return False
-
-
 Results = tuple[Shapes, tuple[Source, ...]]
 """What a model returns: shapes, and where each tensor comes from."""
 
 Wanted = tuple[Seen, Operation]
 """What is to be seen of a recorded operator."""
+
+
+class Expected:
+    """What is to be seen of a pruned module: the recorded operators with the planned widths.
+
+    Args:
+        recording: Of the original.
+        widths: Of the plan.
+        removed: Names of the blocks that are taken out.
+    """
+
+    def __init__(self, recording: Recording, widths: Widths, removed: Sequence[str] = ()) -> None:
+        operations = recording.without(removed)
+        known = list(itertools.takewhile(_known_size, operations))
+        self._recording, self._widths = recording, widths
+        self._complete = len(known) == len(operations)
+        self._strictly = strictly = _any_written(operations)
+        self._wanted, self._results = _planned(known, recording, widths, removed, strictly=strictly)
+
+    def met_by(self, module: nn.Module, example: Any) -> bool:
+        """Whether a module runs like that.
+
+        It is run as it was recorded. On shapes without values, a number that is not as it was
+        recorded comes from a width, and should not have changed with it. Code that keeps what it
+        has computed (anchors, masks) computes it again when widths have changed: where other
+        operators are met in a first pass, a second one decides.
+        """
+        recording, wanted = self._recording, self._wanted
+        shapes = recording.on_shapes
+        inputs = outlined(example) if shapes else example
+        returned: list[Results] = []
+        try:
+            with untouched(module, shapes=shapes), on_shapes(module, shapes):
+                for _ in range(2):
+                    calls = Calls(_before(module, recording, inputs), strictly=self._strictly)
+                    watch = Seeing(calls)
+                    with watched(module, watch.inside, watch.ended), watch:
+                        result = run(module, inputs, recording.forward_fn)
+                    returned.append((shapes_of(result), calls.of(ids(result))))
+                    if _same_operators(calls.listed, wanted, complete=self._complete):
+                        return (
+                            returned[0][0] == returned[-1][0]
+                            and (not self._complete or returned[-1] == self._results)
+                            and _same_widths(calls.listed, wanted, self._widths)
+                            and (not shapes or _same_others(calls.listed, wanted, recording.values))
+                        )
+        except Exception:  # noqa: BLE001  the user's code may fail in any way when widths change
+            return False
+        return False
 
 
 def _before(module: nn.Module, recording: Recording, inputs: Any) -> dict[int, Source]:
