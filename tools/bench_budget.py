@@ -20,16 +20,18 @@ any search of this method on this network that does not exceed the wanted latenc
     the peer: uniform and global, each with and without ``round_to``, channels by
     Taylor on 512 training samples; wanted: .65, .5, .4, .3 of the dense latency. A ratio moves
     latency in steps, so the peer seldom arrives there. Ours is therefore asked for the latency
-    that the peer *delivered*: both are then within 2 % of each other, ours never the slower by
-    more than the error of measuring. Ours is what the loop does on the same samples: widths by
-    measured sensitivity, plans nearly as good compared by their loss, where no training follows;
-    kept in balance by scores where it does; channels by Taylor; weights reconstructed, and kept
-    short for more than a few steps of training. The peer, which has no such step, gets
-    BatchNorm re-estimation. Both from the same 512 samples, and then the same fine-tuning with
-    the dense model as teacher, ``FINETUNE`` epochs in each of ``ORDERS`` orders of the samples,
-    ours at the highest rate that is the default for so few steps, the peer, which has more to
-    learn, at ``RATE``; what there is without it is told too (0 epochs). Told: top-1 points lost
-    against the dense model, mean over orders and seeds. Six probe builds, once for all seeds.
+    that the peer *delivered*, and is never the slower. Where no worthier plan comes within 2 % of
+    it, ours goes on with plans that take longer and are worth nearly as much, so that both are
+    compared at equal latency. All latencies are measured before any of this training. Ours is
+    what the loop does on the same samples: widths by measured sensitivity, plans nearly as good
+    compared by their loss, where no training follows; kept in balance by scores where it does;
+    channels by Taylor; weights reconstructed, and kept short for more than a few steps of
+    training. The peer, which has no such step, gets BatchNorm re-estimation. Both from the same
+    512 samples, and then the same fine-tuning with the dense model as teacher, ``FINETUNE``
+    epochs in each of ``ORDERS`` orders of the samples, ours at the highest rate that is the
+    default for so few steps, the peer, which has more to learn, at ``RATE``; what there is
+    without it is told too (0 epochs). Told: top-1 points lost against the dense model, mean over
+    orders and seeds. Six probe builds, once for all seeds.
 (b) The networks of (a) with planted channels in two of the four blocks: ``dead`` (nothing reads
     them) or ``copied`` (original and copy read at half weight). Wanted of all methods: 1.02 times
     the latency of the network before planting. Recovered as in (a), no fine-tuning. ``*``:
@@ -43,7 +45,7 @@ any search of this method on this network that does not exceed the wanted latenc
     and 6 of six probes, one plan each for speed-ups 1.3, 1.6, 2 and 3, each measured. DigitNet,
     resnet18 and mobilenet_v2 as in (c); widths by weight norms.
 
-    python tools/bench_budget.py --part a --out a.json
+    python tools/bench_budget.py --part a --work w --out a.json
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -95,6 +97,8 @@ SIDE = 128
 BUILDS, PEER_BUILDS, PROBES = 8, 12, 6
 EPOCHS, FINETUNE = 24, (1, 3)
 Row = dict[str, Any]
+Searches = dict[str, dict[float, list[Trial]]]
+"""Per method: wanted latency to the builds of the search for it."""
 
 
 @dataclass(frozen=True)
@@ -104,12 +108,14 @@ class Bench:
     Attributes:
         seeds: Of the networks of parts a and b.
         quick: One point, little training, small models: to try the tool out.
+        latencies: Whether part a ends when all latencies are measured.
         folder: For engines, trained networks and measured latencies.
         save: Called with the rows so far.
     """
 
     seeds: tuple[int, ...]
     quick: bool
+    latencies: bool
     folder: Path
     save: Callable[[list[Row]], None]
 
@@ -131,23 +137,24 @@ def part_a(bench: Bench) -> list[Row]:
     """Accuracy at the latency that each method of the peer delivers, fine-tuned alike."""
     cases = bench.cases()
     yard = Yard(cases[0].module, EXAMPLE, bench.profile, bench.folder / "plain")
-    yard.probe(3 if bench.quick else PROBES)
     points = POINTS[1:2] if bench.quick else POINTS
     epochs = FINETUNE[:1] if bench.quick else FINETUNE
+    probes = 3 if bench.quick else PROBES
+    found = {case.seed: searched(case, yard, points, probes) for case in cases}
     rows: list[Row] = []
-    for case in cases:
+    for case in () if bench.latencies else cases:
+        searches = found[case.seed]
         ours = [Pruner(method, case, yard) for method in (PLAIN, TRAINED)]
         mine: dict[float, Row] = {}
         for method in PEERS:
             peer = Pruner(method, case, yard)
-            searches = {point: peer.search(point, BUILDS) for point in points}
             for point in points:
-                theirs = contest(peer, searches, point, epochs)
+                theirs = contest(peer, searches[method], point, epochs)
                 if "latency" not in theirs:
                     continue
                 limit = theirs["latency"][0]
                 if limit not in mine:
-                    mine[limit] = own(ours, limit, epochs)
+                    mine[limit] = own(ours, searches, limit, epochs)
                 for row in (theirs, mine[limit]):
                     rows.append({"part": "a", "point": point, "against": method, **row})
                     print(shown(rows[-1]), flush=True)
@@ -155,10 +162,50 @@ def part_a(bench: Bench) -> list[Row]:
     return rows
 
 
-def own(pruners: Sequence[Pruner], limit: float, epochs: Sequence[int]) -> Row:
+def searched(case: Case, yard: Yard, points: Sequence[float], probes: int) -> Searches:
+    """Builds of every method on the way to each of its latencies; kept beside the yard's."""
+    kept = yard.folder / f"searches-{case.seed}.json"
+    if kept.exists():
+        return {
+            method: {float(limit): [Trial(**trial) for trial in trials] for limit, trials in of}
+            for method, of in json.loads(kept.read_text()).items()
+        }
+    if not yard.builds:
+        yard.probe(probes)
+    peers = {method: Pruner(method, case, yard) for method in PEERS}
+    found: Searches = {
+        method: {point: peer.search(point, BUILDS) for point in points}
+        for method, peer in peers.items()
+    }
+    best = [delivered(pooled(of), point) for of in found.values() for point in points]
+    limits = sorted({trial.share for trial in best if trial is not None})
+    for method in (PLAIN, TRAINED):
+        pruner = Pruner(method, case, yard)
+        found[method] = {limit: pruner.search(limit, BUILDS) for limit in limits}
+        print(f"seed {case.seed}, {method}: {apart(found[method])}", flush=True)
+    noted = {
+        method: [(limit, [asdict(trial) for trial in trials]) for limit, trials in of.items()]
+        for method, of in found.items()
+    }
+    kept.write_text(json.dumps(noted))
+    return found
+
+
+def pooled(searches: Mapping[float, list[Trial]]) -> list[Trial]:
+    """All builds of some searches."""
+    return [trial for trials in searches.values() for trial in trials]
+
+
+def apart(searches: Mapping[float, list[Trial]]) -> str:
+    """What is delivered for each latency, over that latency."""
+    best = {limit: delivered(pooled(searches), limit) for limit in searches}
+    return " ".join(f"{trial.share / limit:.3f}" for limit, trial in best.items() if trial)
+
+
+def own(pruners: Sequence[Pruner], searches: Searches, limit: float, epochs: Sequence[int]) -> Row:
     """What ours delivers for one latency, without and with training to follow, as one row."""
     plain, trained = (
-        contest(pruner, {limit: pruner.search(limit, BUILDS)}, limit, many)
+        contest(pruner, searches[pruner.method], limit, many)
         for pruner, many in zip(pruners, ((), epochs), strict=True)
     )
     if "lost" not in plain or "lost" not in trained:
@@ -190,7 +237,7 @@ def contest(
 ) -> Row:
     """See what the network is worth that one method delivers for one latency."""
     trials = searches[limit]
-    best = delivered([trial for found in searches.values() for trial in found], limit)
+    best = delivered(pooled(searches), limit)
     row: Row = {"method": pruner.method, "seed": pruner.case.seed, "builds": len(trials)}
     row["trials"] = [(t.share, t.predicted) for t in trials]
     row["dense"] = pruner.case.top1
@@ -320,6 +367,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=8, help="how many networks")
     parser.add_argument("--first", type=int, default=0, help="seed of the first of them")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument(
+        "--latencies",
+        action="store_true",
+        help="part a: measure only; with --work, runs that train can then go side by side",
+    )
     parser.add_argument("--out", type=Path, default=Path("bench_budget.json"))
     parser.add_argument("--work", type=Path, help="networks and measured latencies are kept here")
     args = parser.parse_args()
@@ -336,7 +388,10 @@ def main() -> None:
             folder = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
             folder.mkdir(parents=True, exist_ok=True)
             seeds = tuple(range(args.first, args.first + (1 if args.quick else args.seeds)))
-            rows = PARTS[name][0](Bench(seeds, args.quick, folder.resolve(), save))
+            bench = Bench(seeds, args.quick, args.latencies, folder.resolve(), save)
+            rows = PARTS[name][0](bench)
+        if args.latencies:
+            return
         print(f"\npart {name}, {time.monotonic() - started:.0f} s", *PARTS[name][1](rows), sep="\n")
         result["end"] = facts()
         save(rows)
