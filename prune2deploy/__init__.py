@@ -24,7 +24,6 @@ if TYPE_CHECKING:
         Prune2DeployError,
         PruneError,
         TraceError,
-        Unstable,
     )
     from prune2deploy.graph.axes import Axis, Graph
     from prune2deploy.plan.plan import Plan
@@ -50,7 +49,6 @@ __all__ = [
     "PruneError",
     "Result",
     "TraceError",
-    "Unstable",
     "load_pruned",
     "prune",
     "prune_to_budget",

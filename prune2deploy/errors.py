@@ -13,7 +13,6 @@
         MissingBackend                3   a runtime or device is not there
         BuildError                    3   an engine could not be built
       MeasureError                    6   timing failed
-        Unstable                      6   too noisy to decide
 
 Each message says what was found, what was expected, and what to do. Anything outside this
 tree that escapes is a bug of this package (exit code 1).
@@ -94,7 +93,3 @@ class MeasureError(Prune2DeployError):
     """Timing an engine failed."""
 
     exit_code = 6
-
-
-class Unstable(MeasureError):  # noqa: N818  reads as the verdict it is
-    """The measurement is too noisy to decide whether the budget is met."""

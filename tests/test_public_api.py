@@ -11,7 +11,7 @@ import prune2deploy
 EXPECTED = {
     "Axis", "BackendError", "BudgetUnreachable", "BuildError", "ConfigError", "ExportError",
     "Extras", "Graph", "MeasureError", "MissingBackend", "ModelError", "ParityError", "Plan",
-    "PlanError", "Prune2DeployError", "PruneError", "Result", "TraceError", "Unstable",
+    "PlanError", "Prune2DeployError", "PruneError", "Result", "TraceError",
     "load_pruned", "prune", "prune_to_budget", "trace",
 }  # fmt: skip
 

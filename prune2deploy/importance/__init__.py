@@ -13,10 +13,11 @@ import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from prune2deploy.calibration import Batch
-from prune2deploy.errors import ConfigError
+from prune2deploy.errors import ConfigError, ModelError
 from prune2deploy.graph.axes import Graph
 from prune2deploy.importance import data, weights
 from prune2deploy.importance.members import Scores, Subject
@@ -94,6 +95,7 @@ def score(
 
     Raises:
         ConfigError: the name is unknown, data is missing, or the model is not the graph's.
+        ModelError: scores are NaN or infinite, because weights or what the data gives are.
     """
     criterion = CRITERIA.get(name)
     if criterion is None:
@@ -104,7 +106,29 @@ def score(
         )
     if criterion.needs_data:
         require_data(name, given=batches is not None)
-    return criterion.function(Subject(model, graph), () if batches is None else batches, seed)
+    subject = Subject(model, graph)
+    found = criterion.function(subject, () if batches is None else batches, seed)
+    _require_finite(name, subject, found)
+    return found
+
+
+def _require_finite(name: str, subject: Subject, scores: Scores) -> None:
+    """Raise ModelError where scores do not tell channels apart, and say what they come from."""
+    odd = [axis for axis, values in scores.items() if not torch.isfinite(values).all()]
+    if not odd:
+        return
+    members = [pair for axis in odd for pair in subject.counted(subject.graph[axis])]
+    spoilt = sorted({m.tensor for m, tensor in members if not torch.isfinite(tensor).all()})
+    cause = (
+        f"{', '.join(spoilt[:3])}{' and others' * (len(spoilt) > 3)} hold NaN or infinite numbers; "
+        "load weights that are finite"
+        if spoilt
+        else "the weights are finite, but not what they add up to or what the data gives; check "
+        f"the range of both, or choose another criterion: {', '.join(NAMES)}"
+    )
+    raise ModelError(
+        f"importance {name!r}: scores of {len(odd)} of {len(scores)} axes are not finite: {cause}"
+    )
 
 
 def require_data(name: str, *, given: bool) -> None:

@@ -137,16 +137,13 @@ def as_vectors(tensor: Tensor, member: Member, size: int) -> Tensor:
 
 
 def mean_one(scores: Tensor) -> Tensor:
-    """Scale to a mean of one; all ones where the mean is zero or not finite."""
+    """Scale to a mean of one; all ones where every score is zero. NaN stays, to be refused."""
     mean = scores.mean()
-    return scores / mean if torch.isfinite(mean) and mean > 0 else torch.ones_like(scores)
+    return torch.ones_like(scores) if mean <= 0 else scores / mean
 
 
 def scaled_together(scores: Scores) -> Scores:
     """Scale all axes by one common factor, so that the mean over all their channels is one."""
-    if not scores:
-        return scores
-    mean = torch.cat(list(scores.values())).mean()
-    if not (torch.isfinite(mean) and mean > 0):
-        return {name: torch.ones_like(values) for name, values in scores.items()}
-    return {name: values / mean for name, values in scores.items()}
+    sizes = [len(values) for values in scores.values()]
+    parts = mean_one(torch.cat(list(scores.values()))).split(sizes) if sizes else ()
+    return dict(zip(scores, parts, strict=True))

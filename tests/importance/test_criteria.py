@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import prune2deploy
-from prune2deploy.errors import ConfigError
+from prune2deploy.errors import ConfigError, ModelError
 from prune2deploy.graph import trace
 from prune2deploy.graph.axes import Member
 from prune2deploy.importance import CRITERIA, NAMES, score
@@ -97,6 +97,23 @@ def test_every_prunable_axis_gets_finite_scores_that_are_not_negative(batches, n
         found = scores[axis.name]
         assert found.shape == (axis.size,) and found.dtype == torch.float32
         assert torch.isfinite(found).all() and (found >= 0).all()
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "random"])
+def test_weights_that_are_not_finite_are_named(net, batches, name):
+    graph = trace(net, batches[0][0])
+    with torch.no_grad():
+        net.next.weight[0, 1] = float("nan")
+    with pytest.raises(ModelError, match=r"next\.weight hold NaN or infinite numbers"):
+        score(name, net, graph, batches)
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_data_that_is_not_finite_is_told(net, batches, name):
+    graph = trace(net, batches[0][0])
+    (picture,), labels = batches[0]
+    with pytest.raises(ModelError, match="the weights are finite, but not what"):
+        score(name, net, graph, [((picture * float("inf"),), labels)])
 
 
 def test_l2_of_a_group_by_hand(net, batches):
