@@ -94,7 +94,7 @@ POINTS = (0.65, 0.5, 0.4, 0.3)
 SPEEDUPS = (1.3, 1.6, 2.0, 3.0)
 CASES = (("resnet18", 1.6), ("resnet18", 2.0), ("mobilenet_v2", 1.6), ("mobilenet_v2", 2.0))
 SIDE = 128
-BUILDS, PEER_BUILDS, PROBES = 8, 12, 6
+BUILDS, ROUNDS, PEER_BUILDS, PROBES = 8, 3, 12, 6
 EPOCHS, FINETUNE = 24, (1, 3)
 Row = dict[str, Any]
 Searches = dict[str, dict[float, list[Trial]]]
@@ -165,41 +165,46 @@ def part_a(bench: Bench) -> list[Row]:
 def searched(case: Case, yard: Yard, points: Sequence[float], probes: int) -> Searches:
     """Builds of every method on the way to each of its latencies; kept beside the yard's."""
     kept = yard.folder / f"searches-{case.seed}.json"
-    if kept.exists():
-        return {
-            method: {float(limit): [Trial(**trial) for trial in trials] for limit, trials in of}
-            for method, of in json.loads(kept.read_text()).items()
-        }
-    if not yard.builds:
+    found = recalled(kept)
+    if not yard.builds and not (found and all(even(found[method]) for method in (PLAIN, TRAINED))):
         yard.probe(probes)
-    peers = {method: Pruner(method, case, yard) for method in PEERS}
-    found: Searches = {
-        method: {point: peer.search(point, BUILDS) for point in points}
-        for method, peer in peers.items()
-    }
-    best = [delivered(pooled(of), point) for of in found.values() for point in points]
+    for method in () if found else PEERS:
+        peer = Pruner(method, case, yard)
+        found[method] = {point: peer.search(point, BUILDS) for point in points}
+    best = [delivered(pooled(found[method]), point) for method in PEERS for point in points]
     limits = sorted({trial.share for trial in best if trial is not None})
     for method in (PLAIN, TRAINED):
-        pruner = Pruner(method, case, yard)
-        found[method] = {limit: pruner.search(limit, BUILDS) for limit in limits}
-        print(f"seed {case.seed}, {method}: {apart(found[method])}", flush=True)
-    noted = {
-        method: [(limit, [asdict(trial) for trial in trials]) for limit, trials in of.items()]
-        for method, of in found.items()
-    }
-    kept.write_text(json.dumps(noted))
+        mine = found.setdefault(method, {limit: [] for limit in limits})
+        pruner = None if even(mine) else Pruner(method, case, yard)
+        for _ in range(ROUNDS if pruner else 0):
+            for limit in limits:
+                if pruner and not even(mine, limit):
+                    mine[limit] = pruner.search(limit, BUILDS, mine[limit])
+    kept.write_text(
+        json.dumps({m: [(k, [asdict(t) for t in of[k]]) for k in of] for m, of in found.items()})
+    )
     return found
+
+
+def recalled(kept: Path) -> Searches:
+    """The builds that an earlier run has left, if any."""
+    noted = json.loads(kept.read_text()) if kept.exists() else {}
+    return {
+        method: {limit: [Trial(**trial) for trial in trials] for limit, trials in of}
+        for method, of in noted.items()
+    }
+
+
+def even(searches: Mapping[float, list[Trial]], limit: float | None = None) -> bool:
+    """Whether what is delivered for a limit, or for every one, lies in the window below it."""
+    limits = [limit] if limit is not None else searches
+    best = [(one, delivered(pooled(searches), one)) for one in limits]
+    return all(trial is not None and trial.share >= FILL * one for one, trial in best)
 
 
 def pooled(searches: Mapping[float, list[Trial]]) -> list[Trial]:
     """All builds of some searches."""
     return [trial for trials in searches.values() for trial in trials]
-
-
-def apart(searches: Mapping[float, list[Trial]]) -> str:
-    """What is delivered for each latency, over that latency."""
-    best = {limit: delivered(pooled(searches), limit) for limit in searches}
-    return " ".join(f"{trial.share / limit:.3f}" for limit, trial in best.items() if trial)
 
 
 def own(pruners: Sequence[Pruner], searches: Searches, limit: float, epochs: Sequence[int]) -> Row:

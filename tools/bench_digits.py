@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import statistics
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -215,11 +215,11 @@ class Pruner:
         else:
             self.gradients = gradients(case)
 
-    def search(self, limit: float, most: int) -> list[Trial]:
-        """Builds on the way to ``limit``, a fraction of the dense latency."""
+    def search(self, limit: float, most: int, before: Sequence[Trial] = ()) -> list[Trial]:
+        """Builds on the way to ``limit``, a fraction of the dense latency; ours go on."""
         if self.method in OURS:
             rank = self._loss if self.method == PLAIN else None
-            return correct(self.yard, self.choices, limit, most, rank)
+            return correct(self.yard, self.choices, limit, most, rank, before)
         return bisect(self._peer, self.yard, limit, most)
 
     def module(self, trial: Trial, epochs: int) -> nn.Module:

@@ -33,6 +33,7 @@ from prune2deploy.surgery.slicing import apply
 from prune2deploy.target import Target
 
 FILL = 0.98  # of the wanted latency: what is measured between this and 1 is at equal latency
+REACH = 5  # nudges by which a plan may be predicted slower than is aimed for
 WIDEST = 0.95  # highest pruning ratio that the bisection tries
 
 
@@ -159,15 +160,16 @@ def correct(
     limit: float,
     most: int = 6,
     rank: Callable[[Mapping[str, int]], float] | None = None,
+    before: Sequence[Trial] = (),
 ) -> list[Trial]:
-    """Fit, allocate, build and measure until a build lies in the window.
+    """Fit, allocate, build and measure until a build lies in the window; goes on from ``before``.
 
     Where no worthier plan is left to try and the window is not reached, slower ones that are worth
     nearly as much follow: only what takes as long can be compared.
     """
-    trials: list[Trial] = []
+    trials = list(before)
     limit_ms = limit * yard.base_ms
-    while len(trials) < most:
+    while len(trials) < len(before) + most:
         problem = Problem(yard.graph, yard.fit(), among, limit_ms)
         up = any(trial.share <= limit for trial in trials)
         tried = [pruned(yard.graph, t.setting) for t in trials if isinstance(t.setting, Mapping)]
@@ -185,10 +187,17 @@ def correct(
 
 
 def slower(request: PlanRequest) -> Allocation | None:
-    """The worthiest plan that is predicted to lie in the window and was not tried."""
-    problem = replace(request.problem, budget_ms=request.aim_ms)
-    plans = fuller(problem, allocate(problem), FILL * request.problem.budget_ms)
-    return next((plan for plan in plans if not request.was_tried(plan.counts)), None)
+    """A worthy plan that is predicted to lie in the window, or just beyond, and was not tried."""
+    whole = {axis.name: axis.size for axis in request.problem.graph.axes}
+    least = FILL * request.problem.budget_ms
+    for beyond in range(REACH):
+        problem = replace(request.problem, budget_ms=request.aim_ms * (1 + NUDGE * beyond))
+        best = allocate(problem)
+        starts = [best, *(replace(best, counts={**whole, **tried}) for tried in request.tried)]
+        for plan in (plan for start in starts for plan in fuller(problem, start, least)):
+            if not request.was_tried(plan.counts):
+                return plan
+    return None
 
 
 def delivered(trials: Sequence[Trial], limit: float) -> Trial | None:
