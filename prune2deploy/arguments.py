@@ -86,8 +86,7 @@ def _read(kind: Callable[[str], T], text: str, expected: str) -> T:
     try:
         return kind(text)
     except ValueError:
-        told = f"found {text!r}, expected {expected}"
-        raise argparse.ArgumentTypeError(told) from None
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected {expected}") from None
 
 
 def path(text: str) -> Path:
@@ -126,6 +125,9 @@ def _model(to: argparse.ArgumentParser) -> None:
         default=[],
         metavar="LAYER",
         help="name or pattern ('layer1*') of layers that keep all channels; may be repeated",
+    )
+    group.add_argument(
+        "--keep-class", action="store_true", help="leave widths that the model's code cannot follow"
     )
 
 
@@ -261,10 +263,7 @@ def _measure(to: argparse.ArgumentParser) -> None:
     to.add_argument("onnx", type=path, nargs="?", metavar="FILE.onnx", help="what to measure")
     _target(to)
     to.add_argument(
-        "--against",
-        type=path,
-        metavar="OTHER.onnx",
-        help="measure both side by side, for their ratio",
+        "--against", type=path, metavar="OTHER.onnx", help="measure both in turn, for their ratio"
     )
     to.add_argument(
         "--batch",

@@ -73,9 +73,12 @@ def inspect(arguments: argparse.Namespace, progress: Progress) -> Reply:
     options = _model_options(arguments)
     from prune2deploy import inspection
     from prune2deploy.graph import keep, trace
+    from prune2deploy.surgery.classes import keep_class
 
     loaded = _load(options)
     graph = keep(trace(loaded.module, loaded.example_inputs), options.keep)
+    if options.keep_class:
+        graph = keep_class(loaded.module, graph)
     return Reply(inspection.text(options.model, graph), inspection.document(options.model, graph))
 
 
@@ -132,6 +135,7 @@ def _model_options(arguments: argparse.Namespace, precision: str | None = None) 
         precision=precision,
         seed=arguments.seed,
         keep=tuple(arguments.keep),
+        keep_class=arguments.keep_class,
     )
 
 

@@ -87,6 +87,7 @@ class ModelOptions:
         precision: ``fp32``, ``fp16``, ``int8``, or ``None`` for the target's.
         seed: Of random weights, random plans and random inputs.
         keep: Names or patterns of layers whose outputs keep all their channels; see ``graph.keep``.
+        keep_class: Whether widths stay that the model's code cannot follow; ``surgery.classes``.
     """
 
     model: str = "resnet50"
@@ -96,6 +97,7 @@ class ModelOptions:
     precision: str | None = None
     seed: int = 0
     keep: tuple[str, ...] = ()
+    keep_class: bool = False
 
     def __post_init__(self) -> None:
         if not self.model.strip():
@@ -219,10 +221,10 @@ class SweepOptions:
 
 
 def _plain(options: RunOptions | SweepOptions) -> dict[str, Any]:
-    """All values as JSON holds them; without ``keep`` where that is empty, as in older runs."""
+    """All values as JSON holds them; without what is not to be kept, as in older runs."""
     found: dict[str, Any] = json.loads(json.dumps(asdict(options), default=str))
-    if not found["model"]["keep"]:
-        del found["model"]["keep"]
+    model = found["model"]
+    found["model"] = {k: v for k, v in model.items() if v or k not in ("keep", "keep_class")}
     return found
 
 

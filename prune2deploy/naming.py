@@ -21,8 +21,8 @@ _OTHERS = {  # names that differ by more than dashes
     "resume": "resume=True",
 }
 _ALIKE = (
-    "speedup", "percentile", "finetune", "precision", "importance", "keep", "seed", "max-drop",
-    "max-builds", "max-size-mb", "max-macs", "max-pruning-ratio",
+    "speedup", "percentile", "finetune", "precision", "importance", "keep", "keep-class", "seed",
+    "max-drop", "max-builds", "max-size-mb", "max-macs", "max-pruning-ratio",
 )  # fmt: skip
 _NAMES = {**{name: name.replace("-", "_") for name in _ALIKE}, **_OTHERS}
 _INSPECT = ("`prune2deploy inspect` lists", "`prune2deploy.trace(...).axes` lists")

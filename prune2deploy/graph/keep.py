@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
@@ -37,11 +37,6 @@ def keep(graph: Graph, patterns: Sequence[str]) -> Graph:
     tensors = {name for name in graph.tensors if _fits(_paths(name), patterns)}
     named = [axis for axis in graph.axes if _fits([axis.name], patterns)]
     made = {axis.name for axis in graph.axes if _makes(axis, tensors)} | {a.name for a in named}
-    tied = {axis.tie for axis in graph.axes if axis.name in made} - {None}
-    axes = tuple(
-        replace(axis, frozen=axis.frozen or KEPT) if axis.name in made or axis.tie in tied else axis
-        for axis in graph.axes
-    )
     makers = [{m.tensor for m in axis.members if m.role != "in"} for axis in named]
     blocks = tuple(
         block
@@ -49,7 +44,19 @@ def keep(graph: Graph, patterns: Sequence[str]) -> Graph:
         if tensors.isdisjoint(block.weights)
         and not any(those and those <= set(block.weights) for those in makers)
     )
-    return replace(graph, axes=axes, blocks=blocks, _by_name={})
+    return replace(freeze(graph, made, KEPT), blocks=blocks, _by_name={})
+
+
+def freeze(graph: Graph, names: Collection[str], reason: str) -> Graph:
+    """The graph in which the named axes, and those tied to them, keep all their channels."""
+    tied = {axis.tie for axis in graph.axes if axis.name in names} - {None}
+    axes = tuple(
+        replace(axis, frozen=axis.frozen or reason)
+        if axis.name in names or axis.tie in tied
+        else axis
+        for axis in graph.axes
+    )
+    return replace(graph, axes=axes, _by_name={})
 
 
 def require_prunable(graph: Graph) -> None:

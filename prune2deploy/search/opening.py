@@ -23,6 +23,7 @@ from prune2deploy.recover import Training
 from prune2deploy.search import candidate
 from prune2deploy.search.candidate import Workshop
 from prune2deploy.search.job import Baseline, Job
+from prune2deploy.surgery.classes import keep_class
 
 _RUN_ON = ("importance", "bn", "sensitivity", "finetune")  # purposes that run the model on data
 
@@ -45,6 +46,8 @@ def open_workshop(
     if not there.usable:
         raise MissingBackend(f"target {target.name}: {there.reason}; {there.fix}")
     graph = keep(trace(job.module, job.example_inputs), options.keep)
+    if options.keep_class:
+        graph = keep_class(job.module, graph)
     require_prunable(graph)
     if job.batches is not None:
         check_labels(job.batches, _output_shapes(job))

@@ -52,6 +52,20 @@ def apply(model: nn.Module, graph: Graph, plan: Plan, example_inputs: Any = None
         PlanError: the plan does not fit the graph.
         PruneError: the result does not run.
     """
+    pruned, follows = _with_its_code(model, graph, plan, example_inputs)
+    return pruned if follows else _captured(pruned, unwrap(model), graph, plan, example_inputs)
+
+
+@torch.inference_mode(False)
+def keeps_class(model: nn.Module, graph: Graph, plan: Plan, example_inputs: Any = None) -> bool:
+    """Whether ``apply`` gives back a module of the same class; raises PlanError as it does."""
+    return _with_its_code(model, graph, plan, example_inputs)[1]
+
+
+def _with_its_code(
+    model: nn.Module, graph: Graph, plan: Plan, example_inputs: Any
+) -> tuple[nn.Module, bool]:
+    """A pruned copy of the same class, and whether it runs as planned."""
     plan.check(graph)
     source = unwrap(model)
     recording: Recording = graph.recording
@@ -63,11 +77,10 @@ def apply(model: nn.Module, graph: Graph, plan: Plan, example_inputs: Any = None
     update_attributes(pruned, recording, widths)
     for call in recording.spans(plan.removed).values():
         pruned.set_submodule(call.name, nn.Identity() if call.plain else Skipped())
-    if not spelt(recording, widths, plan.removed) and runs_with_its_code(
+    follows = not spelt(recording, widths, plan.removed) and runs_with_its_code(
         pruned, recording, widths, example, plan.removed
-    ):
-        return pruned
-    return _captured(pruned, source, graph, plan, example)
+    )
+    return pruned, follows
 
 
 class Skipped(nn.Module):
@@ -79,10 +92,11 @@ class Skipped(nn.Module):
 
 
 def _captured(
-    pruned: nn.Module, source: nn.Module, graph: Graph, plan: Plan, example: Any
+    pruned: nn.Module, source: nn.Module, graph: Graph, plan: Plan, example_inputs: Any
 ) -> nn.Module:
     """The captured form; with the batch of the example fixed where it cannot be left free."""
     recording: Recording = graph.recording
+    example = recording.example if example_inputs is None else example_inputs
     widths = Widths(graph, plan)
     module = capture(pruned, source, graph, plan)
     try:

@@ -1,0 +1,75 @@
+"""Freeze the widths that a model's own code cannot follow, so that pruned copies keep its class.
+
+In: a module and its graph. Out: the graph in which no axis may lose channels without which a copy
+has to be captured. Which ones these are is found by trying: where a copy with narrower widths of a
+set of axes runs as planned with the model's own code, the set is free; else either half of it is
+tried, beside what is free already. Of n axes of which k cannot follow, that takes about
+k log2(n) copies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from prune2deploy.graph.axes import Graph
+from prune2deploy.graph.keep import freeze
+from prune2deploy.plan.choices import allowed, decided_together, grid
+from prune2deploy.plan.plan import Plan
+from prune2deploy.surgery.slicing import keeps_class
+
+HELD = "the model's code holds its width"
+_DRAWS = 2  # widths of each axis that are tried; axes that happen to agree in one differ in both
+_LEAST = 0.25  # of an axis
+
+Unit = tuple[str, ...]
+
+
+def keep_class(model: nn.Module, graph: Graph, example_inputs: Any = None) -> Graph:
+    """The graph whose prunable axes a pruned copy follows with the model's own code.
+
+    Args:
+        model: The module that ``graph`` was traced from.
+        graph: Its graph.
+        example_inputs: Inputs to try copies with; those of the trace by default.
+    """
+    units = decided_together(graph)
+    draws = [_drawn(graph, units, seed) for seed in range(_DRAWS)]
+
+    def follows(tried: Sequence[Unit]) -> bool:
+        names = [name for unit in tried for name in unit]
+        plans = [Plan({name: kept[name] for name in names if name in kept}) for kept in draws]
+        return all(keeps_class(model, graph, plan, example_inputs) for plan in plans)
+
+    free = set(_free(units, [], follows))
+    held = {name for unit in units if unit not in free for name in unit}
+    return freeze(graph, held, HELD)
+
+
+def _drawn(graph: Graph, units: Sequence[Unit], seed: int) -> dict[str, tuple[int, ...]]:
+    """Kept channels of every axis that can have fewer than it has."""
+    rng, steps = np.random.default_rng(seed), grid(graph, 1)
+    kept = {}
+    for unit in units:
+        size, step = graph[unit[0]].size, math.lcm(*(steps[name] for name in unit))
+        narrower = allowed(size, step, math.ceil(_LEAST * size), size)[:-1]
+        if narrower.size:
+            kept.update(dict.fromkeys(unit, tuple(range(int(rng.choice(narrower))))))
+    return kept
+
+
+def _free(
+    units: list[Unit], beside: list[Unit], follows: Callable[[Sequence[Unit]], bool]
+) -> list[Unit]:
+    """Those of some units that may be narrower together, and beside others that are free."""
+    if not units or follows([*beside, *units]):
+        return units
+    if len(units) == 1:
+        return []
+    middle = len(units) // 2
+    first = _free(units[:middle], beside, follows)
+    return first + _free(units[middle:], beside + first, follows)
