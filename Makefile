@@ -16,11 +16,13 @@ $(VENV)/.uv:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	touch $@
 
-$(READY): $(VENV)/.uv pyproject.toml constraints.txt
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+$(VENV)/.shown: EXTRAS := vision
+$(READY): EXTRAS := dev
+$(VENV)/.shown $(READY): $(VENV)/.uv pyproject.toml constraints.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	touch $@
 
-demo: $(READY)
+demo: $(VENV)/.shown
 	$(BIN)/prune2deploy run --model resnet18 --target ort --speedup 1.5
 
 test: $(READY)

@@ -88,6 +88,9 @@ def test_the_second_example_of_the_readme_runs(tmp_path, monkeypatch):
     exec(compile(second, "README.md", "exec"), known)
     assert known["result"].met and len(seen) == 1
     assert (known["result"].run_dir / "model.onnx").exists()
+    (running,) = (p.values[0] for p in blocks("python") if "InferenceSession" in p.values[0])
+    exec(running.replace("runs/resnet50-ort-2x", str(known["result"].run_dir)), known)
+    assert known["scores"].shape == model(known["x"]).shape
     explained = (ROOT / "docs/results.md").read_text("utf-8")
     manifest = read_manifest(known["result"].run_dir)
     parts = [manifest[name] for name in ("target", "baseline", "final", "measurement")]

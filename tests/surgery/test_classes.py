@@ -1,0 +1,92 @@
+"""What stays of its class: the widths that its code cannot follow are held, and no others."""
+
+import torch
+from torch import fx, nn
+
+from prune2deploy.graph import trace
+from prune2deploy.plan.plan import Plan
+from prune2deploy.plan.probes import probes
+from prune2deploy.surgery.classes import HELD, keep_class
+from prune2deploy.surgery.slicing import apply
+
+
+class Mixing(nn.Module):
+    """Attention over positions whose result takes the width of the input, as its code has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads, self.key, self.value = 2, 4, 8
+        self.qkv = nn.Conv2d(16, self.heads * (2 * self.key + self.value), 1)
+        self.out = nn.Conv2d(16, 16, 1)
+
+    def forward(self, x):
+        b, c, h, w = x.shape
+        parts = self.qkv(x).view(b, self.heads, -1, h * w)
+        q, k, v = parts.split([self.key, self.key, self.value], 2)
+        mixed = v @ (q.transpose(-2, -1) @ k).softmax(-1).transpose(-2, -1)
+        return self.out(mixed.view(b, c, h, w))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 24, 3), nn.ReLU(), nn.Conv2d(24, 16, 1))
+        self.mixing = Mixing()
+        self.head = nn.Sequential(nn.Conv2d(16, 32, 1), nn.ReLU(), nn.Conv2d(32, 4, 1))
+
+    def forward(self, x):
+        return self.head(self.mixing(self.stem(x)))
+
+
+class OneWidth(nn.Module):
+    """Two layers whose widths the code takes from one attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.width = 12
+        self.first, self.second = nn.Linear(5, 12), nn.Linear(5, 12)
+        self.free = nn.Linear(24, 9)
+        self.last = nn.Linear(9, 2)
+
+    def forward(self, x):
+        both = [one(x).reshape(-1, self.width) for one in (self.first, self.second)]
+        return self.last(self.free(torch.cat(both, 1)).relu())
+
+
+def plan_of(counts, names):
+    return Plan({name: tuple(range(counts[name])) for name in names})
+
+
+def check(net, x, held):
+    graph = trace(net, x)
+    kept = keep_class(net, graph)
+    assert {axis.name for axis in kept.axes if axis.frozen == HELD} == held
+    free = {axis.name for axis in kept.prunable}
+    assert free and free | held == {axis.name for axis in graph.prunable}
+    for counts in probes(kept, 6, multiple=1, seed=5):
+        assert type(apply(net, kept, plan_of(counts, free))) is type(net)
+    for name in held:  # no one of them could have gone beside those that are free
+        counts = {**{axis.name: axis.size - 1 for axis in graph.prunable}}
+        assert isinstance(apply(net, graph, plan_of(counts, {name, *free})), fx.GraphModule), name
+    return kept
+
+
+def test_what_the_code_ties_is_held_and_all_else_is_free():
+    torch.manual_seed(0)
+    kept = check(
+        Net().eval(),
+        torch.randn(2, 3, 6, 6),
+        {"stem.2", "mixing.qkv", "mixing.qkv:2"},
+    )
+    assert {"stem.0", "head.0"} <= {axis.name for axis in kept.prunable}
+
+
+def test_widths_that_one_attribute_stands_for_are_held():
+    torch.manual_seed(0)
+    check(OneWidth().eval(), torch.randn(3, 5), {"first", "second"})
+
+
+def test_nothing_is_held_where_the_code_follows():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 6, 1)).eval()
+    graph = trace(net, torch.randn(1, 3, 8, 8))
+    assert keep_class(net, graph).axes == graph.axes
