@@ -10,9 +10,10 @@ in part c the target's own policy holds. Each set of widths is measured once and
 whoever comes to the same widths. Torch-Pruning is ``BasePruner`` with one step and its defaults
 but for what is named, the classifier ignored; ``round_to`` is the channel multiple of the
 target, the same as ours. To reach a latency it halves the pruning ratio between 0 and 0.95 on
-measured latency, at most ``BUILDS`` builds a point; ours may correct as often. A search stops at
-the first build within [0.98, 1.00] of the wanted latency. What is delivered is the slowest build of
-any search of this method on this network that does not exceed the wanted latency.
+measured latency, at most ``BUILDS`` builds a point; ours may correct as often, in part a up to
+``ROUNDS`` times where its latency is not the peer's yet. A search stops at the first build within
+[0.98, 1.00] of the wanted latency. What is delivered is the slowest build of any search of this
+method on this network that does not exceed the wanted latency.
 
 (a) ``DigitNet`` (see ``bench_digits``) trained on 800 distorted digits until it gains nothing more
     (``EPOCHS``), tested on the other 997 in five distortions each; seeds 0 to 7 decide data,
@@ -58,7 +59,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,18 @@ from bench_digits import (
     train,
 )
 from bench_tables import shown, table_equal, table_plain, table_planted
-from bench_yard import FILL, WIDEST, Trial, Yard, delivered
+from bench_yard import (
+    FILL,
+    WIDEST,
+    Searches,
+    Trial,
+    Yard,
+    delivered,
+    even,
+    note,
+    pooled,
+    recalled,
+)
 from torch import nn
 
 from prune2deploy import api, measure, models, target
@@ -97,8 +109,6 @@ SIDE = 128
 BUILDS, ROUNDS, PEER_BUILDS, PROBES = 8, 3, 12, 6
 EPOCHS, FINETUNE = 24, (1, 3)
 Row = dict[str, Any]
-Searches = dict[str, dict[float, list[Trial]]]
-"""Per method: wanted latency to the builds of the search for it."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +130,11 @@ class Bench:
     save: Callable[[list[Row]], None]
 
     @property
+    def points(self) -> tuple[float, ...]:
+        """Latencies that are wanted of the peer in part a."""
+        return POINTS[1:2] if self.quick else POINTS
+
+    @property
     def profile(self) -> Target:
         """The target with the short policy of parts a, b and d."""
         found = target.load("ort")
@@ -137,10 +152,8 @@ def part_a(bench: Bench) -> list[Row]:
     """Accuracy at the latency that each method of the peer delivers, fine-tuned alike."""
     cases = bench.cases()
     yard = Yard(cases[0].module, EXAMPLE, bench.profile, bench.folder / "plain")
-    points = POINTS[1:2] if bench.quick else POINTS
     epochs = FINETUNE[:1] if bench.quick else FINETUNE
-    probes = 3 if bench.quick else PROBES
-    found = {case.seed: searched(case, yard, points, probes) for case in cases}
+    found = {case.seed: searched(bench, case, yard) for case in cases}
     rows: list[Row] = []
     for case in () if bench.latencies else cases:
         searches = found[case.seed]
@@ -148,7 +161,7 @@ def part_a(bench: Bench) -> list[Row]:
         mine: dict[float, Row] = {}
         for method in PEERS:
             peer = Pruner(method, case, yard)
-            for point in points:
+            for point in bench.points:
                 theirs = contest(peer, searches[method], point, epochs)
                 if "latency" not in theirs:
                     continue
@@ -162,49 +175,29 @@ def part_a(bench: Bench) -> list[Row]:
     return rows
 
 
-def searched(case: Case, yard: Yard, points: Sequence[float], probes: int) -> Searches:
-    """Builds of every method on the way to each of its latencies; kept beside the yard's."""
+def searched(bench: Bench, case: Case, yard: Yard) -> Searches:
+    """Builds of every method on the way to each of its latencies; kept beside the yard's.
+
+    What an earlier run kept is taken, and with ``latencies`` gone on from.
+    """
     kept = yard.folder / f"searches-{case.seed}.json"
     found = recalled(kept)
-    if not yard.builds and not (found and all(even(found[method]) for method in (PLAIN, TRAINED))):
-        yard.probe(probes)
+    if found and not bench.latencies:
+        return found
+    if not yard.builds:
+        yard.probe(3 if bench.quick else PROBES)
     for method in () if found else PEERS:
         peer = Pruner(method, case, yard)
-        found[method] = {point: peer.search(point, BUILDS) for point in points}
-    best = [delivered(pooled(found[method]), point) for method in PEERS for point in points]
+        found[method] = {point: peer.search(point, BUILDS) for point in bench.points}
+    best = [delivered(pooled(found[method]), point) for method in PEERS for point in bench.points]
     limits = sorted({trial.share for trial in best if trial is not None})
     for method in (PLAIN, TRAINED):
-        mine = found.setdefault(method, {limit: [] for limit in limits})
-        pruner = None if even(mine) else Pruner(method, case, yard)
-        for _ in range(ROUNDS if pruner else 0):
-            for limit in limits:
-                if pruner and not even(mine, limit):
-                    mine[limit] = pruner.search(limit, BUILDS, mine[limit])
-    kept.write_text(
-        json.dumps({m: [(k, [asdict(t) for t in of[k]]) for k in of] for m, of in found.items()})
-    )
+        mine, pruner = found.setdefault(method, {}), Pruner(method, case, yard)
+        for limit in limits * ROUNDS:
+            if limit not in mine or not even(mine, limit):
+                mine[limit] = pruner.search(limit, BUILDS, mine.get(limit, ()))
+    note(kept, found)
     return found
-
-
-def recalled(kept: Path) -> Searches:
-    """The builds that an earlier run has left, if any."""
-    noted = json.loads(kept.read_text()) if kept.exists() else {}
-    return {
-        method: {limit: [Trial(**trial) for trial in trials] for limit, trials in of}
-        for method, of in noted.items()
-    }
-
-
-def even(searches: Mapping[float, list[Trial]], limit: float | None = None) -> bool:
-    """Whether what is delivered for a limit, or for every one, lies in the window below it."""
-    limits = [limit] if limit is not None else searches
-    best = [(one, delivered(pooled(searches), one)) for one in limits]
-    return all(trial is not None and trial.share >= FILL * one for one, trial in best)
-
-
-def pooled(searches: Mapping[float, list[Trial]]) -> list[Trial]:
-    """All builds of some searches."""
-    return [trial for trials in searches.values() for trial in trials]
 
 
 def own(pruners: Sequence[Pruner], searches: Searches, limit: float, epochs: Sequence[int]) -> Row:

@@ -8,6 +8,7 @@ from typing import Any
 from bench_digits import PEERS
 
 Row = dict[str, Any]
+EQUAL = 2.0  # per cent that two latencies may be apart
 
 
 def shown(row: Row) -> str:
@@ -46,23 +47,39 @@ def table_equal(rows: list[Row]) -> list[str]:
 def paired(
     rows: list[Row], method: str, point: float | None, epochs: str
 ) -> list[tuple[float, float]]:
-    """Points lost by one method of the peer and by ours, per seed (and point, where ``None``)."""
+    """Points lost by one method of the peer and by ours, per seed (and point, where ``None``).
+
+    Pairs of which the latencies are more than ``EQUAL`` apart are left out.
+    """
     pairs = zip(rows[::2], rows[1::2], strict=True)
     return [
         (theirs["lost"][epochs], mine["lost"][epochs])
         for theirs, mine in pairs
         if theirs["method"] == method and point in (None, theirs["point"]) and "lost" in mine
+        if abs(off(theirs, mine, epochs)) <= EQUAL
     ]
+
+
+def off(theirs: Row, mine: Row, epochs: str) -> float:
+    """By how many per cent ours takes longer than the peer."""
+    ours = mine["untrained"] if epochs == "0" else mine
+    return float(100 * (ours["latency"][0] / theirs["latency"][0] - 1))
 
 
 def spread_of(rows: list[Row]) -> list[str]:
     """How equal the latencies are, and which pairs are missing."""
     pairs = [p for p in zip(rows[::2], rows[1::2], strict=True) if "lost" in p[1]]
-    apart = [100 * (mine["latency"][0] / theirs["latency"][0] - 1) for theirs, mine in pairs]
     none = len(rows) // 2 - len(pairs)
+    told = []
+    for epochs, when in (("0", "no training"), ("1", "training follows")):
+        apart = [off(theirs, mine, epochs) for theirs, mine in pairs]
+        told.append(
+            f"ours over the peer's latency, {when}: {min(apart):+.1f} to {max(apart):+.1f} %, "
+            f"within {EQUAL:g} % in {sum(abs(a) <= EQUAL for a in apart)} of {len(apart)} pairs, "
+            f"the others left out; {none} without a build of ours"
+        )
     return [
-        f"ours over the peer's latency: {min(apart):+.1f} to {max(apart):+.1f} %, within 2 % in "
-        f"{sum(abs(a) <= 2 for a in apart)} of {len(apart)} pairs; {none} without a build of ours",
+        *told,
         f"builds: {sum(r['builds'] for r in rows[::2])} of the peer, ours at most "
         f"{max(r['builds'] for r in rows[1::2])} for one latency",
     ]

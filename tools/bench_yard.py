@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,6 +54,10 @@ class Trial:
     low: float
     high: float
     predicted: float | None = None
+
+
+Searches = dict[str, dict[float, list[Trial]]]
+"""Per method: wanted latency to the builds of the search for it."""
 
 
 class Seen(NamedTuple):
@@ -204,3 +208,32 @@ def delivered(trials: Sequence[Trial], limit: float) -> Trial | None:
     """The slowest build that keeps the limit."""
     met = [trial for trial in trials if trial.share <= limit]
     return max(met, key=lambda trial: trial.share) if met else None
+
+
+def recalled(kept: Path) -> Searches:
+    """The builds that an earlier run has left, if any."""
+    noted = json.loads(kept.read_text()) if kept.exists() else {}
+    return {
+        method: {limit: [Trial(**trial) for trial in trials] for limit, trials in of}
+        for method, of in noted.items()
+    }
+
+
+def pooled(searches: Mapping[float, list[Trial]]) -> list[Trial]:
+    """All builds of some searches."""
+    return [trial for trials in searches.values() for trial in trials]
+
+
+def even(searches: Mapping[float, list[Trial]], limit: float) -> bool:
+    """Whether what is delivered for a limit lies in the window below it."""
+    best = delivered(pooled(searches), limit)
+    return best is not None and best.share >= FILL * limit
+
+
+def note(kept: Path, searches: Searches) -> None:
+    """Write what ``recalled`` reads."""
+    noted = {
+        method: [(limit, [asdict(trial) for trial in trials]) for limit, trials in of.items()]
+        for method, of in searches.items()
+    }
+    kept.write_text(json.dumps(noted))
