@@ -202,6 +202,17 @@ def test_transformers_from_a_config_file(tmp_path):
         models.load("hf:bert-base-uncased")
 
 
+def test_a_configuration_that_does_not_say_how_large_inputs_are_points_to_a_factory(tmp_path):
+    pytest.importorskip("transformers")
+    facts = {"model_type": "speech_to_text", "d_model": 16, "vocab_size": 40}
+    facts |= {f"{part}_layers": 1 for part in ("encoder", "decoder")}
+    facts |= {f"{part}_attention_heads": 2 for part in ("encoder", "decoder")}
+    facts |= {f"{part}_ffn_dim": 32 for part in ("encoder", "decoder")}
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    with pytest.raises(ModelError, match=r"found no 'num_mel_bins' in its conf.*write a factory"):
+        models.load(f"hf:{tmp_path}")
+
+
 @pytest.mark.zoo
 @pytest.mark.parametrize(
     ("facts", "names"),
@@ -342,6 +353,14 @@ def test_exported_archive(archive, tmp_path):
         models.load(str(path), batch=5)
     with pytest.raises(ModelError, match="input size"):
         models.load(str(path), input_size=(9, 9))
+
+
+def test_an_archive_may_take_a_number_without_dimensions(tmp_path):
+    program = torch.export.export(nn.Tanh(), (torch.tensor(2.0),), strict=False)
+    torch.export.save(program, tmp_path / "number.pt2")
+    assert models.load(str(tmp_path / "number.pt2")).example_inputs[0].shape == ()
+    with pytest.raises(ModelError, match=r"inputs of shape \(\); batch 2 is asked for"):
+        models.load(str(tmp_path / "number.pt2"), batch=2)
 
 
 def test_an_archive_is_pruned_exported_and_saved_again(archive, tmp_path):
