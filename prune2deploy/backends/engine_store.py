@@ -130,12 +130,6 @@ def text_key(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def default_cache() -> Path:
-    """Per-user folder for engines: ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "prune2deploy" / "engines"
-
-
 @contextmanager
 def lock(path: Path, seconds: float) -> Iterator[None]:
     """Hold an exclusive lock on ``path`` between processes; it goes when its holder dies.

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from prune2deploy import places
 from prune2deploy.backends import devices, engine_store, gpu_driver, gpu_memory, onnx_file
 from prune2deploy.backends.base import Array, Availability, Backend, Engine, Session
 from prune2deploy.backends.engine_build import BuildRequest
@@ -58,6 +59,7 @@ class TensorRtBackend(Backend):
         """See the base class; options must also fit each other, and the device be a GPU."""
         super().check(target)
         devices.device_index(target)
+        places.expanded(_option_text(target, "cache"), f"{target.path}:options.cache")
         module, named = (_option_text(target, n) for n in ("module", "compute_capability"))
         sizes = _batch_sizes(target)
         checks = (
@@ -234,7 +236,7 @@ def _option_text(target: Target, name: str) -> str:
 
 def _cache(target: Target) -> Path:
     given = _option_text(target, "cache")
-    return Path(given).expanduser() if given else engine_store.default_cache()
+    return places.expanded(given) if given else places.cache() / "engines"
 
 
 def _device_text(target: Target) -> str:

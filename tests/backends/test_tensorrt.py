@@ -398,6 +398,8 @@ def test_without_the_package_the_line_that_installs_it_is_given(monkeypatch, tmp
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
+        ({"memory": "cupy"}, "memory: found 'cupy', expected one of auto"),
+        ({"cache": "~nobody_here/x"}, "cache: found '~nobody_here/x', whose home folder is not"),
         ({"module": "tensorflow"}, "module: found 'tensorflow', expected one of tensorrt, "),
         ({"module": "tensorrt", "compute_capability": "89"}, "capability: found '89', .* none"),
         ({"compute_capability": "8.9"}, "capability: found '8.9', expected two .* digits"),

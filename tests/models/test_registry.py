@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import sys
 import zipfile
 
 import pytest
@@ -326,6 +327,23 @@ def test_a_factory_may_return_what_torch_export_made(own_models, name):
     assert forward(loaded).shape == (2, 3 if name == "program" else 2)
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_file_imports_what_lies_beside_it(own_models, monkeypatch, there):
+    """As when Python runs it; what lies in the current folder comes after that."""
+    (own_models / "nets").mkdir()
+    (own_models / "nets/net_for_tests.py").write_text(
+        "from blocks_for_tests import make\nfrom own_models_for_tests import net\n"
+    )
+    (own_models / "nets/blocks_for_tests.py").write_text("from torch.nn import ReLU as make\n")
+    if there:
+        (own_models / "blocks_for_tests.py").write_text("from torch.nn import Tanh as make\n")
+    monkeypatch.delitem(sys.modules, "blocks_for_tests", raising=False)
+    before = list(sys.path)
+    assert isinstance(models.load("nets/net_for_tests.py:make").module, nn.ReLU)
+    assert models.load("nets/net_for_tests.py:net").library == "factory"
+    assert sys.path == before
+
+
 def test_factory_inputs_that_cannot_be_resized(own_models):
     with pytest.raises(ModelError, match="input size cannot apply"):
         models.load("own_models_for_tests:with_inputs", input_size=(8, 8))
@@ -454,8 +472,6 @@ def test_batch_and_size_must_be_positive():
     ],
 )
 def test_missing_library_names_the_line_that_installs_it(spec, library, extra, monkeypatch):
-    import sys
-
     for name in list(sys.modules):
         if name.partition(".")[0] == library:
             monkeypatch.delitem(sys.modules, name)
@@ -467,7 +483,6 @@ def test_missing_library_names_the_line_that_installs_it(spec, library, extra, m
 
 def test_importing_the_loaders_imports_no_optional_library(monkeypatch):
     import importlib
-    import sys
 
     optional = {"torchvision", "timm", "ultralytics", "transformers", "safetensors"}
     real = builtins.__import__
