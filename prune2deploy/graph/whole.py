@@ -31,13 +31,11 @@ class WholeModule:
         path: Of the module.
         name: For messages, and to tell operations apart.
         single: Whether it returns one tensor, and not a tuple of them.
-        tags: None, as an operator may have.
     """
 
     path: str
     name: str
     single: bool
-    tags: tuple[()] = ()
 
 
 def rule_of(module: nn.Module) -> Rule | None:
