@@ -94,7 +94,7 @@ class TensorRtBackend(Backend):
         facts = gpu_driver.facts(devices.device_index(target))
         if isinstance(facts, str):
             reason = f"engines can be built here but not run: {facts}"
-            return Availability(False, reason, _GPU_FIX)
+            return Availability(False, reason, devices.NO_GPU_FIX)
         named = _option_text(target, "compute_capability")
         if named and named != facts.capability:
             return Availability(
@@ -119,7 +119,7 @@ class TensorRtBackend(Backend):
             return Availability(True)
         facts = gpu_driver.facts(devices.device_index(target))
         if isinstance(facts, str):
-            return Availability(False, facts, _GPU_FIX)
+            return Availability(False, facts, devices.NO_GPU_FIX)
         return Availability(True)
 
     def arithmetic(self, target: Target) -> str:
@@ -185,9 +185,6 @@ class TensorRtBackend(Backend):
         """Versions of whichever TensorRT libraries are installed, and of the GPU driver."""
         found = {name: version(name) for name in INSTALL}
         return {**{n: v for n, v in found.items() if v}, **gpu_driver.versions()}
-
-
-_GPU_FIX = "install the NVIDIA driver, or give the container its GPU (--gpus all)"
 
 
 def version(module: str) -> str:

@@ -474,7 +474,6 @@ def test_what_the_library_says_to_a_value_is_an_answer(tmp_path, monkeypatch, ca
 def test_memory_libraries_are_asked_for_by_name(monkeypatch):
     import importlib.util
 
-    assert "expected one of auto" in gpu_memory.availability("cupy").reason
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert gpu_memory.installed() == ()
     assert "pip install" in gpu_memory.availability("auto").fix
