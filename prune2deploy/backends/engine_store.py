@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from prune2deploy import watched
-from prune2deploy.atomic import replacing, scratch, write_text
+from prune2deploy.atomic import replacing, scratch, sha256, write_text
 from prune2deploy.backends.engine_build import ANSWER, BuildRequest
 from prune2deploy.errors import BackendError, BuildError
 
@@ -114,15 +114,6 @@ def check_fits(engine: Path, manifest: Manifest, *, module: str, version: str, d
                 f"{engine}: built for {what} {built}, but here it is {here}; engines fit only what "
                 "they were built for, build it again from its ONNX file"
             )
-
-
-def sha256(path: Path) -> str:
-    """Hash of the contents of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def text_key(text: str) -> str:
