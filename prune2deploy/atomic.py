@@ -1,4 +1,6 @@
-"""Files that are written whole or not at all: a temporary name beside them, then a rename.
+"""Files that are written whole or not at all, and what tells whole ones from others.
+
+Files are written under a temporary name beside their own, then renamed.
 
 A killed process or a full disk leaves at most a temporary file, never a half-written artefact
 under its final name. Renaming is atomic because both names lie in the same folder.
@@ -6,6 +8,7 @@ under its final name. Renaming is atomic because both names lie in the same fold
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -56,3 +59,13 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` as UTF-8 to ``path`` whole or not at all."""
     write_bytes(path, text.encode())
+
+
+def sha256(*paths: Path) -> str:
+    """SHA-256 of the contents of files, one after the other, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    return digest.hexdigest()

@@ -6,7 +6,6 @@ In: parsed arguments and a progress callable. Out: a :class:`~prune2deploy.reply
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -90,11 +89,10 @@ def _staircase(arguments: argparse.Namespace, progress: Progress) -> Reply:
 def build(arguments: argparse.Namespace, progress: Progress) -> Reply:
     """Build an engine without measuring."""
     from prune2deploy import listing
+    from prune2deploy.backends import registry
 
     target, backend = listing.usable(arguments.target, to_run=False)
-    if arguments.precision is not None:
-        target = dataclasses.replace(target, precision=arguments.precision)
-        backend.check(target)
+    target = registry.in_precision(target, arguments.precision)
     _check_onnx(arguments.onnx)
     out: Path = arguments.out
     with writing(out):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from prune2deploy import target as profiles
@@ -39,14 +40,15 @@ def rows() -> list[dict[str, Any]]:
 
 
 def text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table as a terminal shows it."""
+    """The table as a terminal shows it, and where the profiles lie that one may copy."""
     lines = []
     for row in rows:
         mark = "usable" if row["usable"] else ("can build" if row["builds"] else "not usable")
         lines.append(f"{row['name']:<16} {mark:<11} {row['description']}")
         if not row["usable"]:
             lines += [f"{'':16} because {row['reason']}", f"{'':16} fix: {row['fix']}"]
-    return "\n".join(lines)
+    folders = sorted({str(Path(row["path"]).parent) for row in rows})
+    return "\n".join([*lines, "", *(f"files: {folder}" for folder in folders)])
 
 
 def usable(name: str, *, to_run: bool = True) -> tuple[Target, Backend]:

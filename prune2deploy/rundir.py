@@ -12,7 +12,6 @@ import contextlib
 import errno
 import fcntl
 import glob
-import hashlib
 import itertools
 import json
 import os
@@ -144,7 +143,8 @@ class RunDir:
         for path in sorted(self.path.rglob("*")):
             name = path.relative_to(self.path)
             if path.is_file() and name.parts[0] not in (MANIFEST, LOCK, WORK):
-                found.append(Artefact(name.as_posix(), path.stat().st_size, sha256(path)))
+                size = path.stat().st_size
+                found.append(Artefact(name.as_posix(), size, atomic.sha256(path)))
         return tuple(found)
 
     def finish(self, facts: Mapping[str, object]) -> dict[str, object]:
@@ -178,15 +178,6 @@ def read_manifest(path: Path) -> dict[str, object]:
     if schema != SCHEMA:
         raise ConfigError(f"{file}: found manifest schema {schema!r}, expected {SCHEMA}")
     return dict(manifest)
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    state = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            state.update(piece)
-    return state.hexdigest()
 
 
 def run_folder(name: str, identity: Mapping[str, object], *, resume: bool) -> Path:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from prune2deploy.errors import ConfigError
+from prune2deploy.places import expanded
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -59,7 +60,7 @@ def find(kind: str, name_or_path: str | Path) -> Path:
     """
     text = str(name_or_path)
     if text.endswith(".toml") or len(Path(text).parts) > 1:
-        path = Path(text).expanduser()
+        path = expanded(text, kind)
         if not path.is_file():
             raise ConfigError(f"{path}: no such file; expected a TOML file of {kind}")
         return path.resolve()

@@ -227,6 +227,8 @@ def test_targets_are_listed_with_the_line_that_fixes_what_is_missing(capfd):
     assert cli.run(["targets"]) == 0
     shown = capfd.readouterr().out
     assert all(name in shown for name in rows)
+    folder = Path(shown.splitlines()[-1].removeprefix("files: "))
+    assert all((folder / f"{name}.toml").is_file() for name in rows)
 
 
 def test_arguments_without_a_command_are_those_of_run():

@@ -160,6 +160,13 @@ def test_options_that_would_do_nothing(fails, case):
     fails(arguments, 2, said)
 
 
+def test_precisions_that_a_backend_lacks(fails, make_onnx):
+    asked = ["--target", "torch", "--precision", "int8"]
+    told = "--precision: found 'int8', expected one of fp32, fp16 for backend 'torch'"
+    fails(["run", "--model", "nets.py:small", "--speedup", "2", *asked], 2, told)
+    fails(["build", make_onnx(), *asked], 2, told)
+
+
 def test_data_that_would_do_nothing(place, fails, make_onnx):
     build = ["build", make_onnx(), "--target", "ort", "--out", place / "built"]
     fails([*build, "--precision", "fp32", "--data", "random"], 2, "--data random: found", "fp32")

@@ -107,6 +107,13 @@ def test_a_missing_file_is_named(tmp_path):
         target.load(tmp_path / "absent.toml")
 
 
+def test_a_home_folder_that_is_not_known_is_told():
+    with pytest.raises(
+        ConfigError, match=r"found '~nobody_here/x\.toml', whose home folder is not"
+    ):
+        target.load("~nobody_here/x.toml")
+
+
 def test_every_shipped_target_is_valid_and_known_to_its_backend():
     names = [t.name for t in target.load_all()]
     assert {"ort", "openvino", "torch", "ort-cuda", "trt"} <= set(names)

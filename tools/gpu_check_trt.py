@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from gpu_check_bench import SAMPLES, SIZE, Bench, Facts, Skip, installed, raises
 
+from prune2deploy import atomic
 from prune2deploy.backends import engine_store
 from prune2deploy.backends.base import Engine
 from prune2deploy.backends.tensorrt_session import TensorRtSession
@@ -103,7 +104,7 @@ def check_mismatch(bench: Bench) -> Facts:
     engine.path.write_bytes(engine.path.read_bytes()[:-100])
     damaged = raises(lambda: bench.open(engine))
     engine.path.write_bytes(b"garbage" * 100)
-    sound = replace(manifest, engine_sha256=engine_store.sha256(engine.path))
+    sound = replace(manifest, engine_sha256=atomic.sha256(engine.path))
     sound.write(engine.path)  # only the runtime itself can tell
     garbage = raises(lambda: bench.open(engine))
     with _session(bench, bench.build("fp32")) as session:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from typing_extensions import Self
 
 from prune2deploy.errors import ConfigError
-from prune2deploy.target import Option, Target
+from prune2deploy.target import PRECISIONS, Option, Target
 from prune2deploy.timing import OperatorTiming
 
 Array = npt.NDArray[np.generic]
@@ -115,6 +115,7 @@ class Backend(ABC):
             is the type expected; ``None`` leaves them unchecked.
         least: The least value of options that are numbers, where there is one.
         choices: All values of options that are names, where there are a few.
+        precisions: Those that it runs.
         simulated: Its sessions compute their times instead of taking them; measuring then runs on
             a simulated clock, in this process.
         takes_program: It runs an exported program (``.pt2``) that lies beside the ONNX file.
@@ -124,6 +125,7 @@ class Backend(ABC):
     options: ClassVar[Mapping[str, Option] | None] = None
     least: ClassVar[Mapping[str, float]] = {}
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    precisions: ClassVar[tuple[str, ...]] = PRECISIONS
     simulated: ClassVar[bool] = False
     takes_program: ClassVar[bool] = False
 
@@ -146,6 +148,15 @@ class Backend(ABC):
                     f"{target.path}:options.{name}: found {chosen!r}, expected one of "
                     f"{', '.join(choices)}"
                 )
+        self.check_precision(target.precision, f"{target.path}:precision")
+
+    def check_precision(self, precision: str, where: str) -> None:
+        """Raise ConfigError, naming what gave the precision, where engines cannot have it."""
+        if precision not in self.precisions:
+            raise ConfigError(
+                f"{where}: found {precision!r}, expected one of {', '.join(self.precisions)} "
+                f"for backend {self.name!r}"
+            )
 
     @abstractmethod
     def availability(self, target: Target) -> Availability:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from prune2deploy import watched
-from prune2deploy.atomic import replacing, scratch, write_text
+from prune2deploy.atomic import replacing, scratch, sha256, write_text
 from prune2deploy.backends.engine_build import ANSWER, BuildRequest
 from prune2deploy.errors import BackendError, BuildError
 
@@ -116,24 +116,9 @@ def check_fits(engine: Path, manifest: Manifest, *, module: str, version: str, d
             )
 
 
-def sha256(path: Path) -> str:
-    """Hash of the contents of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def text_key(text: str) -> str:
     """Short file-name-safe key of a text."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def default_cache() -> Path:
-    """Per-user folder for engines: ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "prune2deploy" / "engines"
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from prune2deploy.backends.gpu_buffers import (
     PyCudaMemory,
     TorchMemory,
 )
-from prune2deploy.errors import ConfigError, MissingBackend
+from prune2deploy.errors import MissingBackend
 
 PROVIDERS: dict[str, tuple[str, Callable[[int], GpuMemory]]] = {
     "pycuda": ("pycuda", PyCudaMemory),
@@ -33,9 +33,6 @@ def installed() -> tuple[str, ...]:
 def availability(wanted: str) -> Availability:
     """Say whether the library that the profile wants (or any, for ``auto``) is installed."""
     names = tuple(PROVIDERS) if wanted == "auto" else (wanted,)
-    if wanted != "auto" and wanted not in PROVIDERS:
-        choices = ", ".join(("auto", *PROVIDERS))
-        return Availability(False, f"options.memory is {wanted!r}, expected one of {choices}")
     if any(name in installed() for name in names):
         return Availability(True)
     packages = ", ".join(PROVIDERS[name][0] for name in names)
@@ -50,13 +47,8 @@ def choose(wanted: str, index: int) -> GpuMemory:
     """Open GPU number ``index`` with the wanted library, or the first that opens for ``auto``.
 
     Raises:
-        ConfigError: There is no such choice.
         MissingBackend: None opens; says what each one answered.
     """
-    if wanted != "auto" and wanted not in PROVIDERS:
-        raise ConfigError(
-            f"options.memory: found {wanted!r}, expected one of {', '.join(('auto', *PROVIDERS))}"
-        )
     failures = []
     for name in installed() if wanted == "auto" else (wanted,):
         opened = _open(name, index)

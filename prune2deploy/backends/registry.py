@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 
 from prune2deploy import shipped
 from prune2deploy.backends.base import Backend
@@ -30,6 +31,18 @@ def get(name: str) -> Backend:
     module, cls = BACKENDS[name]
     backend: Backend = getattr(importlib.import_module(module), cls)()
     return backend
+
+
+def in_precision(target: Target, precision: str | None) -> Target:
+    """Return ``target`` in the precision that ``--precision`` asks for; ``None`` leaves its own.
+
+    Raises:
+        ConfigError: Its backend does not run that.
+    """
+    if precision is None:
+        return target
+    get(target.backend).check_precision(precision, "--precision")
+    return replace(target, precision=precision)
 
 
 def for_target(target: Target) -> Backend:

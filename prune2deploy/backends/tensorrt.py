@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from prune2deploy import places
 from prune2deploy.backends import devices, engine_store, gpu_driver, gpu_memory, onnx_file
 from prune2deploy.backends.base import Array, Availability, Backend, Engine, Session
 from prune2deploy.backends.engine_build import BuildRequest
@@ -58,6 +59,7 @@ class TensorRtBackend(Backend):
         """See the base class; options must also fit each other, and the device be a GPU."""
         super().check(target)
         devices.device_index(target)
+        places.expanded(_option_text(target, "cache"), f"{target.path}:options.cache")
         module, named = (_option_text(target, n) for n in ("module", "compute_capability"))
         sizes = _batch_sizes(target)
         checks = (
@@ -92,7 +94,7 @@ class TensorRtBackend(Backend):
         facts = gpu_driver.facts(devices.device_index(target))
         if isinstance(facts, str):
             reason = f"engines can be built here but not run: {facts}"
-            return Availability(False, reason, _GPU_FIX)
+            return Availability(False, reason, devices.NO_GPU_FIX)
         named = _option_text(target, "compute_capability")
         if named and named != facts.capability:
             return Availability(
@@ -117,7 +119,7 @@ class TensorRtBackend(Backend):
             return Availability(True)
         facts = gpu_driver.facts(devices.device_index(target))
         if isinstance(facts, str):
-            return Availability(False, facts, _GPU_FIX)
+            return Availability(False, facts, devices.NO_GPU_FIX)
         return Availability(True)
 
     def arithmetic(self, target: Target) -> str:
@@ -185,9 +187,6 @@ class TensorRtBackend(Backend):
         return {**{n: v for n, v in found.items() if v}, **gpu_driver.versions()}
 
 
-_GPU_FIX = "install the NVIDIA driver, or give the container its GPU (--gpus all)"
-
-
 def version(module: str) -> str:
     """Version of a TensorRT library; empty if it is not there or does not import."""
     if importlib.util.find_spec(module) is None:
@@ -234,7 +233,7 @@ def _option_text(target: Target, name: str) -> str:
 
 def _cache(target: Target) -> Path:
     given = _option_text(target, "cache")
-    return Path(given).expanduser() if given else engine_store.default_cache()
+    return places.expanded(given) if given else places.cache() / "engines"
 
 
 def _device_text(target: Target) -> str:

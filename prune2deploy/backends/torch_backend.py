@@ -48,20 +48,16 @@ class TorchBackend(Backend):
         "channels_last": False,
     }
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {"mode": MODES}
+    precisions: ClassVar[tuple[str, ...]] = tuple(_KINDS)
 
     def check(self, target: Target) -> None:
-        """See the base class; the device is the CPU or an NVIDIA GPU, the precision no int8."""
+        """See the base class; the device is the CPU or an NVIDIA GPU."""
         super().check(target)
         on_gpu = _on_gpu(target)
         if target.option("mode", "eager") == "cudagraph" and not on_gpu:
             raise ConfigError(
                 f"{target.path}:options.mode: found 'cudagraph' for device {target.device!r}, "
                 f"expected device {devices.GPU!r}, which alone has CUDA graphs"
-            )
-        if target.precision not in _KINDS:
-            raise ConfigError(
-                f"{target.path}:precision: found {target.precision!r}, expected one of "
-                f"{', '.join(_KINDS)} for backend 'torch'"
             )
 
     def availability(self, target: Target) -> Availability:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from prune2deploy.calibration.recipe import Recipe
 from prune2deploy.errors import ConfigError, MissingBackend
+from prune2deploy.places import importable
 
 
 def dataset(recipe: Recipe, name: str) -> Any:
@@ -26,11 +26,11 @@ def dataset(recipe: Recipe, name: str) -> Any:
     where = f"{recipe.path}:options.callable"
     place, _, attribute = name.rpartition(":")
     beside = recipe.path.parent
-    sys.path.insert(0, str(beside))
     try:
-        module = importlib.import_module(place)
-        _check_place(module, beside / f"{place.replace('.', '/')}.py", where)
-        return _attribute(module, attribute, where)()
+        with importable(beside):
+            module = importlib.import_module(place)
+            _check_place(module, beside / f"{place.replace('.', '/')}.py", where)
+            return _attribute(module, attribute, where)()
     except (ConfigError, MissingBackend):
         raise
     except Exception as error:
@@ -38,8 +38,6 @@ def dataset(recipe: Recipe, name: str) -> Any:
             f"{where}: {name!r} failed: {type(error).__name__}: {error}; "
             "expected a callable without arguments that returns a dataset with len() and indexing"
         ) from error
-    finally:
-        sys.path.remove(str(beside))
 
 
 def _attribute(module: ModuleType, name: str, where: str) -> Any:

@@ -25,6 +25,7 @@ from prune2deploy.calibration import classes, code, pictures
 from prune2deploy.calibration.preprocessing import Preprocessing
 from prune2deploy.calibration.recipe import Recipe
 from prune2deploy.errors import ConfigError, MissingBackend
+from prune2deploy.places import expanded
 
 _TELLING = 4096  # first bytes of a picture that, with its size, tell it from others
 
@@ -357,4 +358,5 @@ def open_reader(recipe: Recipe, how: Preprocessing, examples: tuple[Tensor, ...]
 def _beside(recipe: Recipe, option: str) -> Path | None:
     """The file that an option names, relative to the recipe; ``None`` where it is not given."""
     given = dict(recipe.options).get(option)
-    return None if given is None else recipe.path.parent / Path(given).expanduser()
+    where = f"{recipe.path}:options.{option}"
+    return None if given is None else recipe.path.parent / expanded(given, where)

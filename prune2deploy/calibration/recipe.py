@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prune2deploy import shipped
+from prune2deploy import places, shipped
 from prune2deploy.errors import ConfigError
 
 SCHEMA = 1  # 1: reader, path, count, batch, seed, purposes, preprocessing, options
@@ -178,7 +178,7 @@ def _data(path: Path, table: Mapping[str, Any]) -> Path | None:
             f"{path}:path: found {table['path']!r}, but the environment variable {unset[1]} is "
             f"not set; set it to where the data lies: export {unset[1]}=/path/to/data"
         )
-    place = path.parent / Path(text).expanduser()
+    place = path.parent / places.expanded(text, f"{path}:path")
     if not place.exists():
         raise ConfigError(f"{path}:path: no such file or folder: {place}")
     return place

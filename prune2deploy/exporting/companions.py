@@ -6,10 +6,11 @@ inside the functions.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from prune2deploy import atomic
 
 
 def companions(path: Path) -> tuple[str, ...]:
@@ -32,12 +33,7 @@ def companion_files(path: Path) -> tuple[Path, ...]:
 
 def digest(path: Path) -> str:
     """SHA-256 of an ONNX file and its companions, in hexadecimal digits."""
-    found = hashlib.sha256()
-    for one in (path, *companion_files(path)):
-        with one.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                found.update(chunk)
-    return found.hexdigest()
+    return atomic.sha256(path, *companion_files(path))
 
 
 def _in_graph(graph: Any) -> Iterator[Any]:

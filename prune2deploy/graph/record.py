@@ -215,11 +215,11 @@ class Recorder(Watch):
             self._whole = len(self._scopes)
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-        """Hook: a module ends."""
+        """Hook: a module has given its result."""
         if self._whole == len(self._scopes):
             self._whole = 0
             self._record_whole(module, args, kwargs, result)
-        name, first, taken = self._scopes.pop()
+        name, first, taken = self._scopes[-1]
         if self._whole or id(module) not in self._names:
             return
         taking, giving = list(tensors_in((args, kwargs))), list(tensors_in(result))
@@ -233,6 +233,12 @@ class Recorder(Watch):
         last = len(self.recording.operations)
         call = ModuleCall(name, module, given, made, first, last, plain, leads, hooked)
         self.recording.calls.append(call)
+
+    def leave(self, module: nn.Module, args: Any, result: Any) -> None:
+        """Hook: a module ends, by an exception too, which the model may catch."""
+        if self._whole == len(self._scopes):
+            self._whole = 0
+        self._scopes.pop()
 
     def _lent(self, path: str, module: nn.Module) -> bool:
         """Whether a module without parts holds other tensors than its own while it runs."""
@@ -262,6 +268,7 @@ class Recorder(Watch):
         handles = (
             register.register_module_forward_pre_hook(self.before),
             register.register_module_forward_hook(self.after, with_kwargs=True),
+            register.register_module_forward_hook(self.leave, always_call=True),
         )
         try:
             with self:

@@ -51,13 +51,6 @@ def transposed(call: Call) -> Layout:
     return tuple(x[place] for place in turn(call, len(x)))
 
 
-@rule("aten::movedim", "aten::numpy_T", "aten::mT", "aten::swapaxes")
-def moved(call: Call) -> Layout:
-    """Reorderings that PyTorch decomposes; frozen should one ever come through."""
-    freeze(call.dims("self"), f"operator {call.name} has no rule")
-    return fresh(call.shape(), f"operator {call.name} has no rule")
-
-
 @rule("aten::unsqueeze", "aten::unsqueeze_")
 def unsqueeze(call: Call) -> Layout:
     """Insert a dimension of size one."""

@@ -31,13 +31,11 @@ class WholeModule:
         path: Of the module.
         name: For messages, and to tell operations apart.
         single: Whether it returns one tensor, and not a tuple of them.
-        tags: None, as an operator may have.
     """
 
     path: str
     name: str
     single: bool
-    tags: tuple[()] = ()
 
 
 def rule_of(module: nn.Module) -> Rule | None:
@@ -127,20 +125,23 @@ def watched(model: nn.Module, inside: list[nn.Module], ended: Ended) -> Iterator
     Args:
         model: Whose modules are watched.
         inside: Filled and emptied.
-        ended: Is given each outermost one with its arguments and its result.
+        ended: Is given each outermost one with its arguments and its result, unless it failed.
     """
 
     def before(module: nn.Module, _: Any) -> None:
         inside.append(module)
 
     def after(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-        inside.pop()
-        if not inside:
+        if len(inside) == 1:
             ended(module, (args, kwargs), result)
+
+    def leave(module: nn.Module, args: Any, result: Any) -> None:
+        inside.pop()
 
     parts = [part for part in model.modules() if rule_of(part) is not None]
     handles = [part.register_forward_pre_hook(before) for part in parts]
     handles += [part.register_forward_hook(after, with_kwargs=True) for part in parts]
+    handles += [part.register_forward_hook(leave, always_call=True) for part in parts]
     try:
         yield
     finally:

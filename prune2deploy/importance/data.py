@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from prune2deploy.calibration import Batch
 from prune2deploy.errors import ConfigError
 from prune2deploy.graph.build import positions
-from prune2deploy.graph.calling import quiet, tensors_in
+from prune2deploy.graph.calling import device_of, quiet, tensors_in
 from prune2deploy.graph.layout import Layout
 from prune2deploy.graph.recording import Recording
 from prune2deploy.graph.trace import unwrap
@@ -227,7 +227,7 @@ def _differentiable(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
 
 
 def _on_device(subject: Subject, batches: Iterable[Batch]) -> Iterator[Batch]:
-    device = next((tensor.device for tensor in subject.stored.values()), torch.device("cpu"))
+    device = device_of(subject.model)
     empty = True
     for inputs, labels in batches:
         empty = False

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from prune2deploy.errors import ConfigError
 from prune2deploy.graph.axes import Axis, Graph, Member
+from prune2deploy.graph.calling import stored_tensors
 from prune2deploy.graph.trace import unwrap
 
 Scores = dict[str, Tensor]
@@ -37,11 +38,7 @@ class Subject:
     @cached_property
     def stored(self) -> Mapping[str, Tensor]:
         """Every parameter and buffer by name, tied ones under each of their names."""
-        module = unwrap(self.model)
-        return {
-            **dict(module.named_parameters(remove_duplicate=False)),
-            **dict(module.named_buffers(remove_duplicate=False)),
-        }
+        return dict(stored_tensors(unwrap(self.model)))
 
     @cached_property
     def owners(self) -> Mapping[str, nn.Module]:

@@ -2,6 +2,6 @@
 
 from prune2deploy.models.loaded import LoadedModel
 from prune2deploy.models.registry import LOADERS, load
-from prune2deploy.models.weights import load_weights, read_state_dict
+from prune2deploy.models.weights import load_weights
 
-__all__ = ["LOADERS", "LoadedModel", "load", "load_weights", "read_state_dict"]
+__all__ = ["LOADERS", "LoadedModel", "load", "load_weights"]

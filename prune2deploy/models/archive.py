@@ -87,7 +87,7 @@ def _inputs(example: Any, path: Path) -> tuple[Tensor, ...]:
 
 def _check_batch(inputs: tuple[Tensor, ...], request: Request) -> None:
     shape = tuple(inputs[0].shape)
-    if request.batch not in (1, shape[0]):
+    if request.batch != 1 and shape[:1] != (request.batch,):
         raise ModelError(
             f"{request.name!r} was exported with inputs of shape {shape}; batch {request.batch} "
             f"is asked for; leave --batch out or export it again"

@@ -1,17 +1,15 @@
 """The user's own models: ``package.module:factory`` and ``file.py:factory``.
 
 In: where a callable lives. Out: what it returns: a module, or (module, example inputs). The code
-is the user's and is run; modules are also looked for in the current folder.
+is the user's and is run; modules are also looked for in the current folder, and beside a file.
 """
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 
 from prune2deploy.errors import ModelError
 from prune2deploy.models.loaded import LoadedModel, Request
+from prune2deploy.places import importable
 
 
 def load(request: Request) -> LoadedModel:
@@ -34,7 +33,8 @@ def load(request: Request) -> LoadedModel:
         ModelError: The module or the factory is not there, fails, or returns something else.
     """
     place, _, attribute = request.name.rpartition(":")
-    with _current_folder_importable():
+    beside = [Path(place).resolve().parent] if place.endswith(".py") else []
+    with importable(*beside, Path.cwd()):
         factory = _attribute(_module(place), place, attribute)
         made = _call(factory, request.name)
     module, inputs = _unpack(made, request.name)
@@ -45,19 +45,6 @@ def load(request: Request) -> LoadedModel:
         library="factory",
         input_names=(),
     )
-
-
-@contextlib.contextmanager
-def _current_folder_importable() -> Iterator[None]:
-    here = str(Path.cwd())
-    added = here not in sys.path
-    if added:
-        sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        if added and here in sys.path:
-            sys.path.remove(here)
 
 
 def _module(place: str) -> ModuleType:

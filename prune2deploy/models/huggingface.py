@@ -22,6 +22,7 @@ from prune2deploy.models.loaded import LoadedModel, Request
 
 INSTALL = "pip install 'prune2deploy[hf]'"
 TOKENS = 16  # length of the example text
+_FACTORY = "write a factory (package.module:factory) that returns the model and its example inputs"
 _MASKS = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}
 
 
@@ -98,21 +99,30 @@ def example_inputs(module: Any, config: Any, request: Request) -> dict[str, Tens
     (batch, mel bins, frames) of the longest clip. A model of several inputs gets them all.
 
     Raises:
-        ModelError: The main input is of another kind.
+        ModelError: The main input is of another kind, or its size is not told.
     """
+
+    def told(of: Any, name: str) -> int:
+        try:
+            return int(getattr(of, name))
+        except (AttributeError, TypeError) as error:
+            raise ModelError(
+                f"'hf:{request.name}': found no {name!r} in its configuration, expected it to say "
+                f"how large {module.main_input_name!r} is; {_FACTORY}"
+            ) from error
+
     makers: dict[str, Callable[[], Tensor]] = {
-        "input_ids": lambda: request.integers(TOKENS, _text(config).vocab_size),
+        "input_ids": lambda: request.integers(TOKENS, told(_text(config), "vocab_size")),
         "pixel_values": lambda: _picture(config, request),
         "input_features": lambda: request.normal(
-            config.num_mel_bins, 2 * config.max_source_positions
+            told(config, "num_mel_bins"), 2 * told(config, "max_source_positions")
         ),
-        "decoder_input_ids": lambda: request.integers(TOKENS, _text(config).vocab_size),
+        "decoder_input_ids": lambda: request.integers(TOKENS, told(_text(config), "vocab_size")),
     }
     if module.main_input_name not in makers:
         raise ModelError(
             f"'hf:{request.name}' takes {module.main_input_name!r}; expected one of "
-            f"{', '.join(makers)}; write a factory (package.module:factory) that returns the "
-            "model and its example inputs"
+            f"{', '.join(makers)}; {_FACTORY}"
         )
     taken = inspect.signature(module.forward).parameters
     if not config.is_encoder_decoder:

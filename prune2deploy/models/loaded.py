@@ -1,10 +1,13 @@
 """The value that every loader returns, and what it is asked for.
 
-In: nothing. Out: :class:`Request`, :class:`LoadedModel`, and the random inputs they share.
+In: nothing. Out: :class:`Request`, :class:`LoadedModel`, and what loaders share: random inputs, and
+names offered for one that is unknown.
 """
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,3 +75,9 @@ class LoadedModel:
     preprocessing: Preprocessing | None = None
     random: bool = False
     notices: tuple[str, ...] = ()
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """Offer the names that are nearest to an unknown one, for a message."""
+    near = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
+    return f"the nearest are {', '.join(near)}" if near else "none is near it"

@@ -6,14 +6,13 @@ its own pretrained configuration (``timm.data.resolve_model_data_config``).
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import math
 from typing import Any
 
 from prune2deploy.calibration.preprocessing import Preprocessing
 from prune2deploy.errors import MissingBackend, ModelError
-from prune2deploy.models.loaded import LoadedModel, Request
+from prune2deploy.models.loaded import LoadedModel, Request, nearest
 
 INSTALL = "pip install 'prune2deploy[timm]'"
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
@@ -35,10 +34,9 @@ def load(request: Request) -> LoadedModel:
         ) from error
     if not timm.is_model(request.name):
         names = timm.list_models()
-        near = difflib.get_close_matches(request.name, names, n=5, cutoff=0.5)
-        offered = f"the nearest are {', '.join(near)}" if near else "none is near it"
         raise ModelError(
-            f"unknown model 'timm:{request.name}': timm has {len(names)} models and {offered}"
+            f"unknown model 'timm:{request.name}': timm has {len(names)} models and "
+            f"{nearest(request.name, names)}"
         )
     module = timm.create_model(request.name, pretrained=False, **_options(timm, request))
     data = timm.data.resolve_model_data_config(module)

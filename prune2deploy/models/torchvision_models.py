@@ -6,7 +6,6 @@ takes them. Names and families are torchvision's own (``torchvision.models.list_
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import warnings
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from prune2deploy.calibration.preprocessing import Preprocessing
 from prune2deploy.errors import MissingBackend, ModelError
-from prune2deploy.models.loaded import LoadedModel, Request
+from prune2deploy.models.loaded import LoadedModel, Request, nearest
 
 VIDEO_FRAMES = 16  # what torchvision's video weights were trained with
 INSTALL = "pip install 'prune2deploy[vision]'"
@@ -60,12 +59,10 @@ def load(request: Request) -> LoadedModel:
 
 
 def _unknown(name: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=5, cutoff=0.5)
-    offered = f"the nearest are {', '.join(near)}" if near else "none is near it"
     return (
-        f"unknown model {name!r}: torchvision has {len(names)} builders and {offered}; other "
-        "libraries are reached by timm:NAME, NAME.yaml (ultralytics), hf:CONFIG, "
-        "package.module:factory, file.py:factory or FILE.pt2"
+        f"unknown model {name!r}: torchvision has {len(names)} builders and "
+        f"{nearest(name, names)}; other libraries are reached by timm:NAME, NAME.yaml "
+        "(ultralytics), hf:CONFIG, package.module:factory, file.py:factory or FILE.pt2"
     )
 
 

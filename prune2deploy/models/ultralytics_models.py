@@ -10,7 +10,6 @@ that you trust. Their network access is switched off; a checkpoint must lie on t
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import os
 import sys
@@ -23,7 +22,7 @@ from torch import nn
 from prune2deploy.calibration.preprocessing import Preprocessing
 from prune2deploy.errors import MissingBackend, ModelError
 from prune2deploy.models.checkpoint import VALUES, contents
-from prune2deploy.models.loaded import LoadedModel, Request
+from prune2deploy.models.loaded import LoadedModel, Request, nearest
 from prune2deploy.models.weights import averaged
 
 INSTALL = "pip install 'prune2deploy[yolo]'"
@@ -124,11 +123,9 @@ def _check_yaml(path: Path, scale: str, folder: Path) -> None:
         plain = bare.removesuffix(scale) + dot + suffix + dash + rest
     if path.name in shipped or plain in shipped:
         return
-    near = difflib.get_close_matches(path.name, shipped, n=5, cutoff=0.5)
-    offered = f"the nearest are {', '.join(near)}" if near else "none is near it"
     raise ModelError(
         f"unknown model {path.name!r}: no such file here, ultralytics ships {len(shipped)} YAMLs "
-        f"and {offered} (a letter after the version is the scale: yolov8n.yaml)"
+        f"and {nearest(path.name, shipped)} (a letter after the version is the scale: yolov8n.yaml)"
     )
 
 

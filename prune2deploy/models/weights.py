@@ -59,18 +59,8 @@ def load_weights(module: nn.Module, path: Path) -> tuple[str, ...]:
     return found.notices
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read names and tensors from a file; a wrapping such as ``{"state_dict": …}`` is opened.
-
-    Where a file holds weights and their moving average (``AVERAGED``), the average is taken.
-
-    Raises:
-        ModelError: See :func:`load_weights`.
-    """
-    return dict(_read(path).state)
-
-
 def _read(path: Path) -> _Found:
+    """Read the state dict in a file; a wrapping such as ``{"state_dict": …}`` is opened."""
     if not path.is_file():
         raise ModelError(f"weights: no file {str(path)!r} found; expected a state dict")
     if path.suffix == ".safetensors":

@@ -14,9 +14,10 @@ from prune2deploy.errors import PruneError
 from prune2deploy.surgery.slicing import sliced
 
 Types = tuple[type[Any], ...]
+Positions = np.ndarray[Any, np.dtype[np.int64]]
 
 
-def kept(size: int, idxs: Sequence[int]) -> np.ndarray[Any, np.dtype[np.int64]]:
+def kept(size: int, idxs: Sequence[int]) -> Positions:
     """The positions of a dimension that stay when ``idxs`` go.
 
     Raises:
@@ -85,23 +86,23 @@ class ConvPruner(BasePruningFunc):
 
     def prune_out_channels(self, layer: Any, idxs: Sequence[int]) -> Any:
         """Remove filters."""
-        left = len(kept(layer.out_channels, idxs))
+        blocks = _by_group(layer, idxs, layer.out_channels)
         if layer.transposed and layer.groups > 1:
-            _cut_columns(layer, idxs, layer.out_channels)
+            _cut_columns(layer, blocks)
         else:
             cut(layer, "weight", 1 if layer.transposed else 0, idxs)
         cut(layer, "bias", 0, idxs)
-        layer.out_channels = left
+        layer.out_channels = sum(map(len, blocks))
         return layer
 
     def prune_in_channels(self, layer: Any, idxs: Sequence[int]) -> Any:
         """Remove the columns that read some input channels."""
-        left = len(kept(layer.in_channels, idxs))
+        blocks = _by_group(layer, idxs, layer.in_channels)
         if layer.groups > 1 and not layer.transposed:
-            _cut_columns(layer, idxs, layer.in_channels)
+            _cut_columns(layer, blocks)
         else:
             cut(layer, "weight", 0 if layer.transposed else 1, idxs)
-        layer.in_channels = left
+        layer.in_channels = sum(map(len, blocks))
         return layer
 
     def get_out_channels(self, layer: Any) -> int:
@@ -119,8 +120,12 @@ class ConvPruner(BasePruningFunc):
     get_out_channel_groups = get_in_channel_groups
 
 
-def _cut_columns(layer: Any, idxs: Sequence[int], channels: int) -> None:
-    """Dimension one of a grouped weight holds each group's own channels: cut group by group."""
+def _by_group(layer: Any, idxs: Sequence[int], channels: int) -> list[Positions]:
+    """The channels that stay, numbered within each group of a convolution.
+
+    Raises:
+        PruneError: groups would keep different numbers of channels.
+    """
     width = channels // layer.groups
     stay = kept(channels, idxs)
     blocks = [stay[stay // width == group] % width for group in range(layer.groups)]
@@ -129,6 +134,11 @@ def _cut_columns(layer: Any, idxs: Sequence[int], channels: int) -> None:
             f"a convolution of {layer.groups} groups must lose equally many channels in each; "
             f"{[width - len(block) for block in blocks]} would go"
         )
+    return blocks
+
+
+def _cut_columns(layer: Any, blocks: Sequence[Positions]) -> None:
+    """Dimension one of a grouped weight holds each group's own channels: cut group by group."""
     old = layer.weight
     rows = old.shape[0] // layer.groups
     parts = [slice(group * rows, (group + 1) * rows) for group in range(layer.groups)]

@@ -20,15 +20,16 @@ from torch import nn
 from prune2deploy.errors import PruneError, TraceError
 from prune2deploy.graph.axes import Axis, Graph, Member
 from prune2deploy.graph.build import positions
-from prune2deploy.graph.calling import Forward
+from prune2deploy.graph.calling import Forward, stored_tensors
 from prune2deploy.graph.layout import Node
 from prune2deploy.graph.trace import trace, unwrap
 from prune2deploy.plan.plan import Plan
 from prune2deploy.pruning.decode import Channels, merged
-from prune2deploy.pruning.rewrite import is_rewritten, rewrite, with_batch
+from prune2deploy.pruning.rewrite import is_rewritten, rewrite
 from prune2deploy.surgery.attributes import runs_with_its_code, update_attributes
 from prune2deploy.surgery.checking import check_outputs
 from prune2deploy.surgery.compensation import compensation
+from prune2deploy.surgery.doubling import with_batch
 from prune2deploy.surgery.lengths import Kept
 from prune2deploy.surgery.scales import kept_alike, spelt
 from prune2deploy.surgery.slicing import (
@@ -100,10 +101,7 @@ class Live:
     def follow(self) -> None:
         """Trace again if somebody else changed the model's shapes since."""
         planned = self.graph.shapes({})
-        found = {
-            **dict(self.model.named_parameters(remove_duplicate=False)),
-            **dict(self.model.named_buffers(remove_duplicate=False)),
-        }
+        found = dict(stored_tensors(self.model))
         if any(name not in found or found[name].shape != s for name, s in planned.items()):
             self.trace()
 

@@ -96,13 +96,12 @@ class Options:
             if getattr(self, old) is not None:
                 warnings.warn(f"{old} is now called {new}", DeprecationWarning, stacklevel=4)
                 options = replace(options, **{new: getattr(self, old), old: None})
-        ratios = {
-            "pruning_ratio": options.pruning_ratio,
-            "max_pruning_ratio": options.max_pruning_ratio,
-            "head_pruning_ratio": options.head_pruning_ratio,
-            **{f"ratio of {_name(k)}": v for k, v in (options.pruning_ratio_dict or {}).items()},
-        }
-        for name, ratio in ratios.items():
+        single = ("pruning_ratio", "max_pruning_ratio", "head_pruning_ratio")
+        ratios = [(name, getattr(options, name)) for name in single]
+        for name in ("pruning_ratio_dict", "head_pruning_ratio_dict"):
+            given = getattr(options, name) or {}
+            ratios += [(f"{name} of {_name(key)}", ratio) for key, ratio in given.items()]
+        for name, ratio in ratios:
             if not 0.0 <= ratio <= 1.0:
                 raise ConfigError(
                     f"{name} is {ratio}; expected a fraction to remove, between 0 and 1"

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from prune2deploy.errors import ConfigError
 from prune2deploy.graph.axes import Axis
 from prune2deploy.pruning.decode import Channels, run_length
 from prune2deploy.pruning.dependency import ROOTS, DependencyGraph, History
@@ -21,6 +22,7 @@ from prune2deploy.pruning.items import Root
 from prune2deploy.pruning.options import Configured, Options
 from prune2deploy.pruning.ranking import Record, alone, lowest, together
 
+Scores = np.ndarray[Any, np.dtype[np.float64]]
 ImportanceFn = Callable[[Group], "torch.Tensor | None"]
 
 
@@ -39,7 +41,7 @@ class Candidate:
 
     root: Root
     names: tuple[str, ...]
-    scores: tuple[np.ndarray[Any, np.dtype[np.float64]], ...]
+    scores: tuple[Scores, ...]
     fold: int
     record: Record
     scope: str
@@ -202,7 +204,7 @@ class BasePruner(Configured):
         fold = self._fold(unit, group)
         scores = []
         for axis in unit:
-            found = self._scores(axis, root, group if len(unit) == 1 else None)
+            found = self._scores(axis, group if len(unit) == 1 else None)
             if found is None:
                 return None
             scores.append(found.reshape(fold, -1).mean(0))
@@ -215,23 +217,39 @@ class BasePruner(Configured):
         names = tuple(axis.name for axis in unit)
         return Candidate(root, names, tuple(scores), fold, record, scope)
 
-    def _scores(
-        self, axis: Axis, root: Root, group: Group | None
-    ) -> np.ndarray[Any, np.dtype[np.float64]] | None:
+    def _scores(self, axis: Axis, group: Group | None) -> Scores | None:
         """Scores of an axis's channels, from those of the root's positions."""
         if group is None:
-            own = self.DG._first_root((axis,), self.root_module_types) or root
+            own = self.DG._first_root((axis,), self.root_module_types)
+            own = own or self.DG._first_root((axis,), (nn.Module,))
+            if own is None:  # bare parameters alone hold it
+                return np.zeros(axis.size)
             group = self.DG._group(own, self.DG.everything((axis,)))
+        values = self._estimated(group)
+        if values is None:
+            return None
+        owners = group.origin.root_channel[group[0].idxs]
+        counts = np.bincount(owners, minlength=axis.size)
+        return np.bincount(owners, weights=values, minlength=axis.size) / np.maximum(counts, 1)
+
+    def _estimated(self, group: Group) -> Scores | None:
+        """One score per position of the root, as the importance gives them.
+
+        Raises:
+            ConfigError: it gives another number of scores.
+        """
         found = self.estimate_importance(group)
         if found is None:
             return None
-        values = found.detach().double().cpu().numpy()
-        channel = group.origin.root_channel
-        if group.origin.root_axis != axis.name or len(values) != len(group[0].idxs):
-            return np.resize(values, axis.size)
-        owners = channel[group[0].idxs]
-        counts = np.bincount(owners, minlength=axis.size)
-        return np.bincount(owners, weights=values, minlength=axis.size) / np.maximum(counts, 1)
+        expected = (len(group[0].idxs),)
+        if tuple(found.shape) != expected:
+            raise ConfigError(
+                f"importance: found scores of shape {tuple(found.shape)} for the group of "
+                f"{group[0].dep.target.path!r}, expected {expected}: one per position of "
+                "group[0].idxs (with group_reduction=None there is a row per layer, which no "
+                "pruner can rank; choose how they are combined)"
+            )
+        return found.detach().double().cpu().numpy()
 
     def _target(self, unit: tuple[Axis, ...], group: Group) -> tuple[float | None, str]:
         """The ratio of a group and the scope that it is ranked in."""
@@ -332,8 +350,8 @@ class BasePruner(Configured):
             root = self.DG._root(layer, pruning_fn)
             size = len(root.cover[0][1])
             group = self.DG.get_pruning_group(layer, pruning_fn, range(size))
-            scores = self.estimate_importance(group)
-            values = np.zeros(size) if scores is None else scores.detach().double().cpu().numpy()
+            scores = self._estimated(group)
+            values = np.zeros(size) if scores is None else scores
             places = np.asarray(group[0].idxs)
             given = places[lowest(values, int(size * given + 1e-6))].tolist()
         self.DG.get_pruning_group(layer, pruning_fn, given).prune()

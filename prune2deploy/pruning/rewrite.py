@@ -17,9 +17,6 @@ from torch import nn
 from prune2deploy.graph.axes import Graph
 from prune2deploy.plan.plan import Plan
 from prune2deploy.surgery.capture import capture
-from prune2deploy.surgery.doubling import with_batch
-
-__all__ = ["Rewritten", "is_rewritten", "rewrite", "with_batch"]
 
 
 class Rewritten:

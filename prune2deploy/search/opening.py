@@ -6,8 +6,6 @@ In: a :class:`~prune2deploy.search.job.Job` and the options of the model. Out: t
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from prune2deploy import measure
@@ -32,9 +30,7 @@ def open_workshop(
     job: Job, options: ModelOptions, builds: int, max_drop: float | None = None
 ) -> Workshop:
     """Check that the target is usable, and trace the model; ``builds`` is for progress."""
-    target = job.target
-    if options.precision is not None:
-        target = replace(target, precision=options.precision)
+    target = registry.in_precision(job.target, options.precision)
     check_max_drop(max_drop, target.precision, data=job.batches is not None)
     check_form(job.batches)
     if target.precision == "int8":

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from prune2deploy import measure
+from prune2deploy import measure, places
 from prune2deploy.backends.base import Backend
 from prune2deploy.errors import ConfigError
 from prune2deploy.graph.axes import Graph
@@ -50,8 +50,7 @@ def folder() -> Path | None:
         return None
     if given:
         return Path(given)
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if base else Path.home() / ".cache") / "prune2deploy"
+    return places.cache()
 
 
 def context(target: Target, backend: Backend) -> Context:

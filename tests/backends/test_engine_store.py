@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from prune2deploy import target, watched
+from prune2deploy import atomic, target, watched
 from prune2deploy.backends import engine_store, registry
 from prune2deploy.backends.base import Availability, Engine
 from prune2deploy.backends.engine_build import BuildRequest
@@ -24,7 +24,7 @@ def pretend_engine(folder, **changed):
         "version": "1.0",
         "device": "compute capability 89",
         "onnx_sha256": "a",
-        "engine_sha256": engine_store.sha256(engine),
+        "engine_sha256": atomic.sha256(engine),
         "settings": {},
         "seconds": 1.0,
     }

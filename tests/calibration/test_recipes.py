@@ -1,6 +1,7 @@
 """Recipes and batches: every promise of a recipe, on files made here."""
 
 import shutil
+import sys
 import tracemalloc
 from types import SimpleNamespace
 
@@ -155,6 +156,14 @@ def test_a_module_of_the_same_name_elsewhere_is_not_taken_for_the_one_beside(tmp
         open_recipe(second, model((1, 1, 2, 2)))
 
 
+def test_code_may_take_the_folder_of_the_recipe_from_the_path(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.path", [*sys.path])
+    code = "import sys; del sys.path[0]; made = lambda: [1.0, 2.0]"
+    (tmp_path / "tidy_code_for_tests.py").write_text(code)
+    path = recipe(tmp_path, 'reader = "callable"\n[options]\ncallable = "tidy_code_for_tests:made"')
+    assert len(open_recipe(path, model((1,)))) == 1
+
+
 def test_callable_beside_the_recipe(tmp_path):
     (tmp_path / "my_calibration_data.py").write_text(
         "import torch\n\n\ndef made():\n"
@@ -238,6 +247,16 @@ def test_wrong_recipe_names_file_and_key(tmp_path, text):
     with pytest.raises(ConfigError) as caught:
         open_recipe(recipe(tmp_path, text), model())
     assert BAD[text] in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["path", "options.classes"])
+def test_a_home_folder_that_is_not_known_is_told(tmp_path, key):
+    colours(tmp_path / "data")
+    places = {"path": "data", "options.classes": "names.txt", key: "~nobody_here/data"}
+    lines = ['reader = "class-folders"', *(f"{name} = '{one}'" for name, one in places.items())]
+    path = recipe(tmp_path, "\n".join(lines))
+    with pytest.raises(ConfigError, match=rf"mine\.toml:{key}: found '~nobody_here/data', whose"):
+        open_recipe(path, model())
 
 
 def test_unknown_recipe_offers_the_nearest():

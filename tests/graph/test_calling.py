@@ -272,3 +272,38 @@ class Shortcut(nn.Module):
 def test_blocks_whose_inside_is_read_elsewhere_cannot_go(leaks):
     graph = trace(Leaking(leaks).eval(), torch.randn(2, 4))
     assert [block.name for block in graph.blocks] == ([] if leaks else ["block"])
+
+
+class Failing(nn.Module):
+    """Fails after some work, inside a part of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.part = nn.Linear(4, 8)
+
+    def forward(self, x):
+        return self.part(x.relu())
+
+
+class Catching(nn.Module):
+    """Goes on where a part of it fails."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.failing, self.last = nn.Linear(4, 8), Failing(), nn.Linear(8, 2)
+
+    def forward(self, x):
+        y = self.first(x)
+        try:
+            y = self.failing(y)
+        except RuntimeError:
+            y = y.sigmoid()
+        return self.last(y)
+
+
+def test_a_part_that_failed_is_over():
+    """What follows belongs to the model, not to the part, which gave nothing."""
+    recording = trace(Catching(), torch.ones(3, 4)).recording
+    assert [call.name for call in recording.calls] == ["first", "last", ""]
+    scopes = {operation.name: operation.scope for operation in recording.operations}
+    assert scopes["aten::relu"] == "failing" and scopes["aten::sigmoid"] == ""

@@ -1,5 +1,6 @@
 """The table of rules, extended by a user for an operator of their own."""
 
+import contextlib
 import copy
 
 import numpy as np
@@ -212,6 +213,26 @@ def test_one_decorated_function_describes_a_module(mixed, captured):
         zeroed.gate.weight[:, gone["first"]] = 0
         zeroed.last.weight[:, gone["first"]] = 0
         torch.testing.assert_close(pruned(X), zeroed(X))
+
+
+class Trying(Mixed):
+    """Gives the module what it refuses first."""
+
+    def forward(self, x):
+        with contextlib.suppress(AssertionError):
+            self.mixing(x)
+        return super().forward(x)
+
+
+@pytest.mark.usefixtures("module_rule")
+def test_a_module_with_a_rule_may_fail_where_the_model_catches_that():
+    torch.manual_seed(0)
+    model = Trying().eval()
+    graph = trace(model, X)
+    assert {axis.name for axis in graph.prunable} == {"first", "mixing.up"}
+    pruned = apply(model, graph, Plan({"first": (0, 3, 4, 6)}))
+    with torch.no_grad():
+        assert type(pruned) is Trying and pruned(X).shape == (2, 2, 4, 4)
 
 
 @pytest.mark.usefixtures("module_rule")

@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import sys
 import zipfile
 
 import pytest
@@ -202,6 +203,17 @@ def test_transformers_from_a_config_file(tmp_path):
         models.load("hf:bert-base-uncased")
 
 
+def test_a_configuration_that_does_not_say_how_large_inputs_are_points_to_a_factory(tmp_path):
+    pytest.importorskip("transformers")
+    facts = {"model_type": "speech_to_text", "d_model": 16, "vocab_size": 40}
+    facts |= {f"{part}_layers": 1 for part in ("encoder", "decoder")}
+    facts |= {f"{part}_attention_heads": 2 for part in ("encoder", "decoder")}
+    facts |= {f"{part}_ffn_dim": 32 for part in ("encoder", "decoder")}
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    with pytest.raises(ModelError, match=r"found no 'num_mel_bins' in its conf.*write a factory"):
+        models.load(f"hf:{tmp_path}")
+
+
 @pytest.mark.zoo
 @pytest.mark.parametrize(
     ("facts", "names"),
@@ -315,6 +327,23 @@ def test_a_factory_may_return_what_torch_export_made(own_models, name):
     assert forward(loaded).shape == (2, 3 if name == "program" else 2)
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_file_imports_what_lies_beside_it(own_models, monkeypatch, there):
+    """As when Python runs it; what lies in the current folder comes after that."""
+    (own_models / "nets").mkdir()
+    (own_models / "nets/net_for_tests.py").write_text(
+        "from blocks_for_tests import make\nfrom own_models_for_tests import net\n"
+    )
+    (own_models / "nets/blocks_for_tests.py").write_text("from torch.nn import ReLU as make\n")
+    if there:
+        (own_models / "blocks_for_tests.py").write_text("from torch.nn import Tanh as make\n")
+    monkeypatch.delitem(sys.modules, "blocks_for_tests", raising=False)
+    before = list(sys.path)
+    assert isinstance(models.load("nets/net_for_tests.py:make").module, nn.ReLU)
+    assert models.load("nets/net_for_tests.py:net").library == "factory"
+    assert sys.path == before
+
+
 def test_factory_inputs_that_cannot_be_resized(own_models):
     with pytest.raises(ModelError, match="input size cannot apply"):
         models.load("own_models_for_tests:with_inputs", input_size=(8, 8))
@@ -342,6 +371,14 @@ def test_exported_archive(archive, tmp_path):
         models.load(str(path), batch=5)
     with pytest.raises(ModelError, match="input size"):
         models.load(str(path), input_size=(9, 9))
+
+
+def test_an_archive_may_take_a_number_without_dimensions(tmp_path):
+    program = torch.export.export(nn.Tanh(), (torch.tensor(2.0),), strict=False)
+    torch.export.save(program, tmp_path / "number.pt2")
+    assert models.load(str(tmp_path / "number.pt2")).example_inputs[0].shape == ()
+    with pytest.raises(ModelError, match=r"inputs of shape \(\); batch 2 is asked for"):
+        models.load(str(tmp_path / "number.pt2"), batch=2)
 
 
 def test_an_archive_is_pruned_exported_and_saved_again(archive, tmp_path):
@@ -435,8 +472,6 @@ def test_batch_and_size_must_be_positive():
     ],
 )
 def test_missing_library_names_the_line_that_installs_it(spec, library, extra, monkeypatch):
-    import sys
-
     for name in list(sys.modules):
         if name.partition(".")[0] == library:
             monkeypatch.delitem(sys.modules, name)
@@ -448,7 +483,6 @@ def test_missing_library_names_the_line_that_installs_it(spec, library, extra, m
 
 def test_importing_the_loaders_imports_no_optional_library(monkeypatch):
     import importlib
-    import sys
 
     optional = {"torchvision", "timm", "ultralytics", "transformers", "safetensors"}
     real = builtins.__import__

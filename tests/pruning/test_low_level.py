@@ -48,9 +48,14 @@ def test_grouped_convolution_reads_the_channels_that_stay():
     assert torch.allclose(layer(x[:, [0, 2, 3, 4, 5, 7]]), wanted)
 
 
-def test_groups_that_would_become_unequal_are_refused():
-    with pytest.raises(PruneError, match="equally many channels in each"):
-        tp.prune_conv_in_channels(nn.Conv2d(8, 4, 1, groups=2), [0, 1])
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+@pytest.mark.parametrize("prune", [tp.prune_conv_in_channels, tp.prune_conv_out_channels])
+def test_groups_that_would_become_unequal_are_refused(kind, prune):
+    layer = kind(8, 8, 1, groups=2)
+    before = layer.weight
+    with pytest.raises(PruneError, match=r"equally many channels in each; \[2, 0\] would go"):
+        prune(layer, [0, 1])
+    assert layer.weight is before and layer(torch.ones(1, 8, 1, 1)).shape == (1, 8, 1, 1)
 
 
 def test_depthwise_convolution_loses_both_sides():

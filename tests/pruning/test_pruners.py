@@ -341,10 +341,59 @@ def test_a_group_without_scores_is_left_alone(model):
     assert shapes(model) == before
 
 
+@pytest.mark.parametrize(
+    ("importance", "found"),
+    [
+        (lambda group: torch.ones(5), r"\(5,\)"),
+        (tp.importance.GroupMagnitudeImportance(group_reduction=None), r"\(\d+, 16\)"),
+    ],
+)
+def test_scores_that_are_not_one_per_position_are_refused(model, importance, found):
+    before = shapes(model)
+    pruner = tp.pruner.BasePruner(model, X, importance=importance)
+    told = rf"scores of shape {found} for the group of 'conv1', expected \(16,\)"
+    with pytest.raises(ConfigError, match=told):
+        pruner.step()
+    with pytest.raises(ConfigError, match=told):
+        pruner.manual_prune_width(model.conv1, tp.prune_conv_out_channels, 0.5)
+    assert shapes(model) == before
+
+
+class Halved(nn.Module):
+    """Equal halves of an embedding, to one of which a layer adds."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.more, self.head = nn.Embedding(9, 8), nn.Linear(3, 4), nn.Linear(8, 2)
+
+    def forward(self, ids, x):
+        a, b = self.table(ids).chunk(2, -1)
+        return self.head(torch.cat([a + self.more(x), b], -1))
+
+
+def test_halves_are_scored_by_whatever_layer_makes_them():
+    torch.manual_seed(0)
+    model, inputs = Halved(), (torch.tensor([1, 2]), torch.randn(2, 3))
+    with torch.no_grad():
+        model.table.weight[:, [5, 6]] *= 0.01
+        model.head.weight[:, [5, 6]] *= 0.01
+    wanted = model.table.weight[:, [4, 7]].clone()
+    tp.pruner.BasePruner(model, inputs, MAGNITUDE, root_module_types=[nn.Linear]).step()
+    assert torch.equal(model.table.weight[:, 2:], wanted)
+    assert model(*inputs).shape == (2, 2)
+
+
 @pytest.mark.parametrize("bad", [{"pruning_ratio": 1.5}, {"iterative_steps": 0}, {"round_to": -4}])
 def test_settings_that_make_no_sense_are_refused(model, bad):
     with pytest.raises(ConfigError):
         tp.pruner.BasePruner(model, X, importance=MAGNITUDE, **bad)
+
+
+@pytest.mark.parametrize("name", ["pruning_ratio_dict", "head_pruning_ratio_dict"])
+def test_every_ratio_of_a_layer_lies_between_none_and_all(model, name):
+    given = {name: {model.conv1: 1.5, model.layer2[0]: 0.5}}
+    with pytest.raises(ConfigError, match=rf"{name} of Conv2d is 1\.5"):
+        tp.pruner.BasePruner(model, X, importance=MAGNITUDE, **given)
 
 
 def test_former_names_still_work(model):
