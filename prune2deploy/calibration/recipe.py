@@ -19,7 +19,7 @@ from prune2deploy.errors import ConfigError
 
 SCHEMA = 1  # 1: reader, path, count, batch, seed, purposes, preprocessing, options
 PURPOSES = ("importance", "bn", "sensitivity", "int8", "parity", "finetune", "evaluate")
-LABELLED = ("sensitivity", "evaluate")  # purposes that mean nothing without labels
+LABELLED = ("evaluate",)  # purposes that mean nothing without labels
 READERS: Mapping[str, tuple[str, ...]] = {  # reader to the options that it knows
     "class-folders": ("classes",),
     "images": (),

@@ -200,6 +200,8 @@ def test_every_shipped_recipe_is_valid(monkeypatch, tmp_path):
     assert {"imagenet", "coco", "arrays", "digits", "random"} <= names.keys()
     for name in names:
         assert load_recipe(name).name == name
+    for name in names.keys() - {"random"}:  # losses are measured on all real data
+        assert "sensitivity" in load_recipe(name).purposes
 
 
 def test_unset_variable_is_named(monkeypatch):
@@ -467,9 +469,9 @@ def test_pixels_that_are_not_scaled_are_told(tmp_path):
 
 def test_purposes_are_kept_to(tmp_path):
     np.save(tmp_path / "d.npy", np.zeros((4, 3, 16, 16), np.float32))
-    text = 'reader = "arrays"\npath = "d.npy"\npurposes = ["bn"]'
+    text = 'reader = "arrays"\npath = "d.npy"\npurposes = ["bn", "sensitivity"]'
     batches = open_recipe(recipe(tmp_path, text), model())
-    assert batches.need("bn") is batches
+    assert batches.need("bn") is batches.need("sensitivity") is batches  # without labels
     with pytest.raises(ConfigError, match="is not for 'int8'"):
         batches.need("int8")
     everything = open_recipe(recipe(tmp_path, 'reader = "arrays"\npath = "d.npy"'), model())
