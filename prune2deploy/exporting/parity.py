@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from prune2deploy.errors import ExportError, ParityError
 from prune2deploy.exporting.export import first_line, flatten, input_names
+from prune2deploy.graph.calling import device_of
 
 Array = npt.NDArray[Any]
 Runner = Callable[[Mapping[str, Array]], Mapping[str, Array]]
@@ -252,7 +253,9 @@ def _paired(
 def torch_runner(
     module: nn.Module, names: Sequence[str] = (), output_names: Sequence[str] = ()
 ) -> Runner:
-    """Run a module in eval mode without gradients; outputs are named as ``export`` names them.
+    """Run a module in eval mode without gradients, on its own device.
+
+    Outputs are named as ``export`` names them.
 
     Args:
         module: In eval mode; called with one tensor per entry of ``names``.
@@ -263,10 +266,13 @@ def torch_runner(
     if module.training:
         raise ExportError("parity needs the model in eval mode: call model.eval() first")
 
+    device = device_of(module)
+
     def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
         order = names or input_names(len(feeds))
+        inputs = (torch.from_numpy(feeds[name]).to(device) for name in order)
         with torch.no_grad():
-            outputs = flatten(module(*(torch.from_numpy(feeds[name]) for name in order)))
+            outputs = flatten(module(*inputs))
         labels = output_names or tuple(outputs)
         arrays = [tensor.detach().cpu().numpy() for tensor in outputs.values()]
         return dict(zip(labels, arrays, strict=True))

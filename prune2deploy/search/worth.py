@@ -234,7 +234,7 @@ class Loss:
 def _loss(found: list[Tensor], wanted: list[Tensor], labels: Tensor | None) -> float:
     scores = found[0]
     if labels is not None and scores.ndim == 2 and int(labels.max()) < scores.shape[1]:
-        return float(functional.cross_entropy(scores, labels))
+        return float(functional.cross_entropy(scores, labels.to(scores.device)))
     return apart(found, wanted)
 
 
