@@ -17,7 +17,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from prune2deploy.calibration import (
     Batch,
     Batches,
     Preprocessing,
+    are_classes,
     check_labels,
     first,
     notices,
@@ -220,11 +220,11 @@ def top1(
     labels: list[int] = []
     right = seen = 0
     for feed in feeds(path, _labelled(batches, limit, labels)):
-        scores = run(feed)[outputs[0].name]
-        wanted = np.array(labels[seen : seen + len(feed[inputs[0].name])])
-        if wanted.max() >= scores.shape[1]:
+        wanted = torch.tensor(labels[seen : seen + len(feed[inputs[0].name])])
+        scores = run(feed)[outputs[0].name][: len(wanted)]
+        if not are_classes(wanted, scores.shape):
             return None
-        right += int((scores[: len(wanted)].argmax(1) == wanted).sum())
+        right += int((scores.argmax(1) == wanted.numpy()).sum())
         seen += len(wanted)
     return (right / seen, seen) if seen else None
 

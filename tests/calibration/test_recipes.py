@@ -12,6 +12,7 @@ from PIL import Image
 from prune2deploy import shipped
 from prune2deploy.calibration import (
     Preprocessing,
+    are_classes,
     check_form,
     check_labels,
     filled,
@@ -431,6 +432,27 @@ def test_batches_of_another_size_are_joined_cut_and_filled():
         assert [one.tolist() for one, _ in found] == expected
         assert all(torch.equal(one, -other) for one, other in found)
     assert list(filled([], 4)) == []
+
+
+@pytest.mark.parametrize(
+    ("labels", "scores", "expected"),
+    [
+        (torch.tensor([0, 2]), (2, 3), True),
+        (torch.tensor([0, 2], dtype=torch.uint8), (2, 3), True),
+        (None, (2, 3), False),
+        (torch.tensor([0.0, 2.0]), (2, 3), False),
+        (torch.tensor([False, True]), (2, 3), False),
+        (torch.tensor([0, 3]), (2, 3), False),
+        (torch.tensor([0, -1]), (2, 3), False),
+        (torch.tensor([0, 0]), (2, 1), False),
+        (torch.tensor([0]), (2, 3), False),
+        (torch.tensor([[0], [2]]), (2, 3), False),
+        (torch.tensor([0, 2]), (2, 3, 4), False),
+        (torch.tensor(0), (), False),
+    ],
+)
+def test_labels_are_classes_where_each_sample_has_one_of_several(labels, scores, expected):
+    assert are_classes(labels, scores) == expected
 
 
 X = torch.zeros(2, 3)

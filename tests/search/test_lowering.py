@@ -280,7 +280,8 @@ def test_accuracy_is_counted_by_hand(net, small, batches):
     assert top1(small, batches) == (float((found == labels).float().mean()), 24)
     wrong = [(inputs, (labels + 1) % 10) for inputs, labels in batches]
     assert top1(small, wrong) == (0.0, 24)
-    assert top1(small, [(inputs, None) for inputs, _ in batches]) is None
+    for other in (lambda _: None, torch.Tensor.double, lambda labels: labels + 10):
+        assert top1(small, [(inputs, other(labels)) for inputs, labels in batches]) is None
 
 
 def test_samples_that_fill_a_fixed_batch_are_not_scored(net, tmp_path, batches):
