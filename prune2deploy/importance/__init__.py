@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from prune2deploy.calibration import Batch
+from prune2deploy.calibration import Batch, require
 from prune2deploy.errors import ConfigError, ModelError
 from prune2deploy.graph.axes import Graph
 from prune2deploy.importance import data, weights
@@ -106,6 +106,7 @@ def score(
         )
     if criterion.needs_data:
         require_data(name, given=batches is not None)
+        require(batches, "importance")
     subject = Subject(model, graph)
     found = criterion.function(subject, () if batches is None else batches, seed)
     _require_finite(name, subject, found)

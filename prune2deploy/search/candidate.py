@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from prune2deploy import measure
 from prune2deploy.backends.base import Backend, Engine, TensorSpec
-from prune2deploy.calibration import filled
+from prune2deploy.calibration import filled, serves
 from prune2deploy.errors import ExportError
 from prune2deploy.exporting import export, keeping, parity, program, simplify
 from prune2deploy.exporting.parity import Parity
@@ -354,8 +354,8 @@ def cast(run: parity.Runner, inputs: Sequence[TensorSpec]) -> parity.Runner:
 
 
 def _samples(shop: Workshop, exported: Path) -> Sequence[Mapping[str, Any]]:
-    """Real inputs where there is data, else the example and one random input."""
-    if shop.batches is not None:
+    """Real inputs where there is data for it, else the example and one random input."""
+    if serves(shop.batches, "parity"):
         real = next(filled(shop.batches, len(shop.example_inputs[0])))
         return [parity.as_sample(real, shop.input_names)]
     return [

@@ -31,6 +31,7 @@ from prune2deploy.calibration import (
     first,
     notices,
     open_recipe,
+    serves,
 )
 from prune2deploy.errors import ConfigError, ParityError
 from prune2deploy.exporting import parity, precision
@@ -139,7 +140,7 @@ def lower(path: Path, out: Path, options: LoweringOptions) -> Lowered:
     if options.precision == "fp16":
         tolerance = math.inf if options.quick else None
         samples = options.samples
-        if options.batches is not None:
+        if options.batches is not None and serves(options.batches, "parity"):
             samples = list(feeds(path, first(options.batches, QUICK_SAMPLES)))
         report = precision.to_fp16(
             path,
@@ -186,7 +187,8 @@ def _accuracy(path: Path, options: LoweringOptions) -> AccuracyLimit | None:
 
 def _described(path: Path, report: PrecisionReport, options: LoweringOptions) -> Lowered:
     """What the report says of the file, judged as a file to ship even if it was made quickly."""
-    data = None if options.quick else options.batches
+    scored = not options.quick and serves(options.batches, "evaluate")
+    data = options.batches if scored else None
     plain = top1(path, data) if data is not None else None
     own = top1(report.path, data) if data is not None and plain is not None else None
     limit = parity.TOLERANCE[options.precision] if options.quick else report.parity.tolerance
@@ -275,7 +277,8 @@ def lower_file(
             )
         return LoweredFile(path)
     _, outputs = onnx_file.signature(path)
-    batches = open_recipe(recipe, BareFile.read(path)).need("int8") if recipe else None
+    purpose = "int8" if wanted == "int8" else "parity"
+    batches = open_recipe(recipe, BareFile.read(path)).need(purpose) if recipe else None
     if wanted == "int8" and batches is None:
         raise ConfigError(
             f"{path}: found an fp32 file and no calibration data, expected --data RECIPE for int8 "

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import PurePath
+from types import SimpleNamespace
 
 import onnx
 import pytest
@@ -16,9 +17,11 @@ from prune2deploy.calibration import first, from_dataset
 from prune2deploy.errors import ConfigError, ParityError
 from prune2deploy.exporting import keeping, parity, precision
 from prune2deploy.exporting.export import to_onnx
+from prune2deploy.graph import trace
+from prune2deploy.importance import score
 from prune2deploy.progress import NOTICE
 from prune2deploy.rundir import RunDir, read_manifest
-from prune2deploy.search import lowering
+from prune2deploy.search import accuracy, candidate, lowering
 from prune2deploy.search.lowering import LoweringOptions, lower, top1
 from prune2deploy.search.payoff import Payoff
 
@@ -419,6 +422,27 @@ def test_data_says_what_it_is_not_for(net):
     calibration.require([1, 2], "finetune")
     assert "RANDOM" in calibration.notices(random)[0]
     assert calibration.notices([1, 2]) == ()
+
+
+def test_data_is_used_for_its_purposes_alone(net, small, profile, tmp_path, batches):
+    other = replace(batches, purposes=("bn",))
+    one = [parity.as_sample((net[1],))]
+    options = LoweringOptions("fp16", batches=other, samples=one)
+    made = lower(small, tmp_path / "half.onnx", options)
+    assert made.parity.samples == 1 and made.top1 is None
+    shop = SimpleNamespace(batches=other, example_inputs=(net[1],), input_names=("input",))
+    assert (candidate._samples(shop, small)[0]["input"] == one[0]["input"]).all()
+    assert accuracy.take(shop, None, None) is None
+    with pytest.raises(ConfigError, match="not for 'importance'"):
+        score("taylor", net[0], trace(*net), other)
+    more = {"precision": "int8", "batches": replace(batches, purposes=("int8",))}
+    with pytest.raises(ConfigError, match="not for 'evaluate'"):
+        run(net, profile(), tmp_path / "r", max_drop=0.1, **more)
+    path = tmp_path / "recipe.toml"
+    for wanted, needed, given in (("fp16", "parity", "int8"), ("int8", "int8", "parity")):
+        path.write_text(f'reader = "random"\npurposes = ["{given}"]')
+        with pytest.raises(ConfigError, match=f"not for '{needed}'"):
+            lowering.lower_file(small, tmp_path, LoweringOptions(wanted), str(path), print)
 
 
 def test_a_bare_file_is_lowered_beside_its_engine_and_says_so(small, tmp_path):
