@@ -23,6 +23,7 @@ from typing_extensions import Unpack
 from prune2deploy.atomic import scratch
 from prune2deploy.errors import ExportError
 from prune2deploy.exporting import declared, fixed
+from prune2deploy.graph.calling import state_tensors
 from prune2deploy.modes import evaluating
 
 DEFAULT_OPSET = 20
@@ -246,7 +247,7 @@ def _run_exporter(
         "verbose": False,
         "dynamo": dynamo,
     }
-    weights = sum(t.numel() * t.element_size() for t in module.state_dict().values())
+    weights = sum(t.numel() * t.element_size() for t in state_tensors(module).values())
     if dynamo:
         arguments["external_data"] = weights > SINGLE_FILE_BYTES
     if options.get("dynamic_batch", False) and dynamo:
