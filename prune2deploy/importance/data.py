@@ -135,7 +135,7 @@ def _meters(subject: Subject) -> list[_Meter]:
     owners = subject.owners
     meters, done = [], set()
     for call in recording.calls:
-        if call.name in done or not owners or len(call.outputs) != 1:
+        if call.name in done or len(call.outputs) != 1:
             continue
         module = owners.get(call.name)
         if module is None or next(module.children(), None) is not None:
