@@ -150,7 +150,7 @@ def prune(
     model: nn.Module,
     example_inputs: Any,
     ratio: float = 0.5,
-    importance: str = "l2",
+    importance: str = RunOptions.importance,
     channel_multiple: int = 1,
     keep: Sequence[str] | None = None,
 ) -> nn.Module:
@@ -368,7 +368,9 @@ def _options(
             seed=extras.get("seed", 0),
             keep=_names("keep", extras.get("keep")),
         ),
-        importance=config.one_of("importance", extras.get("importance", "l2"), NAMES),
+        importance=config.one_of(
+            "importance", extras.get("importance", RunOptions.importance), NAMES
+        ),
         max_builds=extras.get("max_builds", RunOptions.max_builds),
         max_drop=extras.get("max_drop"),
         cache=extras.get("cache", True),
