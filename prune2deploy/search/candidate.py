@@ -286,6 +286,7 @@ def _lower(shop: Workshop, path: Path, name: tuple[int, str]) -> tuple[Path, Low
         max_drop=shop.max_drop,
         store=path.with_name("ranges.json"),
         samples=_random_samples(shop, path),
+        method=shop.target.int8_ranges,
     )
     return out, lowering.lower(path, out, options)
 

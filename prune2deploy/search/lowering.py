@@ -59,6 +59,7 @@ class LoweringOptions:
             outputs' difference decides.
         store: File that keeps the int8 ranges, or ``None``.
         samples: Inputs to judge fp16 by where there is no data; random ones unless told.
+        method: How int8 ranges are found, unless it is ``quick``; see ``ranges``.
     """
 
     precision: str
@@ -69,6 +70,7 @@ class LoweringOptions:
     max_drop: float | None = None
     store: Path | None = None
     samples: Sequence[Mapping[str, parity.Array]] | None = None
+    method: str = "minmax"
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,8 @@ def _int8_options(path: Path, options: LoweringOptions) -> Int8Options:
     if options.quick:
         return replace(base, max_error=math.inf)
     data = options.batches.sha256 if isinstance(options.batches, Batches) else ""
-    return replace(base, data=data, store=options.store, accuracy=_accuracy(path, options))
+    accuracy = _accuracy(path, options)
+    return replace(base, method=options.method, data=data, store=options.store, accuracy=accuracy)
 
 
 def _accuracy(path: Path, options: LoweringOptions) -> AccuracyLimit | None:

@@ -167,6 +167,21 @@ def test_ranges_come_from_all_samples_only_for_what_is_compared_or_shipped(
     assert lowered["samples"] == 24 and not lowered["quick"]
 
 
+def test_the_target_says_how_ranges_are_found(net, profile, tmp_path, batches, monkeypatch):
+    methods = []
+    real = precision.to_int8
+
+    def noting(path, out, data, options):
+        methods.append(options.method)
+        return real(path, out, data, options)
+
+    monkeypatch.setattr(precision, "to_int8", noting)
+    where = profile('int8_ranges = "percentile"\n' + FORMULA)
+    run(net, where, tmp_path / "r", precision="int8", batches=batches)
+    assert methods[0] == methods[-1] == "percentile", "the unpruned model and what is shipped"
+    assert set(methods[1:-1]) == {"minmax"}, "the search, for which only latency matters"
+
+
 def test_what_the_unpruned_model_keeps_in_fp32_every_other_one_keeps_too(
     net, profile, tmp_path, batches, monkeypatch
 ):
