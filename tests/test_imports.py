@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "prune2deploy"
 
 ORDER = [
-    {"errors", "units", "timing", "atomic", "progress", "watched", "modes"},
+    {"errors", "units", "timing", "atomic", "progress", "watched", "modes", "random_inputs"},
     {"shipped"},
     {"target"},
     {"calibration"},

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from prune2deploy import measure
 from prune2deploy.backends.base import Backend, Engine, TensorSpec
+from prune2deploy.backends.feeds import keep_example
 from prune2deploy.calibration import filled, serves
 from prune2deploy.errors import ExportError
 from prune2deploy.exporting import export, keeping, parity, program, simplify
@@ -206,6 +207,7 @@ def _assemble(shop: Workshop, name: tuple[int, str], plan: Plan, module: nn.Modu
     notes: list[str] = []
     exported, onnx, lowered = _export(shop, name, module.eval(), notes)
     shop.say("building", number)
+    keep_example(onnx, parity.as_sample(shop.example_inputs, shop.input_names))
     if shop.backend.takes_program:
         program.save(module, shop.example_inputs, onnx.with_suffix(".pt2"), shop.target.precision)
     engine = shop.backend.build(onnx, shop.target, onnx.with_name("engine"))

@@ -532,3 +532,11 @@ def test_stages_are_compared_on_inputs_that_the_model_takes(profile, tmp_path, w
     inputs, _ = onnx_file.signature(found.run_dir / "model.onnx")
     assert [one.name for one in inputs] == ["x", "level", "gain", "spare"]
     assert "cannot be compared" not in (found.run_dir / "report.json").read_text()
+
+
+@pytest.mark.ort
+def test_engines_are_timed_on_inputs_that_the_model_takes(profile, tmp_path):
+    level, gain, spare = torch.zeros(1, dtype=torch.int64), torch.tensor(2.0), torch.ones(1, 2)
+    example = (torch.randn(1, 3, 8, 8), level, gain, spare)
+    found = run((Leveled().eval(), example), profile(ORT), tmp_path / "r", max_builds=1)
+    assert found.measurement.candidate.p50_ms > 0
