@@ -138,7 +138,7 @@ def reconstruct(
     except _Refused as error:
         _put_back(module, before)
         return Reconstructed(0, 0, 0, f"the model does not take {many} samples at once: {error}")
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # not in its __all__
         _put_back(module, before)
         return Reconstructed(0, 0, 0, f"the least squares of a layer have no solution: {error}")
     if errors[0] < errors[1]:
