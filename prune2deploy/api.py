@@ -26,6 +26,7 @@ from prune2deploy.errors import ConfigError
 from prune2deploy.graph import Graph, require_prunable
 from prune2deploy.graph import keep as keep_layers
 from prune2deploy.graph import trace as trace_graph
+from prune2deploy.graph.calling import state_tensors
 from prune2deploy.graph.trace import mistaken, unwrap
 from prune2deploy.identity import content
 from prune2deploy.importance import DATA_FREE, NAMES, score
@@ -149,7 +150,7 @@ def prune(
     model: nn.Module,
     example_inputs: Any,
     ratio: float = 0.5,
-    importance: str = "l2",
+    importance: str = RunOptions.importance,
     channel_multiple: int = 1,
     keep: Sequence[str] | None = None,
 ) -> nn.Module:
@@ -301,9 +302,8 @@ def _inputs(model: nn.Module, example: object, finetune: object) -> tuple[Tensor
             f"finetune: found a {type(finetune).__name__}, expected a function that trains the "
             "module that it is given"
         )
-    for name, held in model.state_dict().items():
-        if isinstance(held, Tensor):
-            _require_exportable(name, held)
+    for name, held in state_tensors(model).items():
+        _require_exportable(name, held)
     for place, one in enumerate(given):
         _require_exportable(f"example_inputs[{place}]", one)
     return tuple(given)
@@ -368,7 +368,9 @@ def _options(
             seed=extras.get("seed", 0),
             keep=_names("keep", extras.get("keep")),
         ),
-        importance=config.one_of("importance", extras.get("importance", "l2"), NAMES),
+        importance=config.one_of(
+            "importance", extras.get("importance", RunOptions.importance), NAMES
+        ),
         max_builds=extras.get("max_builds", RunOptions.max_builds),
         max_drop=extras.get("max_drop"),
         cache=extras.get("cache", True),

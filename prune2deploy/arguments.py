@@ -154,12 +154,13 @@ def _data(to: Any, uses: str) -> None:
 
 
 def _importance(to: Any) -> None:
+    default = config.RunOptions.importance
     to.add_argument(
         "--importance",
-        default="l2",
+        default=default,
         metavar="NAME",
         help="what a channel is worth: l1, l2, group_norm, bn_scale, fpgm, lamp, random; with "
-        "--data also taylor, fisher, hessian, activation (default: l2)",
+        f"--data also taylor, fisher, hessian, activation (default: {default})",
     )
 
 

@@ -212,7 +212,7 @@ class SweepOptions:
     target: str
     ratios: tuple[float, ...]
     model: ModelOptions = field(default_factory=ModelOptions)
-    importance: str = "l2"
+    importance: str = RunOptions.importance
     data: str | None = None
 
     def identity(self) -> dict[str, object]:

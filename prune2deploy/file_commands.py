@@ -99,7 +99,9 @@ def build(arguments: argparse.Namespace, progress: Progress) -> Reply:
         out.mkdir(parents=True, exist_ok=True)
     from prune2deploy.search import lowering
 
-    options = lowering.LoweringOptions(target.precision, backend.int8_recipe(target))
+    options = lowering.LoweringOptions(
+        target.precision, backend.int8_recipe(target), method=target.int8_ranges
+    )
     lowered = lowering.lower_file(arguments.onnx, out, options, arguments.data, progress)
     engine = backend.build(lowered.path, target, out)
     document = {

@@ -19,6 +19,7 @@ from prune2deploy.errors import ConfigError
 Option = str | int | float | bool
 
 PRECISIONS = ("fp32", "fp16", "int8")
+INT8_RANGES = ("minmax", "entropy", "percentile")
 SCHEMA = 1  # 1: the keys of ``Target``, tables ``options`` and ``measure``
 
 
@@ -58,6 +59,7 @@ class Target:
         text: The TOML text as read, kept in the journal.
         sha256: Of ``text``.
         path: Where it was read from.
+        int8_ranges: How ranges of activations are found; one of ``INT8_RANGES``.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Target:
     text: str
     sha256: str
     path: Path
+    int8_ranges: str = INT8_RANGES[0]
 
     def option(self, name: str, default: Option) -> Option:
         """Return the option ``name``, or ``default`` where the profile does not give it.
@@ -123,6 +126,7 @@ _REQUIRED: dict[str, type] = {"backend": str, "device": str}
 _OPTIONAL: dict[str, type] = {
     "schema": int,
     "precision": str,
+    "int8_ranges": str,
     "channel_multiple": int,
     "threads": int,
     "description": str,
@@ -169,6 +173,7 @@ def _parse(path: Path, table: Mapping[str, Any], text: str) -> Target:
         text=text,
         sha256=hashlib.sha256(text.encode()).hexdigest(),
         path=path,
+        int8_ranges=table.get("int8_ranges", INT8_RANGES[0]),
     )
 
 
@@ -184,6 +189,7 @@ def _check_ranges(path: Path, table: Mapping[str, Any]) -> None:
         ("backend", bool, "the name of a backend"),
         ("device", bool, "what the backend calls the device, such as 'cpu' or 'cuda:0'"),
         ("precision", PRECISIONS.__contains__, "one of " + ", ".join(PRECISIONS)),
+        ("int8_ranges", INT8_RANGES.__contains__, "one of " + ", ".join(INT8_RANGES)),
         (
             "channel_multiple",
             range(1, 257).__contains__,

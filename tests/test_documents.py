@@ -13,6 +13,7 @@ from torch import nn
 
 import prune2deploy
 from prune2deploy import cli, target
+from prune2deploy.calibration import recipe
 from prune2deploy.calibration.recipe import load_recipe
 from prune2deploy.rundir import read_manifest
 
@@ -51,6 +52,13 @@ def test_every_command_shown_is_one(command):
     assert words[0] == "prune2deploy"
     parsed = cli.parse(words[1:])
     assert parsed.command
+
+
+def test_every_key_of_a_recipe_is_explained():
+    text = (ROOT / "docs/training.md").read_text("utf-8")
+    options = [name for names in recipe.READERS.values() for name in names]
+    for key in (*recipe._CHECKS, *recipe._PREPROCESSING, *recipe.PURPOSES, *options):
+        assert f"`{key}`" in text or f"`[{key}]`" in text, key
 
 
 @pytest.mark.parametrize("text", blocks("toml"))

@@ -11,7 +11,17 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "prune2deploy"
 
 ORDER = [
-    {"errors", "units", "timing", "atomic", "progress", "watched", "modes", "places"},
+    {
+        "errors",
+        "units",
+        "timing",
+        "atomic",
+        "progress",
+        "watched",
+        "modes",
+        "places",
+        "random_inputs",
+    },
     {"shipped"},
     {"target"},
     {"calibration"},

@@ -51,6 +51,7 @@ def test_a_target_survives_plain_values(tmp_path):
         ("threads = true", "threads", "a whole number"),
         ("threads = -1", "threads", "0 (leave it to the runtime)"),
         ('precision = "fp8"', "precision", "fp32, fp16, int8"),
+        ('int8_ranges = "kl"', "int8_ranges", "minmax, entropy, percentile"),
         ("channel_multiple = 0", "channel_multiple", "1 to 256"),
         ("schema = 2", "schema", "1, the only version"),
         ("[options]\nx = [1]", "options.x", "a number"),

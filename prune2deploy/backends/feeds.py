@@ -1,17 +1,20 @@
 """Inputs of a session: whether all are there, and random ones for timing.
 
-Random ones are fixed by a seed and never zero: zeros and tiny values would time another computation
-(denormal numbers cost up to 26 times more, and some kernels skip zeros).
+Whole numbers that the model is known to take lie in a file of their own beside its ONNX file, as
+engines are timed in other processes than the one that made them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
+from prune2deploy.atomic import replacing
 from prune2deploy.backends.base import Array, TensorSpec
 from prune2deploy.errors import BackendError
+from prune2deploy.random_inputs import draw, whole
 
 
 def require(specs: Sequence[TensorSpec], feeds: Mapping[str, Array]) -> None:
@@ -24,23 +27,35 @@ def require(specs: Sequence[TensorSpec], feeds: Mapping[str, Array]) -> None:
             )
 
 
-def random_feeds(specs: Sequence[TensorSpec], seed: int) -> dict[str, Array]:
-    """Return one array per input: floats in 0.05..1 with random sign, integers in 0..7.
+def random_feeds(
+    specs: Sequence[TensorSpec], seed: int, onnx: Path | None = None
+) -> dict[str, Array]:
+    """Return one array per input; see ``random_inputs``.
 
     Args:
         specs: Inputs of an engine; a dynamic dimension (-1) becomes 1.
         seed: The same seed gives the same arrays.
+        onnx: The ONNX file of the engine, for what ``keep_example`` left beside it.
     """
-    generator = np.random.default_rng(seed)
-    feeds: dict[str, Array] = {}
-    for spec in specs:
-        shape = tuple(d if d > 0 else 1 for d in spec.shape)
-        dtype = np.dtype(spec.dtype)
-        if dtype.kind == "f":
-            sign = generator.choice(np.array([-1.0, 1.0]), shape)
-            feeds[spec.name] = np.asarray(sign * generator.uniform(0.05, 1.0, shape), dtype)
-        elif dtype.kind == "b":
-            feeds[spec.name] = np.ones(shape, dtype)
-        else:
-            feeds[spec.name] = np.asarray(generator.integers(0, 8, shape), dtype)
-    return feeds
+    wanted = [(s.name, tuple(d if d > 0 else 1 for d in s.shape), s.dtype) for s in specs]
+    return draw(wanted, np.random.default_rng(seed), {} if onnx is None else _example(onnx))
+
+
+def keep_example(onnx: Path, example: Mapping[str, Array]) -> None:
+    """Keep the whole numbers among example inputs, by name, beside an ONNX file."""
+    known = whole(example)
+    if known:
+        with replacing(_place(onnx)) as path:
+            np.savez(path, np.array(list(known)), *known.values())
+
+
+def _example(onnx: Path) -> dict[str, Array]:
+    if not _place(onnx).exists():
+        return {}
+    with np.load(_place(onnx), allow_pickle=False) as held:
+        names, *arrays = held.values()
+    return dict(zip(names.tolist(), arrays, strict=True))
+
+
+def _place(onnx: Path) -> Path:
+    return onnx.with_suffix(".example.npz")

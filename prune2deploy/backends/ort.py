@@ -123,7 +123,7 @@ class OrtBackend(Backend):
         else:
             self._open(path, target)
         if target.option("provider", CPU) != CPU and not target.option("allow_fallback", False):
-            self._assert_provider(path, target)
+            self._assert_provider(path, onnx, target)
         return Engine(path, onnx, self.name, time.perf_counter() - started)
 
     def open(self, engine: Engine, target: Target) -> Session:
@@ -154,12 +154,12 @@ class OrtBackend(Backend):
 
         return {"onnxruntime": onnxruntime.__version__}
 
-    def _assert_provider(self, path: Path, target: Target) -> None:
+    def _assert_provider(self, path: Path, onnx: Path, target: Target) -> None:
         provider = str(target.option("provider", CPU))
         with ort_profile.folder() as prefix:
             session = self._open(path, target, profile=prefix)
             with _running():
-                session.run(None, random_feeds(_specs(session.get_inputs()), seed=0))
+                session.run(None, random_feeds(_specs(session.get_inputs()), 0, onnx))
             events = ort_profile.read(Path(session.end_profiling()))
         strays = ort_profile.elsewhere(events, provider)
         if strays:

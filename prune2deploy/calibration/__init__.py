@@ -2,6 +2,7 @@
 
 from prune2deploy.calibration.batches import Batch, Batches, from_dataset, open_recipe
 from prune2deploy.calibration.given import (
+    are_classes,
     check_form,
     check_labels,
     filled,
@@ -22,6 +23,7 @@ __all__ = [
     "Batches",
     "Preprocessing",
     "Recipe",
+    "are_classes",
     "check_form",
     "check_labels",
     "filled",

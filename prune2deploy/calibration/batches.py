@@ -246,7 +246,6 @@ def from_dataset(
         preprocessing=(),
         options=(),
         text="",
-        sha256="",
         path=Path(place),
     )
     return _batches(recipe, reader, examples, ())

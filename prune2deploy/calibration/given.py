@@ -142,6 +142,19 @@ def _told(found: object) -> str:
     return type(found).__name__
 
 
+def are_classes(labels: Tensor | None, scores: Sequence[int]) -> bool:
+    """Whether labels are classes that a model scores: a whole number for each sample, of several.
+
+    Args:
+        labels: Of one batch, or ``None``.
+        scores: Shape of the model's first output for it.
+    """
+    if labels is None or len(scores) != 2 or scores[1] < 2 or tuple(labels.shape) != (scores[0],):
+        return False
+    whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    return whole and bool(((labels.long() >= 0) & (labels.long() < scores[1])).all())
+
+
 def check_labels(data: object, outputs: Sequence[tuple[int, ...]]) -> None:
     """Check the labels of a recipe's data against a model's outputs.
 

@@ -6,7 +6,6 @@ A recipe says where data lies and how it is treated; it never holds data.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -19,7 +18,7 @@ from prune2deploy.errors import ConfigError
 
 SCHEMA = 1  # 1: reader, path, count, batch, seed, purposes, preprocessing, options
 PURPOSES = ("importance", "bn", "sensitivity", "int8", "parity", "finetune", "evaluate")
-LABELLED = ("sensitivity", "evaluate")  # purposes that mean nothing without labels
+LABELLED = ("evaluate",)  # purposes that mean nothing without labels
 READERS: Mapping[str, tuple[str, ...]] = {  # reader to the options that it knows
     "class-folders": ("classes",),
     "images": (),
@@ -48,7 +47,6 @@ class Recipe:
             that replace the model's own.
         options: Settings that only its reader knows.
         text: The TOML text as read.
-        sha256: Of ``text``.
         path: Where it was read from.
         purposes_given: Whether the recipe lists its purposes itself (otherwise: all).
     """
@@ -63,7 +61,6 @@ class Recipe:
     preprocessing: tuple[tuple[str, Any], ...]
     options: tuple[tuple[str, str], ...]
     text: str
-    sha256: str
     path: Path
     purposes_given: bool = False
 
@@ -95,7 +92,6 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         preprocessing=tuple(sorted((k, _frozen(v)) for k, v in preprocessing.items())),
         options=_options(path, table),
         text=text,
-        sha256=hashlib.sha256(text.encode()).hexdigest(),
         path=path,
         purposes_given="purposes" in table,
     )

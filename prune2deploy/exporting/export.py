@@ -185,11 +185,13 @@ def flatten(value: object, prefix: str = "output") -> dict[str, Tensor]:
 
 @contextmanager
 def _plain_call(module: nn.Module) -> Iterator[None]:
-    """Have ``module`` take only tensors and return a flat tuple of them while the block runs.
+    """Have ``module`` take, hold and return tensors alone while the block runs.
 
     Exporters make inputs of the forward's default arguments (``is_causal=False``), so those are
-    hidden. No wrapper module, so that the names in the file are those of the module's parameters.
+    hidden, and stumble over other things in its state (``get_extra_state``). No wrapper module, so
+    that the names in the file are those of the module's parameters.
     """
+    hook = module.register_state_dict_post_hook(_drop_others)
     own = vars(module).get("forward")
     forward = module.forward
 
@@ -200,10 +202,17 @@ def _plain_call(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        hook.remove()
         if own is None:
             del vars(module)["forward"]
         else:
             vars(module)["forward"] = own
+
+
+def _drop_others(module: nn.Module, state: dict[str, Any], prefix: str, facts: Any) -> None:
+    """Take out of a state dict what is no tensor."""
+    for name in [name for name, value in state.items() if not isinstance(value, Tensor)]:
+        del state[name]
 
 
 def _output_names(

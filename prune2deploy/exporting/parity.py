@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from prune2deploy.errors import ExportError, ParityError
 from prune2deploy.exporting.export import first_line, flatten, input_names
+from prune2deploy.graph.calling import device_of
+from prune2deploy.random_inputs import draw
 
 Array = npt.NDArray[Any]
 Runner = Callable[[Mapping[str, Array]], Mapping[str, Array]]
@@ -252,7 +254,9 @@ def _paired(
 def torch_runner(
     module: nn.Module, names: Sequence[str] = (), output_names: Sequence[str] = ()
 ) -> Runner:
-    """Run a module in eval mode without gradients; outputs are named as ``export`` names them.
+    """Run a module in eval mode without gradients, on its own device.
+
+    Outputs are named as ``export`` names them.
 
     Args:
         module: In eval mode; called with one tensor per entry of ``names``.
@@ -263,10 +267,13 @@ def torch_runner(
     if module.training:
         raise ExportError("parity needs the model in eval mode: call model.eval() first")
 
+    device = device_of(module)
+
     def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
         order = names or input_names(len(feeds))
+        inputs = (torch.from_numpy(feeds[name]).to(device) for name in order)
         with torch.no_grad():
-            outputs = flatten(module(*(torch.from_numpy(feeds[name]) for name in order)))
+            outputs = flatten(module(*inputs))
         labels = output_names or tuple(outputs)
         arrays = [tensor.detach().cpu().numpy() for tensor in outputs.values()]
         return dict(zip(labels, arrays, strict=True))
@@ -313,30 +320,21 @@ def onnx_runner(path: Path, *, threads: int | None = None) -> Runner:
 def random_samples(
     path: Path, *, count: int = 1, seed: int = 0, like: Mapping[str, Array] | None = None
 ) -> list[dict[str, Array]]:
-    """Random non-zero inputs for an ONNX file; free dimensions become 2.
-
-    Floats are standard normal: zeros would hide errors and cost denormal arithmetic. Integers
-    are 0 or 1, which are valid token numbers and masks alike.
+    """Random inputs for an ONNX file, see ``random_inputs``; free dimensions become 2.
 
     Args:
         path: The ONNX file.
         count: How many.
         seed: Of the generator; the same seed gives the same samples.
-        like: Inputs that the model is known to take; all but floats are taken from it, as only
-            some lengths, positions and names of classes mean anything.
+        like: Inputs that the model is known to take; all but fractions are taken from it.
     """
     import onnx
 
     graph = onnx.load(str(path), load_external_data=False).graph
     stored = {tensor.name for tensor in graph.initializer}
-    rng = np.random.default_rng(seed)
-    wanted = [given for given in graph.input if given.name not in stored]
-    known = {name: array for name, array in (like or {}).items() if array.dtype.kind != "f"}
-
-    def value(given: Any) -> Array:
-        return known[given.name] if given.name in known else _random(given, rng)
-
-    return [{given.name: value(given) for given in wanted} for _ in range(count)]
+    wanted = [_signature(given) for given in graph.input if given.name not in stored]
+    generator = np.random.default_rng(seed)
+    return [draw(wanted, generator, like) for _ in range(count)]
 
 
 def as_sample(inputs: Sequence[Tensor], names: Sequence[str] = ()) -> dict[str, Array]:
@@ -345,15 +343,13 @@ def as_sample(inputs: Sequence[Tensor], names: Sequence[str] = ()) -> dict[str, 
     return {n: t.detach().cpu().numpy() for n, t in zip(order, inputs, strict=True)}
 
 
-def _random(given: Any, rng: np.random.Generator) -> Array:
+def _signature(given: Any) -> tuple[str, list[int], np.dtype[Any]]:
+    """Name, shape and type of an input."""
     import onnx
 
     tensor = given.type.tensor_type
     shape = [d.dim_value if d.HasField("dim_value") else 2 for d in tensor.shape.dim]
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
-    if np.issubdtype(dtype, np.floating):
-        return np.asarray(rng.standard_normal(shape), dtype)
-    return np.asarray(rng.integers(0, 2, shape), dtype)
+    return given.name, shape, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
 
 
 def _dtype(kind: str) -> np.dtype[Any]:

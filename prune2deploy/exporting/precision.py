@@ -47,8 +47,6 @@ class PrecisionReport:
         parity: Outputs against the file that came in.
         drop: Accuracy lost, where it was evaluated.
         passed: Whether the wanted limit was kept.
-        bytes_before: Size of the file that came in.
-        bytes_after: Size of ``path``.
         samples: Rows of data that ranges come from; 0 for fp16.
     """
 
@@ -58,8 +56,6 @@ class PrecisionReport:
     parity: Parity
     drop: float | None
     passed: bool
-    bytes_before: int
-    bytes_after: int
     samples: int = 0
 
 
@@ -129,7 +125,7 @@ def to_fp16(
     judge = Judge(path, chosen, "fp16", (tolerance, accuracy))
     found = keeping.search(out, convert, judge)
     kept = (*fixed, *(name for name in found.kept if name not in set(fixed)))
-    return _report(path, "fp16", found, kept)
+    return _report("fp16", found, kept)
 
 
 def to_int8(
@@ -165,11 +161,11 @@ def to_int8(
     open_names = [name for kind in kinds.values() for name in kind]
     cheap = [k for operator, k in kinds.items() if k and operator not in quantize.CONTRACTIONS]
     found = keeping.search(out, convert, judge, open_names, cheap)
-    report = _report(path, "int8", found, (*fixed, *found.kept))
+    report = _report("int8", found, (*fixed, *found.kept))
     return replace(report, samples=ranges.samples)
 
 
-def _report(path: Path, precision: str, found: Found, kept: Sequence[str]) -> PrecisionReport:
+def _report(precision: str, found: Found, kept: Sequence[str]) -> PrecisionReport:
     return PrecisionReport(
         path=found.path,
         precision=precision,
@@ -177,8 +173,6 @@ def _report(path: Path, precision: str, found: Found, kept: Sequence[str]) -> Pr
         parity=found.verdict.parity,
         drop=found.verdict.drop,
         passed=found.verdict.passed,
-        bytes_before=path.stat().st_size,
-        bytes_after=found.path.stat().st_size,
     )
 
 

@@ -34,9 +34,10 @@ from prune2deploy.exporting.activations import (
     with_outputs,
 )
 from prune2deploy.exporting.parity import Array
+from prune2deploy.target import INT8_RANGES
 
 SCHEMA = 1  # 1: what Ranges holds
-METHODS = ("minmax", "entropy", "percentile")
+METHODS = INT8_RANGES
 BINS = 2048
 LEVELS = 128  # of the magnitude: int8 without its sign
 PERCENTILE = 99.99

@@ -20,6 +20,7 @@ from prune2deploy.atomic import replacing, scratch
 from prune2deploy.errors import ExportError, ParityError
 from prune2deploy.exporting import parity
 from prune2deploy.exporting.companions import companions
+from prune2deploy.exporting.export import first_line
 from prune2deploy.exporting.parity import Array, Parity
 
 STANDARD_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml"})
@@ -33,10 +34,6 @@ class SimplifyReport:
         path: The file to go on with.
         applied: Whether it is the simplified one.
         note: Why it was not applied, or what could not be checked; empty if all is well.
-        nodes_before: Operators in the file that came in.
-        nodes_after: Operators in ``path``.
-        bytes_before: Size of the file that came in.
-        bytes_after: Size of ``path``.
         parity: Outputs of the two compared; ``None`` if nothing was applied, or if ONNX Runtime
             lacks a custom operator of the model.
     """
@@ -44,10 +41,6 @@ class SimplifyReport:
     path: Path
     applied: bool
     note: str
-    nodes_before: int
-    nodes_after: int
-    bytes_before: int
-    bytes_after: int
     parity: Parity | None = None
 
 
@@ -74,20 +67,9 @@ def simplify(
         try:
             note, compared = _simplify_checked(before, path, candidate, samples)
         except _Rejected as reason:
-            return _keep(before, path, out, str(reason))
-        after = onnx.load(str(candidate), load_external_data=False)
-        report = SimplifyReport(
-            path=out,
-            applied=True,
-            note=note,
-            nodes_before=count_nodes(before.graph),
-            nodes_after=count_nodes(after.graph),
-            bytes_before=path.stat().st_size,
-            bytes_after=candidate.stat().st_size,
-            parity=compared,
-        )
+            return _keep(path, out, str(reason))
         candidate.replace(out)
-    return report
+    return SimplifyReport(path=out, applied=True, note=note, parity=compared)
 
 
 def count_nodes(graph: Any) -> int:
@@ -122,9 +104,7 @@ def _load(path: Path) -> Any:
     except FileNotFoundError as error:
         raise ExportError(f"{path} does not exist") from error
     except Exception as error:
-        raise ExportError(
-            f"{path} is not a valid ONNX file: {str(error).strip().splitlines()[:1]}"
-        ) from error
+        raise ExportError(f"{path} is not a valid ONNX file: {first_line(error)}") from error
     return model
 
 
@@ -144,7 +124,7 @@ def _simplify_checked(
     try:
         onnx.checker.check_model(after)
     except onnx.checker.ValidationError as error:
-        raise _Rejected(f"onnxsim gave an invalid file: {str(error).splitlines()[0]}") from error
+        raise _Rejected(f"onnxsim gave an invalid file: {first_line(error)}") from error
     same = _operators(after.graph) == _operators(before.graph)
     _save_no_larger(after, candidate, path.stat().st_size, same_operators=same)
     try:
@@ -196,7 +176,7 @@ def _same_outputs(
     return compared
 
 
-def _keep(before: Any, path: Path, out: Path, note: str) -> SimplifyReport:
+def _keep(path: Path, out: Path, note: str) -> SimplifyReport:
     """Take the file over as it was."""
     if path.resolve() != out.resolve():
         for name in companions(path):
@@ -204,5 +184,4 @@ def _keep(before: Any, path: Path, out: Path, note: str) -> SimplifyReport:
                 shutil.copyfile(path.parent / name, temporary)
         with replacing(out) as temporary:
             shutil.copyfile(path, temporary)
-    nodes, size = count_nodes(before.graph), path.stat().st_size
-    return SimplifyReport(out, False, note, nodes, nodes, size, size)
+    return SimplifyReport(out, False, note)

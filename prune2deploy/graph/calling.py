@@ -86,6 +86,12 @@ def stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                     yield prefix + leaf, tensor
 
 
+def state_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of a model's state dict, without what else ``get_extra_state`` puts into it."""
+    held = model.state_dict()
+    return {name: value for name, value in held.items() if isinstance(value, torch.Tensor)}
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where a model computes: the device of what it stores; the CPU where it stores nothing."""
     return next((tensor.device for _, tensor in stored_tensors(model)), torch.device("cpu"))

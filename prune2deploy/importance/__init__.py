@@ -9,20 +9,20 @@ axis. ``CRITERIA`` is the only table of names; what is not in it is refused.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from prune2deploy.calibration import Batch
+from prune2deploy import config
+from prune2deploy.calibration import Batch, require
 from prune2deploy.errors import ConfigError, ModelError
 from prune2deploy.graph.axes import Graph
 from prune2deploy.importance import data, weights
 from prune2deploy.importance.members import Scores, Subject
 
-__all__ = ["CRITERIA", "DEFAULT", "NAMES", "Criterion", "require_data", "score"]
+__all__ = ["CRITERIA", "NAMES", "Criterion", "require_data", "score"]
 
 
 @dataclass(frozen=True)
@@ -32,41 +32,36 @@ class Criterion:
     Attributes:
         function: ``(subject, batches, seed) -> scores``.
         needs_data: Whether it must be given batches.
-        summary: One line for listings.
     """
 
     function: Callable[[Subject, Iterable[Batch], int], Scores]
     needs_data: bool
-    summary: str
 
 
-def _free(function: Callable[[Subject], Scores], summary: str) -> Criterion:
-    return Criterion(lambda subject, batches, seed: function(subject), False, summary)
+def _free(function: Callable[[Subject], Scores]) -> Criterion:
+    return Criterion(lambda subject, batches, seed: function(subject), False)
 
 
-def _data(function: Callable[[Subject, Iterable[Batch]], Scores], summary: str) -> Criterion:
-    return Criterion(lambda subject, batches, seed: function(subject, batches), True, summary)
+def _data(function: Callable[[Subject, Iterable[Batch]], Scores]) -> Criterion:
+    return Criterion(lambda subject, batches, seed: function(subject, batches), True)
 
 
 CRITERIA: dict[str, Criterion] = {
-    "l1": _free(weights.l1, "absolute weights"),
-    "l2": _free(weights.l2, "Euclidean norm of the weights, each layer equal"),
-    "group_norm": _free(weights.group_norm, "Euclidean norm across all layers of the group"),
-    "bn_scale": _free(weights.bn_scale, "scale of the normalisation layers"),
-    "fpgm": _free(weights.fpgm, "distance to the other channels"),
-    "lamp": _free(weights.lamp, "energy relative to all larger channels"),
-    "taylor": _data(data.taylor, "first-order change of the loss"),
-    "fisher": _data(data.fisher, "second-order change of the loss, per channel"),
-    "hessian": _data(data.hessian, "second-order change of the loss, per weight (OBD)"),
-    "activation": _data(data.activation, "mean absolute activation"),
-    "random": Criterion(
-        lambda subject, batches, seed: weights.random(subject, seed), False, "random numbers"
-    ),
+    "l1": _free(weights.l1),
+    "l2": _free(weights.l2),
+    "group_norm": _free(weights.group_norm),
+    "bn_scale": _free(weights.bn_scale),
+    "fpgm": _free(weights.fpgm),
+    "lamp": _free(weights.lamp),
+    "taylor": _data(data.taylor),
+    "fisher": _data(data.fisher),
+    "hessian": _data(data.hessian),
+    "activation": _data(data.activation),
+    "random": Criterion(lambda subject, batches, seed: weights.random(subject, seed), False),
 }
 """Name → criterion."""
 
 NAMES: tuple[str, ...] = tuple(CRITERIA)
-DEFAULT = "l2"
 DATA_FREE: tuple[str, ...] = tuple(n for n, known in CRITERIA.items() if not known.needs_data)
 """Those that need no data."""
 
@@ -97,15 +92,10 @@ def score(
         ConfigError: the name is unknown, data is missing, or the model is not the graph's.
         ModelError: scores are NaN or infinite, because weights or what the data gives are.
     """
-    criterion = CRITERIA.get(name)
-    if criterion is None:
-        near = difflib.get_close_matches(name, NAMES, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise ConfigError(
-            f"no importance criterion is called {name!r}; {hint}Choose one of {', '.join(NAMES)}"
-        )
+    criterion = CRITERIA[config.one_of("importance", name, NAMES)]
     if criterion.needs_data:
         require_data(name, given=batches is not None)
+        require(batches, "importance")
     subject = Subject(model, graph)
     found = criterion.function(subject, () if batches is None else batches, seed)
     _require_finite(name, subject, found)

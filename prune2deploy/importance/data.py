@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prune2deploy.calibration import Batch
+from prune2deploy.calibration import Batch, are_classes
 from prune2deploy.errors import ConfigError
 from prune2deploy.graph.build import positions
 from prune2deploy.graph.calling import device_of, quiet, tensors_in
@@ -135,7 +135,7 @@ def _meters(subject: Subject) -> list[_Meter]:
     owners = subject.owners
     meters, done = [], set()
     for call in recording.calls:
-        if call.name in done or not owners or len(call.outputs) != 1:
+        if call.name in done or len(call.outputs) != 1:
             continue
         module = owners.get(call.name)
         if module is None or next(module.children(), None) is not None:
@@ -201,7 +201,7 @@ def loss(outputs: object, labels: Tensor | None) -> Tensor:
     if not tensors:
         raise ConfigError("the model returns no tensor of floating-point numbers: nothing to score")
     first = tensors[0]
-    if labels is not None and first.dim() == 2 and labels.shape == first.shape[:1]:
+    if labels is not None and are_classes(labels, first.shape):
         return F.cross_entropy(first.float(), labels.long())
     means = [tensor.float().square().mean() / 2 for tensor in tensors]
     return torch.stack(means).sum()

@@ -126,7 +126,7 @@ def profile(
     backend = registry.for_target(target)
     if backend.simulated:
         with backend.open(engine, target) as session:
-            feeds = random_feeds(session.inputs, seed=0)
+            feeds = random_feeds(session.inputs, seed=0, onnx=engine.onnx)
         return backend.profile(engine, target, feeds, runs)
     known_ns = sum(timing.ns for timing in beside[1]) if beside else 0.0
     engines = (engine, beside[0]) if beside and known_ns else (engine,)

@@ -60,7 +60,7 @@ def interleaved(
         own = replace(target, precision=engine.precision or target.precision)
         with ExitStack() as unfinished:
             session = unfinished.enter_context(backend.open(engine, own))
-            session.prepare(random_feeds(session.inputs, seed=0))
+            session.prepare(random_feeds(session.inputs, seed=0, onnx=engine.onnx))
             unfinished.pop_all()
         return session
 

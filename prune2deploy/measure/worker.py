@@ -78,7 +78,7 @@ def _compare(spec: Mapping[str, Any], say: Any) -> dict[str, Any]:
 def _profile(spec: Mapping[str, Any], say: Any) -> dict[str, Any]:
     target, backend, (engine, *references) = _context(spec)
     with backend.open(engine, target) as session:
-        feeds = random_feeds(session.inputs, seed=0)
+        feeds = random_feeds(session.inputs, seed=0, onnx=engine.onnx)
         session.prepare(feeds)
         seconds = min(session.time_once().wall_ns for _ in range(2)) / 1e9  # the first may compile
     runs = affordable(int(spec["runs"]), seconds, target.measure.max_seconds)

@@ -10,13 +10,18 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from prune2deploy.graph.calling import quiet, tensors_in
+from prune2deploy.graph.calling import device_of, quiet, tensors_in
 
 
 def outputs(module: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The floating-point tensors that a module in evaluation mode returns, as float32, in order."""
+    """The floating-point tensors that a module in evaluation mode returns, as float32, in order.
+
+    Inputs go to the module's own device.
+    """
+    device = device_of(module)
     with quiet(module):
-        return [t.float() for t in tensors_in(module(*inputs)) if t.is_floating_point()]
+        made = module(*(one.to(device) for one in inputs))
+        return [t.float() for t in tensors_in(made) if t.is_floating_point()]
 
 
 def apart(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:

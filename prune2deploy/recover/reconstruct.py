@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +31,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prune2deploy.calibration import Batch, first
 from prune2deploy.graph.axes import Graph
-from prune2deploy.graph.calling import device_of, quiet, run, stored_tensors, tensors_in
+from prune2deploy.graph.calling import (
+    device_of,
+    quiet,
+    run,
+    state_tensors,
+    stored_tensors,
+    tensors_in,
+)
 from prune2deploy.graph.recording import Recording
 from prune2deploy.plan.plan import Plan
 from prune2deploy.recover.batchnorm import reestimate_batchnorm, storage
@@ -127,13 +135,16 @@ def reconstruct(
         short = last_weights(recording) - adjustable(recording) if trained else frozenset()
         done = _fit(module, original, graph, plan, fitting, short)
         errors = _errors(module, original, before, fitting, unseen)
-    except Exception as error:  # noqa: BLE001  the user's code may refuse such a batch in any way
-        module.load_state_dict(before)
+    except _Refused as error:
+        _put_back(module, before)
         return Reconstructed(0, 0, 0, f"the model does not take {many} samples at once: {error}")
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # not in its __all__
+        _put_back(module, before)
+        return Reconstructed(0, 0, 0, f"the least squares of a layer have no solution: {error}")
     if errors[0] < errors[1]:
         restore_lengths(module, recording, before)
         return done
-    module.load_state_dict(before)
+    _put_back(module, before)
     note = (
         f"on {judging} other samples the outputs differed from the unpruned model's by "
         f"{errors[0]:.3g} of their energy with it, by {errors[1]:.3g} without"
@@ -157,10 +168,10 @@ def _fit(
     kept = kept_positions(graph, plan)
     factors = compensation(graph, dict(stored_tensors(original)), kept, plan)
     listening = _Listening(original, kept, factors, samples, rows)
-    with quiet(original), listening:
+    with quiet(original), listening, _refusing(listening):
         run(original, inputs, forward)
     correcting = _Correcting(module, listening.once(), samples, short)
-    with quiet(module), correcting:
+    with quiet(module), correcting, _refusing(correcting):
         run(module, inputs, forward)
     return Reconstructed(correcting.changed, correcting.met, samples)
 
@@ -176,18 +187,41 @@ def _errors(
 
     The module is as fitted afterwards.
     """
-    wanted, fitted = outputs(original, unseen), _state(module)
-    with_it = apart(outputs(module, unseen), wanted)
-    module.load_state_dict(before)
+    with _refusing():
+        wanted, found = outputs(original, unseen), outputs(module, unseen)
+    fitted, with_it = _state(module), apart(found, wanted)
+    _put_back(module, before)
     chunks = zip(*(tensor.split(CHUNK) for tensor in seen), strict=True)
     reestimate_batchnorm(module, [(chunk, None) for chunk in chunks if len(chunk[0]) > 1])
     without = apart(outputs(module, unseen), wanted)
-    module.load_state_dict(fitted)
+    _put_back(module, fitted)
     return with_it, without
 
 
+class _Refused(Exception):  # noqa: N818 - not an error: other ways to get accuracy back are left
+    """A model does not take its inputs; the text is what it says."""
+
+
+@contextmanager
+def _refusing(watch: _Watch | None = None) -> Iterator[None]:
+    """Stand around a forward pass: the user's code may refuse such a batch in any way.
+
+    What ``watch`` raises in it is an error of its own.
+    """
+    try:
+        yield
+    except Exception as error:
+        if watch is not None and watch.failed is error:
+            raise
+        raise _Refused(str(error)) from error
+
+
 def _state(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in module.state_dict().items()}
+    return {name: tensor.clone() for name, tensor in state_tensors(module).items()}
+
+
+def _put_back(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    module.load_state_dict(state, strict=False)  # what is no tensor was never touched
 
 
 def restore(
@@ -245,6 +279,7 @@ class _Watch(TorchDispatchMode):
     def __init__(self, module: nn.Module, samples: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         self.samples = samples
+        self.failed: Exception | None = None  # raised here, not by the model
         self.reads: Counter[str] = Counter()
         stored = [(storage(tensor), name) for name, tensor in stored_tensors(module)]
         shared = Counter(place for place, _ in stored)
@@ -252,13 +287,19 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
+        try:
+            again = self._look(func, args, made)
+        except Exception as error:
+            self.failed = error
+            raise
+        return func(*args, **(kwargs or {})) if again else made
+
+    def _look(self, func: Any, args: Any, made: Any) -> bool:
         if not func.is_view:
             self.reads.update(name for t in tensors_in(args) if (name := self.name(t)))
         call = contraction(func, args)
         name = None if call is None else self.name(call.weight)
-        if call is None or name is None or not self.see(name, call, made):
-            return made
-        return func(*args, **(kwargs or {}))
+        return call is not None and name is not None and self.see(name, call, made)
 
     def name(self, tensor: Tensor | None) -> str | None:
         """Of the stored tensor that a tensor is, or is a view of."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from prune2deploy.calibration import serves
 from prune2deploy.search.candidate import Built, Workshop
 from prune2deploy.search.lowering import top1
 
@@ -28,9 +29,13 @@ class Top1:
 
 
 def take(shop: Workshop, before: Built, after: Built) -> Top1 | None:
-    """Score both files; ``None`` without labels, or class scores of shape (batch, classes)."""
+    """Score both files.
+
+    Returns:
+        ``None`` without data for ``evaluate``, labels, or class scores of shape (batch, classes).
+    """
     data = shop.batches
-    if data is None:
+    if not serves(data, "evaluate"):
         return None
 
     def work() -> Top1 | None:

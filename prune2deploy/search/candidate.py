@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from prune2deploy import measure
 from prune2deploy.backends.base import Backend, Engine, TensorSpec
-from prune2deploy.calibration import filled
+from prune2deploy.backends.feeds import keep_example
+from prune2deploy.calibration import filled, serves
 from prune2deploy.errors import ExportError
 from prune2deploy.exporting import export, keeping, parity, program, simplify
 from prune2deploy.exporting.parity import Parity
@@ -206,6 +207,7 @@ def _assemble(shop: Workshop, name: tuple[int, str], plan: Plan, module: nn.Modu
     notes: list[str] = []
     exported, onnx, lowered = _export(shop, name, module.eval(), notes)
     shop.say("building", number)
+    keep_example(onnx, parity.as_sample(shop.example_inputs, shop.input_names))
     if shop.backend.takes_program:
         program.save(module, shop.example_inputs, onnx.with_suffix(".pt2"), shop.target.precision)
     engine = shop.backend.build(onnx, shop.target, onnx.with_name("engine"))
@@ -286,6 +288,7 @@ def _lower(shop: Workshop, path: Path, name: tuple[int, str]) -> tuple[Path, Low
         max_drop=shop.max_drop,
         store=path.with_name("ranges.json"),
         samples=_random_samples(shop, path),
+        method=shop.target.int8_ranges,
     )
     return out, lowering.lower(path, out, options)
 
@@ -354,8 +357,8 @@ def cast(run: parity.Runner, inputs: Sequence[TensorSpec]) -> parity.Runner:
 
 
 def _samples(shop: Workshop, exported: Path) -> Sequence[Mapping[str, Any]]:
-    """Real inputs where there is data, else the example and one random input."""
-    if shop.batches is not None:
+    """Real inputs where there is data for it, else the example and one random input."""
+    if serves(shop.batches, "parity"):
         real = next(filled(shop.batches, len(shop.example_inputs[0])))
         return [parity.as_sample(real, shop.input_names)]
     return [

@@ -17,7 +17,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,10 +26,12 @@ from prune2deploy.calibration import (
     Batch,
     Batches,
     Preprocessing,
+    are_classes,
     check_labels,
     first,
     notices,
     open_recipe,
+    serves,
 )
 from prune2deploy.errors import ConfigError, ParityError
 from prune2deploy.exporting import parity, precision
@@ -58,6 +59,7 @@ class LoweringOptions:
             outputs' difference decides.
         store: File that keeps the int8 ranges, or ``None``.
         samples: Inputs to judge fp16 by where there is no data; random ones unless told.
+        method: How int8 ranges are found, unless it is ``quick``; see ``ranges``.
     """
 
     precision: str
@@ -68,6 +70,7 @@ class LoweringOptions:
     max_drop: float | None = None
     store: Path | None = None
     samples: Sequence[Mapping[str, parity.Array]] | None = None
+    method: str = "minmax"
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ def lower(path: Path, out: Path, options: LoweringOptions) -> Lowered:
     if options.precision == "fp16":
         tolerance = math.inf if options.quick else None
         samples = options.samples
-        if options.batches is not None:
+        if options.batches is not None and serves(options.batches, "parity"):
             samples = list(feeds(path, first(options.batches, QUICK_SAMPLES)))
         report = precision.to_fp16(
             path,
@@ -162,7 +165,8 @@ def _int8_options(path: Path, options: LoweringOptions) -> Int8Options:
     if options.quick:
         return replace(base, max_error=math.inf)
     data = options.batches.sha256 if isinstance(options.batches, Batches) else ""
-    return replace(base, data=data, store=options.store, accuracy=_accuracy(path, options))
+    accuracy = _accuracy(path, options)
+    return replace(base, method=options.method, data=data, store=options.store, accuracy=accuracy)
 
 
 def _accuracy(path: Path, options: LoweringOptions) -> AccuracyLimit | None:
@@ -186,7 +190,8 @@ def _accuracy(path: Path, options: LoweringOptions) -> AccuracyLimit | None:
 
 def _described(path: Path, report: PrecisionReport, options: LoweringOptions) -> Lowered:
     """What the report says of the file, judged as a file to ship even if it was made quickly."""
-    data = None if options.quick else options.batches
+    scored = not options.quick and serves(options.batches, "evaluate")
+    data = options.batches if scored else None
     plain = top1(path, data) if data is not None else None
     own = top1(report.path, data) if data is not None and plain is not None else None
     limit = parity.TOLERANCE[options.precision] if options.quick else report.parity.tolerance
@@ -220,11 +225,11 @@ def top1(
     labels: list[int] = []
     right = seen = 0
     for feed in feeds(path, _labelled(batches, limit, labels)):
-        scores = run(feed)[outputs[0].name]
-        wanted = np.array(labels[seen : seen + len(feed[inputs[0].name])])
-        if wanted.max() >= scores.shape[1]:
+        wanted = torch.tensor(labels[seen : seen + len(feed[inputs[0].name])])
+        scores = run(feed)[outputs[0].name][: len(wanted)]
+        if not are_classes(wanted, scores.shape):
             return None
-        right += int((scores[: len(wanted)].argmax(1) == wanted).sum())
+        right += int((scores.argmax(1) == wanted.numpy()).sum())
         seen += len(wanted)
     return (right / seen, seen) if seen else None
 
@@ -275,7 +280,8 @@ def lower_file(
             )
         return LoweredFile(path)
     _, outputs = onnx_file.signature(path)
-    batches = open_recipe(recipe, BareFile.read(path)).need("int8") if recipe else None
+    purpose = "int8" if wanted == "int8" else "parity"
+    batches = open_recipe(recipe, BareFile.read(path)).need(purpose) if recipe else None
     if wanted == "int8" and batches is None:
         raise ConfigError(
             f"{path}: found an fp32 file and no calibration data, expected --data RECIPE for int8 "

@@ -33,6 +33,8 @@ def open_workshop(
     target = registry.in_precision(job.target, options.precision)
     check_max_drop(max_drop, target.precision, data=job.batches is not None)
     check_form(job.batches)
+    if max_drop is not None:
+        require(job.batches, "evaluate")
     if target.precision == "int8":
         if job.batches is None:
             raise ConfigError("precision int8 needs calibration data: add --data RECIPE")

@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from prune2deploy.calibration import serves
 from prune2deploy.errors import ConfigError
 from prune2deploy.graph.axes import Graph
-from prune2deploy.graph.calling import device_of
+from prune2deploy.graph.calling import device_of, state_tensors
 from prune2deploy.plan.plan import Plan
 from prune2deploy.recover import Finetuned, Training
 from prune2deploy.recover.reconstruct import restore
@@ -93,5 +93,5 @@ def finetuned(module: nn.Module, train: Finetune) -> tuple[nn.Module, str]:
 
 
 def _forms(module: nn.Module) -> dict[str, str]:
-    held = {name: one for name, one in module.state_dict().items() if isinstance(one, Tensor)}
-    return {name: f"{tuple(one.shape)} in {one.dtype}" for name, one in held.items()}
+    held = state_tensors(module).items()
+    return {name: f"{tuple(one.shape)} in {one.dtype}" for name, one in held}

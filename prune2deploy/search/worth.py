@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from prune2deploy import atomic
-from prune2deploy.calibration import Batch, Batches, first, serves
+from prune2deploy.calibration import Batch, Batches, are_classes, first, serves
 from prune2deploy.graph.axes import Counts
 from prune2deploy.identity import weights_digest
 from prune2deploy.journal import decode, encode
@@ -233,8 +233,8 @@ class Loss:
 
 def _loss(found: list[Tensor], wanted: list[Tensor], labels: Tensor | None) -> float:
     scores = found[0]
-    if labels is not None and scores.ndim == 2 and int(labels.max()) < scores.shape[1]:
-        return float(functional.cross_entropy(scores, labels))
+    if labels is not None and are_classes(labels, scores.shape):
+        return float(functional.cross_entropy(scores, labels.long().to(scores.device)))
     return apart(found, wanted)
 
 

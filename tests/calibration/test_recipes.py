@@ -13,6 +13,7 @@ from PIL import Image
 from prune2deploy import shipped
 from prune2deploy.calibration import (
     Preprocessing,
+    are_classes,
     check_form,
     check_labels,
     filled,
@@ -209,6 +210,8 @@ def test_every_shipped_recipe_is_valid(monkeypatch, tmp_path):
     assert {"imagenet", "coco", "arrays", "digits", "random"} <= names.keys()
     for name in names:
         assert load_recipe(name).name == name
+    for name in names.keys() - {"random"}:  # losses are measured on all real data
+        assert "sensitivity" in load_recipe(name).purposes
 
 
 def test_unset_variable_is_named(monkeypatch):
@@ -450,6 +453,27 @@ def test_batches_of_another_size_are_joined_cut_and_filled():
     assert list(filled([], 4)) == []
 
 
+@pytest.mark.parametrize(
+    ("labels", "scores", "expected"),
+    [
+        (torch.tensor([0, 2]), (2, 3), True),
+        (torch.tensor([0, 2], dtype=torch.uint8), (2, 3), True),
+        (None, (2, 3), False),
+        (torch.tensor([0.0, 2.0]), (2, 3), False),
+        (torch.tensor([False, True]), (2, 3), False),
+        (torch.tensor([0, 3]), (2, 3), False),
+        (torch.tensor([0, -1]), (2, 3), False),
+        (torch.tensor([0, 0]), (2, 1), False),
+        (torch.tensor([0]), (2, 3), False),
+        (torch.tensor([[0], [2]]), (2, 3), False),
+        (torch.tensor([0, 2]), (2, 3, 4), False),
+        (torch.tensor(0), (), False),
+    ],
+)
+def test_labels_are_classes_where_each_sample_has_one_of_several(labels, scores, expected):
+    assert are_classes(labels, scores) == expected
+
+
 X = torch.zeros(2, 3)
 
 
@@ -486,9 +510,9 @@ def test_pixels_that_are_not_scaled_are_told(tmp_path):
 
 def test_purposes_are_kept_to(tmp_path):
     np.save(tmp_path / "d.npy", np.zeros((4, 3, 16, 16), np.float32))
-    text = 'reader = "arrays"\npath = "d.npy"\npurposes = ["bn"]'
+    text = 'reader = "arrays"\npath = "d.npy"\npurposes = ["bn", "sensitivity"]'
     batches = open_recipe(recipe(tmp_path, text), model())
-    assert batches.need("bn") is batches
+    assert batches.need("bn") is batches.need("sensitivity") is batches  # without labels
     with pytest.raises(ConfigError, match="is not for 'int8'"):
         batches.need("int8")
     everything = open_recipe(recipe(tmp_path, 'reader = "arrays"\npath = "d.npy"'), model())

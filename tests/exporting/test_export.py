@@ -33,6 +33,13 @@ class Nested(Net):
         return OrderedDict(logits=logits, maps=[features, (None, features * 2)])
 
 
+class Stateful(Net):
+    """Keeps more than tensors in its state."""
+
+    def get_extra_state(self):
+        return {"version": 2}
+
+
 class BatchBaked(Net):
     def forward(self, x):
         return self.head(self.body(x).mean((2, 3)).reshape(int(x.shape[0]) * 4, 2).reshape(-1, 8))
@@ -57,6 +64,14 @@ def test_exported_file_gives_the_outputs_of_the_module(tmp_path, image):
     assert found.passed
     assert found.max_rel < 1e-5
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("dynamo", [False, True])
+def test_a_state_may_hold_more_than_tensors(tmp_path, image, dynamo):
+    net = Stateful().eval()
+    path = to_onnx(net, (image,), tmp_path / "net.onnx", dynamo=dynamo)
+    sample = [parity.as_sample((image,))]
+    assert parity.compare(parity.torch_runner(net), parity.onnx_runner(path), sample).passed
 
 
 def test_module_and_its_training_flags_are_left_alone(tmp_path, image):

@@ -179,3 +179,17 @@ def test_a_file_that_cannot_be_loaded_and_a_training_module_are_refused(tmp_path
         parity.onnx_runner(tmp_path / "bad.onnx")
     with pytest.raises(ExportError, match="eval"):
         parity.torch_runner(nn.Linear(1, 1), ())
+
+
+def test_a_module_is_run_on_its_own_device():
+    class Elsewhere(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2, device="meta"))
+
+        def forward(self, x):
+            assert x.device == self.weight.device
+            return torch.ones(x.shape)
+
+    run = parity.torch_runner(Elsewhere().eval())
+    assert run({"input": np.zeros((1, 2), np.float32)})["output"].tolist() == [[1, 1]]

@@ -292,3 +292,14 @@ def test_scores_do_not_depend_on_the_default_type():
                 assert values.dtype == torch.float32 and torch.equal(values, scores[axis])
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(4), torch.zeros(4, dtype=torch.int64)])
+def test_labels_that_are_no_classes_are_not_taken_for_them(labels):
+    """Of a single score, cross-entropy is always 0: all channels would be equal."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)).eval(), torch.randn(4, 4)
+    graph = trace(net, x)
+    found = score("taylor", net, graph, [((x,), labels)])["0"]
+    assert torch.equal(found, score("taylor", net, graph, [((x,), None)])["0"])
+    assert found.min() < found.max()

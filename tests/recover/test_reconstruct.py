@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from prune2deploy.graph import trace
 from prune2deploy.plan.plan import Plan
-from prune2deploy.recover import reconstruct, reestimate_batchnorm
+from prune2deploy.recover import least_squares, reconstruct, reestimate_batchnorm
 from prune2deploy.recover.contractions import contraction, last_weights
 from prune2deploy.recover.least_squares import LONGEST, correction
 from prune2deploy.surgery.slicing import apply
@@ -241,6 +241,39 @@ def test_model_of_one_batch_size_is_left_as_it_is():
     done = reconstruct(small, net, graph, plan, data())
     assert "does not take 64 samples at once" in done.note and done.layers == 0
     assert all(torch.equal(v, before[n]) for n, v in small.state_dict().items())
+
+
+class Stateful(Net):
+    """Keeps more than tensors in its state."""
+
+    def get_extra_state(self):
+        return {"version": 2}
+
+    def set_extra_state(self, state):
+        assert state == {"version": 2}
+
+
+@pytest.mark.parametrize("kept", [tuple(range(8)), ()])
+def test_a_state_that_holds_more_than_tensors(kept):
+    """Both where the fitted weights are kept and where the old ones are put back."""
+    torch.manual_seed(0)
+    net = Stateful().eval()
+    small, graph, plan = pruned(net, {"one": kept or tuple(range(16))})
+    done = reconstruct(small, net, graph, plan, data())
+    assert (done.layers > 0) == bool(kept)
+
+
+def test_an_error_of_the_fitting_is_told_as_that(monkeypatch):
+    net = with_copies()
+    small, graph, plan = pruned(net, {"one": tuple(range(8))})
+    before = copy.deepcopy(small.state_dict())
+    monkeypatch.setattr(least_squares, "_solve", lambda *_: torch.linalg.cholesky(-torch.eye(2)))
+    done = reconstruct(small, net, graph, plan, data())
+    assert done.note.startswith("the least squares of a layer have no solution") and not done.layers
+    assert all(torch.equal(v, before[n]) for n, v in small.state_dict().items())
+    monkeypatch.setattr(least_squares, "_solve", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        reconstruct(small, net, graph, plan, data())
 
 
 def test_too_few_samples():

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import PurePath
+from types import SimpleNamespace
 
 import onnx
 import pytest
@@ -16,9 +17,11 @@ from prune2deploy.calibration import first, from_dataset
 from prune2deploy.errors import ConfigError, ParityError
 from prune2deploy.exporting import keeping, parity, precision
 from prune2deploy.exporting.export import to_onnx
+from prune2deploy.graph import trace
+from prune2deploy.importance import score
 from prune2deploy.progress import NOTICE
 from prune2deploy.rundir import RunDir, read_manifest
-from prune2deploy.search import lowering
+from prune2deploy.search import accuracy, candidate, lowering
 from prune2deploy.search.lowering import LoweringOptions, lower, top1
 from prune2deploy.search.payoff import Payoff
 
@@ -164,6 +167,21 @@ def test_ranges_come_from_all_samples_only_for_what_is_compared_or_shipped(
     assert lowered["samples"] == 24 and not lowered["quick"]
 
 
+def test_the_target_says_how_ranges_are_found(net, profile, tmp_path, batches, monkeypatch):
+    methods = []
+    real = precision.to_int8
+
+    def noting(path, out, data, options):
+        methods.append(options.method)
+        return real(path, out, data, options)
+
+    monkeypatch.setattr(precision, "to_int8", noting)
+    where = profile('int8_ranges = "percentile"\n' + FORMULA)
+    run(net, where, tmp_path / "r", precision="int8", batches=batches)
+    assert methods[0] == methods[-1] == "percentile", "the unpruned model and what is shipped"
+    assert set(methods[1:-1]) == {"minmax"}, "the search, for which only latency matters"
+
+
 def test_what_the_unpruned_model_keeps_in_fp32_every_other_one_keeps_too(
     net, profile, tmp_path, batches, monkeypatch
 ):
@@ -280,7 +298,8 @@ def test_accuracy_is_counted_by_hand(net, small, batches):
     assert top1(small, batches) == (float((found == labels).float().mean()), 24)
     wrong = [(inputs, (labels + 1) % 10) for inputs, labels in batches]
     assert top1(small, wrong) == (0.0, 24)
-    assert top1(small, [(inputs, None) for inputs, _ in batches]) is None
+    for other in (lambda _: None, torch.Tensor.double, lambda labels: labels + 10):
+        assert top1(small, [(inputs, other(labels)) for inputs, labels in batches]) is None
 
 
 def test_samples_that_fill_a_fixed_batch_are_not_scored(net, tmp_path, batches):
@@ -420,6 +439,27 @@ def test_data_says_what_it_is_not_for(net):
     assert calibration.notices([1, 2]) == ()
 
 
+def test_data_is_used_for_its_purposes_alone(net, small, profile, tmp_path, batches):
+    other = replace(batches, purposes=("bn",))
+    one = [parity.as_sample((net[1],))]
+    options = LoweringOptions("fp16", batches=other, samples=one)
+    made = lower(small, tmp_path / "half.onnx", options)
+    assert made.parity.samples == 1 and made.top1 is None
+    shop = SimpleNamespace(batches=other, example_inputs=(net[1],), input_names=("input",))
+    assert (candidate._samples(shop, small)[0]["input"] == one[0]["input"]).all()
+    assert accuracy.take(shop, None, None) is None
+    with pytest.raises(ConfigError, match="not for 'importance'"):
+        score("taylor", net[0], trace(*net), other)
+    more = {"precision": "int8", "batches": replace(batches, purposes=("int8",))}
+    with pytest.raises(ConfigError, match="not for 'evaluate'"):
+        run(net, profile(), tmp_path / "r", max_drop=0.1, **more)
+    path = tmp_path / "recipe.toml"
+    for wanted, needed, given in (("fp16", "parity", "int8"), ("int8", "int8", "parity")):
+        path.write_text(f'reader = "random"\npurposes = ["{given}"]')
+        with pytest.raises(ConfigError, match=f"not for '{needed}'"):
+            lowering.lower_file(small, tmp_path, LoweringOptions(wanted), str(path), print)
+
+
 def test_a_bare_file_is_lowered_beside_its_engine_and_says_so(small, tmp_path):
     heard = []
     out = tmp_path / "out"
@@ -492,3 +532,11 @@ def test_stages_are_compared_on_inputs_that_the_model_takes(profile, tmp_path, w
     inputs, _ = onnx_file.signature(found.run_dir / "model.onnx")
     assert [one.name for one in inputs] == ["x", "level", "gain", "spare"]
     assert "cannot be compared" not in (found.run_dir / "report.json").read_text()
+
+
+@pytest.mark.ort
+def test_engines_are_timed_on_inputs_that_the_model_takes(profile, tmp_path):
+    level, gain, spare = torch.zeros(1, dtype=torch.int64), torch.tensor(2.0), torch.ones(1, 2)
+    example = (torch.randn(1, 3, 8, 8), level, gain, spare)
+    found = run((Leveled().eval(), example), profile(ORT), tmp_path / "r", max_builds=1)
+    assert found.measurement.candidate.p50_ms > 0

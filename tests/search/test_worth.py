@@ -145,6 +145,12 @@ def test_labels_are_used_where_they_fit(batches, tmp_path, target):
     assert fit.report.accuracy.final == pytest.approx(sum(right) / 3)
 
 
+@pytest.mark.parametrize("labels", [torch.zeros(4), torch.zeros(4, dtype=torch.int32)])
+def test_losses_take_no_labels_that_are_no_classes(labels):
+    found, wanted = [torch.full((4, 1), 2.0)], [torch.ones(4, 1)]
+    assert worth._loss(found, wanted, labels) == 1.0
+
+
 def curves_of(widths):
     model = nn.Sequential(*(nn.Conv2d(a, b, 1) for a, b in itertools.pairwise(widths)))
     graph = trace(model, torch.randn(1, widths[0], 4, 4))
