@@ -124,18 +124,13 @@ class RunDir:
         final = self.path / name
         with writing(final), atomic.replacing(final) as temporary:
             yield temporary
-            _flush(temporary)
+            for written in temporary.parent.iterdir():
+                _flush(written)
 
     def write_text(self, name: str, text: str) -> Path:
         """Write a text file whole or not at all."""
         with self.place(name) as temporary:
             temporary.write_text(text, encoding="utf-8")
-        return self.path / name
-
-    def copy(self, source: Path, name: str) -> Path:
-        """Copy a file into the run directory whole or not at all."""
-        with self.place(name) as temporary:
-            shutil.copyfile(source, temporary)
         return self.path / name
 
     def artefacts(self) -> tuple[Artefact, ...]:

@@ -73,7 +73,7 @@ def sweep(job: Job, options: SweepOptions, name: str) -> SweepReport:
         environment=summary.environment(shop.target, last.fingerprint),
         notes=(*notices(job.batches), *baseline.notes),
     )
-    job.run.copy(job.run / baseline.onnx, "baseline.onnx")
+    summary.keep(job.run, baseline.onnx, "baseline.onnx")
     write.write(report, job.run)
     return report
 

@@ -30,7 +30,7 @@ class Row:
         samples: Inferences timed.
         params: Parameters, buffers not counted.
         macs: Multiply-accumulates of one inference (whole batch).
-        bytes: Size of the ONNX file.
+        bytes: Size of the ONNX file, with weights that lie beside it.
         unbounded: Percentiles among 95 and 99 that there were too few samples for: the largest
             sample stands in for their bound.
     """

@@ -19,7 +19,7 @@ from prune2deploy import measure
 from prune2deploy.backends.base import Backend, Engine, TensorSpec
 from prune2deploy.calibration import filled
 from prune2deploy.errors import ExportError
-from prune2deploy.exporting import export, keeping, parity, program, simplify
+from prune2deploy.exporting import companions, export, keeping, parity, program, simplify
 from prune2deploy.exporting.parity import Parity
 from prune2deploy.graph.axes import Graph
 from prune2deploy.measure import Comparison, Goal
@@ -53,7 +53,7 @@ class Built:
         plan: What was kept.
         params: Parameters of the pruned model.
         macs: Multiply-accumulates of one inference.
-        bytes: Size of the ONNX file.
+        bytes: Size of the ONNX file, with weights that lie beside it.
         onnx: The ONNX file.
         engine: The engine file.
         seconds: Wall time of export, simplification and build.
@@ -220,7 +220,7 @@ def _assemble(shop: Workshop, name: tuple[int, str], plan: Plan, module: nn.Modu
         plan=plan,
         params=left.params(plan.counts),
         macs=left.macs(plan.counts),
-        bytes=onnx.stat().st_size,
+        bytes=companions.size(onnx),
         onnx=_inside(shop.run, onnx),
         engine=_inside(shop.run, engine.path),
         seconds=time.monotonic() - started,

@@ -1,0 +1,69 @@
+"""What a run leaves: files that stand alone and agree with one another, or that are not there."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+import prune2deploy
+from prune2deploy.exporting import export
+from prune2deploy.rundir import read_manifest
+
+from .formula import formula_profile
+
+X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 8)).eval()
+
+
+@pytest.fixture
+def run(net, tmp_path):
+    """Prune the net on a runtime whose latency is a formula."""
+    path = tmp_path / "formula.toml"
+    path.write_text(formula_profile(fixed_ns=2000.0))
+
+    def begin(**more):
+        common = {"target": path, "run_dir": tmp_path / "r", "cache": False}
+        return prune2deploy.prune_to_budget(net, X, **common, **more)
+
+    return begin
+
+
+@pytest.fixture
+def weights_beside(monkeypatch):
+    """Have every export put the weights into a file of their own, as for models above 2 GB."""
+
+    def gather(file):
+        place = {"location": f"{file.name}.data", "size_threshold": 64}
+        onnx.save_model(onnx.load(str(file)), str(file), save_as_external_data=True, **place)
+
+    monkeypatch.setattr(export, "_gather_weights", gather)
+
+
+def runs_like(path, module):
+    ort = pytest.importorskip("onnxruntime")
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: X.numpy()})
+    with torch.no_grad():
+        np.testing.assert_allclose(found, module(X).numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_weights_that_lie_beside_an_onnx_file_come_along(weights_beside, net, run, tmp_path):
+    result = run(speedup=1.5)
+    assert result.met and not (tmp_path / "r/builds").exists()
+    manifest = read_manifest(tmp_path / "r")
+    folder = (tmp_path / "r").rename(tmp_path / "moved")
+    files = {"baseline": net, "model": result.module, "engine": result.module}
+    for name, module in files.items():
+        runs_like(folder / f"{name}.onnx", module)
+    listed = {entry["path"]: entry["bytes"] for entry in manifest["artefacts"]}
+    for row, name in (("baseline", "baseline"), ("final", "model")):
+        assert listed[f"{name}.onnx.data"] > 1000
+        told = manifest[row]["bytes"]
+        assert told == listed[f"{name}.onnx"] + listed[f"{name}.onnx.data"]
