@@ -133,6 +133,12 @@ class RunDir:
             temporary.write_text(text, encoding="utf-8")
         return self.path / name
 
+    def discard(self, *names: str) -> None:
+        """Remove finished files that are there."""
+        for name in names:
+            with writing(self.path / name):
+                _remove(self.path / name)
+
     def artefacts(self) -> tuple[Artefact, ...]:
         """Every finished file of the run except the manifest, the lock and the working files."""
         found = []

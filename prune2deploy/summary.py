@@ -30,7 +30,7 @@ from prune2deploy.report.content import (
     Row,
     RunReport,
 )
-from prune2deploy.rundir import RunDir
+from prune2deploy.rundir import MANIFEST, RunDir
 from prune2deploy.search import candidate
 from prune2deploy.search.candidate import Built
 from prune2deploy.search.job import Attempt, Job, Outcome
@@ -55,6 +55,7 @@ def finish(job: Job, outcome: Outcome, seconds: float, name: str) -> RunReport:
     run, final = job.run, outcome.final
     candidate.require(final.built.borders)
     base = outcome.baseline.built
+    run.discard(MANIFEST, "model.pt2")  # of an earlier session: they are not of what follows
     keep(run, base.onnx, "baseline.onnx")
     keep(run, final.built.onnx, "model.onnx")
     _keep_engine(run, PurePath(final.built.engine))

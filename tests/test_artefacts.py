@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 import prune2deploy
-from prune2deploy.exporting import export
+from prune2deploy import summary
+from prune2deploy.errors import ExportError
+from prune2deploy.exporting import export, program
 from prune2deploy.rundir import read_manifest
 
 from .formula import formula_profile
@@ -67,3 +69,39 @@ def test_weights_that_lie_beside_an_onnx_file_come_along(weights_beside, net, ru
         assert listed[f"{name}.onnx.data"] > 1000
         told = manifest[row]["bytes"]
         assert told == listed[f"{name}.onnx"] + listed[f"{name}.onnx.data"]
+
+
+class Kill(BaseException):
+    """What ends the process."""
+
+
+def test_a_second_session_that_ends_half_way_leaves_no_verdict_beside_its_files(
+    run, tmp_path, monkeypatch
+):
+    few = run(speedup=2.0, max_builds=1)
+    assert few.verdict == "missed" and (tmp_path / "r/manifest.json").exists()
+
+    def end(*_):
+        raise Kill
+
+    with monkeypatch.context() as patch:
+        patch.setattr(summary.write, "write", end)
+        with pytest.raises(Kill):
+            run(speedup=2.0, max_builds=8, resume=True)
+    assert (tmp_path / "r/plan.json").read_text() != few.plan.to_json() + "\n"
+    assert not (tmp_path / "r/manifest.json").exists()
+    more = run(speedup=2.0, max_builds=8, resume=True)
+    assert more.met and read_manifest(tmp_path / "r")["met"]
+
+
+def test_a_program_of_an_earlier_session_does_not_outlive_it(run, tmp_path, monkeypatch):
+    run(speedup=2.0, max_builds=1)
+    assert (tmp_path / "r/model.pt2").exists()
+
+    def refuse(*_):
+        raise ExportError("it cannot be expressed")
+
+    monkeypatch.setattr(program, "save", refuse)
+    more = run(speedup=2.0, max_builds=8, resume=True)
+    assert any("model.pt2 is missing" in note for note in more.report.notes)
+    assert not (tmp_path / "r/model.pt2").exists()
