@@ -17,6 +17,7 @@ from prune2deploy.backends import registry
 from prune2deploy.exporting import companions
 from prune2deploy.journal import encode
 from prune2deploy.measure import DISTURBED, Comparison, LatencyStats
+from prune2deploy.plan import pairing
 from prune2deploy.plan.choices import grid
 from prune2deploy.plan.latency_model import numbers
 from prune2deploy.report import write
@@ -322,12 +323,15 @@ def _axes(outcome: Outcome) -> tuple[AxisLine, ...]:
 
 
 def _layers(outcome: Outcome) -> tuple[LayerLine, ...]:
-    after = {o.name: ms(o.ns) for o in outcome.final.profile}
+    """Operators of both engines, those that correspond in one line whatever they are called."""
     predicted = _predicted(outcome.final, outcome)
-    return tuple(
-        LayerLine(o.name, o.kind, ms(o.ns), after.get(o.name), predicted.get(o.name))
-        for o in outcome.baseline.profile
-    )
+    found = []
+    for seen in pairing.align([outcome.baseline.profile, outcome.final.profile]):
+        times = {build: ms(timing.ns) for build, timing in seen.timings.items()}
+        found.append(
+            LayerLine(seen.name, seen.kind, times.get(0), times.get(1), predicted.get(seen.name))
+        )
+    return tuple(found)
 
 
 def _predicted(final: Attempt, outcome: Outcome) -> dict[str, float]:

@@ -97,13 +97,21 @@ class AxisLine:
 
 @dataclass(frozen=True)
 class LayerLine:
-    """One operator of the engine: profiled milliseconds before and after, and as predicted."""
+    """One operator: profiled milliseconds before and after, and as predicted.
+
+    An operator that one of the two engines lacks has no time there.
+    """
 
     name: str
     kind: str
     before_ms: float | None
     after_ms: float | None
     predicted_ms: float | None = None
+
+    @property
+    def most_ms(self) -> float:
+        """The larger time of the two."""
+        return max(self.before_ms or 0, self.after_ms or 0)
 
 
 @dataclass(frozen=True)
