@@ -55,7 +55,7 @@ class Artefact:
 
 
 class RunDir:
-    """An opened run directory; use it as a context manager.
+    """An opened run directory; use it as a context manager, which tells of a full disk.
 
     Args:
         path: The folder; made when it is not there.
@@ -111,6 +111,8 @@ class RunDir:
         trace: TracebackType | None,
     ) -> None:
         self._lock.close()
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise explain(error, Path(error.filename or self.path)) from error
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name

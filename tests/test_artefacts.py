@@ -1,5 +1,8 @@
 """What a run leaves: files that stand alone and agree with one another, or that are not there."""
 
+import contextlib
+import resource
+
 import numpy as np
 import onnx
 import pytest
@@ -8,9 +11,10 @@ from torch import nn
 
 import prune2deploy
 from prune2deploy import summary
-from prune2deploy.errors import ExportError
+from prune2deploy.errors import ConfigError, ExportError
 from prune2deploy.exporting import export, program
-from prune2deploy.rundir import read_manifest
+from prune2deploy.rundir import RunDir, read_manifest
+from prune2deploy.search import candidate
 
 from .formula import formula_profile
 
@@ -105,3 +109,40 @@ def test_a_program_of_an_earlier_session_does_not_outlive_it(run, tmp_path, monk
     more = run(speedup=2.0, max_builds=8, resume=True)
     assert any("model.pt2 is missing" in note for note in more.report.notes)
     assert not (tmp_path / "r/model.pt2").exists()
+
+
+@pytest.fixture
+def full_disk():
+    """Let no file grow beyond 100 kB; the system refuses more as it does on a full disk."""
+
+    @contextlib.contextmanager
+    def limit():
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limit
+
+
+def test_a_disk_that_fills_up_while_torch_writes_is_told_as_that(tmp_path, full_disk):
+    module, x = nn.Linear(200, 200), (torch.randn(1, 200),)
+    with RunDir(tmp_path, {}) as held, full_disk():
+        with pytest.raises(ConfigError, match=r"weights\.pt: the disk is full"):
+            candidate.save_weights(held, module, "weights.pt")
+        with (
+            pytest.raises(ConfigError, match=r"model\.pt2: the disk is full"),
+            held.place("model.pt2") as path,
+        ):
+            program.save(module, x, path)
+    assert {p.name for p in tmp_path.iterdir()} == {"run.json", ".lock"}
+
+
+def test_a_disk_that_fills_up_anywhere_in_a_run_is_told_with_its_folder(run, tmp_path, full_disk):
+    told = rf"^{tmp_path / 'one'}: the disk is full"
+    with pytest.raises(ConfigError, match=told), RunDir(tmp_path / "one", {}) as held, full_disk():
+        held.journal.write("step", "x" * 200_000)
+    with pytest.raises(ConfigError, match=rf"{tmp_path}/r\S*: the disk is full"), full_disk():
+        run(speedup=1.5)

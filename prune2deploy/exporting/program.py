@@ -40,7 +40,8 @@ def save(
         warnings.simplefilter("ignore")  # advice to the model's author, and to torch's own
         program = _exported(module, example_inputs)
         with replacing(path) as temporary:
-            torch.export.save(program, temporary)
+            with temporary.open("wb") as file:  # given a path, torch hides why it cannot be written
+                torch.export.save(program, file)
             try:
                 torch.export.load(temporary).module()
             except Exception as error:

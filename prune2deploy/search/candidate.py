@@ -370,14 +370,19 @@ def _random_samples(shop: Workshop, path: Path) -> Sequence[Mapping[str, Any]]:
     return parity.random_samples(path, like=example)
 
 
+def save_weights(run: RunDir, module: nn.Module, name: str) -> None:
+    """Save the state dict of a module; given a path, torch would hide why it cannot be written."""
+    with run.place(name) as path, path.open("wb") as file:
+        torch.save(module.state_dict(), file)
+
+
 def save_module(run: RunDir, module: nn.Module, example_inputs: tuple[Tensor, ...]) -> str:
     """Save the pruned module loadable with its code (``weights.pt``) and without (``.pt2``).
 
     Returns:
         Why ``model.pt2`` could not be written, or an empty text.
     """
-    with run.place("weights.pt") as path:
-        torch.save(module.state_dict(), path)
+    save_weights(run, module, "weights.pt")
     try:
         with run.place("model.pt2") as path:
             program.save(module, example_inputs, path)
