@@ -165,16 +165,23 @@ def test_what_a_kill_leaves_half_written_is_removed_by_the_next_session(tmp_path
     source.write_bytes(b"whole")
     none = np.zeros((0, 6), dtype=np.int64)
     taken = samples.Samples(none, none, none, none, none, {})
-    writes = {
-        (np, "savez_compressed"): lambda: samples.save(taken, tmp_path / "r/raw.npz"),
-        (shutil, "copyfile"): lambda: onnx_file.place_file(source, tmp_path / "r"),
-    }
-    for (owner, name), write in writes.items():
+
+    def half(_, part):
+        part.write_bytes(b"who")
+        raise Kill
+
+    works = (
+        lambda: samples.save(taken, tmp_path / "r/raw.npz"),
+        lambda: onnx_file.place_file(source, tmp_path / "r"),
+    )
+    for work in works:
         with monkeypatch.context() as patch:
-            patch.setattr(owner, name, end)
-            patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # nothing runs after a kill
+            patch.setattr(np, "savez_compressed", end)
+            patch.setattr(shutil, "copyfile", half)
+            for owner, name in ((shutil, "rmtree"), (Path, "unlink")):
+                patch.setattr(owner, name, lambda *_, **__: None)  # nothing runs after a kill
             with pytest.raises(Kill):
-                write()
+                work()
     assert len(list((tmp_path / "r").iterdir())) == len(before) + 2
     with RunDir(tmp_path / "r", {}, resume=True) as held:
         assert sorted(held.path.iterdir()) == before
