@@ -21,8 +21,9 @@ from pathlib import Path
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary file name to write; rename it to ``path`` when the block succeeds.
 
-    The folder of ``path`` is made if it is missing. When the block raises, whatever it wrote
-    is removed and what ``path`` held before is untouched.
+    The folder of ``path`` is made if it is missing. Files that the block writes beside the
+    temporary one keep their names and are moved first, as it may refer to them. When the block
+    raises, whatever it wrote is removed and what ``path`` held before is untouched.
 
     >>> import tempfile
     >>> target = Path(tempfile.mkdtemp()) / "a.txt"
@@ -34,6 +35,9 @@ def replacing(path: Path) -> Iterator[Path]:
     with scratch(path.parent) as folder:
         temporary = folder / path.name
         yield temporary
+        for other in folder.iterdir():
+            if other != temporary:
+                other.replace(path.parent / other.name)
         temporary.replace(path)
 
 

@@ -177,8 +177,7 @@ def _recovered(
     else:
         shop.say("recovering accuracy", number)
         module, told = recovered(search.job, shop.graph, plan, module, trains=trains)
-        with shop.run.place(name) as path:
-            torch.save(module.state_dict(), path)
+        candidate.save_weights(shop.run, module, name)
         shop.run.journal.write(key, Told(told))
     search.notes += shop.run.journal.read(key, Told).notes
     built = candidate.build_module(shop, number, plan, module.eval())

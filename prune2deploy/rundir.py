@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -54,7 +54,7 @@ class Artefact:
 
 
 class RunDir:
-    """An opened run directory; use it as a context manager.
+    """An opened run directory; use it as a context manager, which tells of a full disk.
 
     Args:
         path: The folder; made when it is not there.
@@ -110,6 +110,8 @@ class RunDir:
         trace: TracebackType | None,
     ) -> None:
         self._lock.close()
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise explain(error, Path(error.filename or self.path)) from error
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -123,7 +125,8 @@ class RunDir:
         final = self.path / name
         with writing(final), atomic.replacing(final) as temporary:
             yield temporary
-            _flush(temporary)
+            for written in temporary.parent.iterdir():
+                _flush(written)
 
     def write_text(self, name: str, text: str) -> Path:
         """Write a text file whole or not at all."""
@@ -131,11 +134,11 @@ class RunDir:
             temporary.write_text(text, encoding="utf-8")
         return self.path / name
 
-    def copy(self, source: Path, name: str) -> Path:
-        """Copy a file into the run directory whole or not at all."""
-        with self.place(name) as temporary:
-            shutil.copyfile(source, temporary)
-        return self.path / name
+    def discard(self, *names: str) -> None:
+        """Remove finished files that are there."""
+        for name in names:
+            with writing(self.path / name):
+                _remove(self.path / name)
 
     def artefacts(self) -> tuple[Artefact, ...]:
         """Every finished file of the run except the manifest, the lock and the working files."""
@@ -143,9 +146,12 @@ class RunDir:
         for path in sorted(self.path.rglob("*")):
             name = path.relative_to(self.path)
             if path.is_file() and name.parts[0] not in (MANIFEST, LOCK, WORK):
-                size = path.stat().st_size
-                found.append(Artefact(name.as_posix(), size, atomic.sha256(path)))
+                found.append(self._artefact(name.as_posix()))
         return tuple(found)
+
+    def _artefact(self, name: str) -> Artefact:
+        path = self.path / name
+        return Artefact(name, path.stat().st_size, atomic.sha256(path))
 
     def finish(self, facts: Mapping[str, object]) -> dict[str, object]:
         """Write the manifest from ``facts`` (every key of ``KEYS`` but the two added here)."""
@@ -153,11 +159,26 @@ class RunDir:
         manifest = {"schema": SCHEMA, **facts, "artefacts": listed}
         missing = [key for key in KEYS if key not in manifest]
         assert not missing, f"the manifest lacks {missing}"
-        self.write_text(MANIFEST, json.dumps(manifest, indent=2, allow_nan=False) + "\n")
+        self._write_manifest(manifest)
         return manifest
 
+    def relist(self, names: Iterable[str]) -> None:
+        """Take files that were written anew into the manifest, if there is one.
+
+        Its other entries stay, so that they still tell whether their files are what they were.
+        """
+        if not (self.path / MANIFEST).exists():
+            return
+        manifest: dict[str, Any] = read_manifest(self.path)
+        listed = {entry["path"]: entry for entry in manifest["artefacts"]}
+        listed |= {name: vars(self._artefact(name)) for name in names}
+        self._write_manifest({**manifest, "artefacts": [listed[name] for name in sorted(listed)]})
+
+    def _write_manifest(self, manifest: Mapping[str, object]) -> None:
+        self.write_text(MANIFEST, json.dumps(manifest, indent=2, allow_nan=False) + "\n")
+
     def clear_work(self) -> None:
-        """Remove the working files; called once the manifest is written."""
+        """Remove the working files; called once all else is written."""
         _remove(self.path / WORK)
 
 

@@ -7,14 +7,17 @@ frozen values that ``report`` renders. Nothing is measured here.
 from __future__ import annotations
 
 import platform
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import PurePath
 from typing import Any
 
 from prune2deploy.backends import registry
+from prune2deploy.exporting import companions
 from prune2deploy.journal import encode
 from prune2deploy.measure import DISTURBED, Comparison, LatencyStats
+from prune2deploy.plan import pairing
 from prune2deploy.plan.choices import grid
 from prune2deploy.plan.latency_model import numbers
 from prune2deploy.report import write
@@ -28,7 +31,7 @@ from prune2deploy.report.content import (
     Row,
     RunReport,
 )
-from prune2deploy.rundir import RunDir
+from prune2deploy.rundir import MANIFEST, RunDir
 from prune2deploy.search import candidate
 from prune2deploy.search.candidate import Built
 from prune2deploy.search.job import Attempt, Job, Outcome
@@ -53,8 +56,9 @@ def finish(job: Job, outcome: Outcome, seconds: float, name: str) -> RunReport:
     run, final = job.run, outcome.final
     candidate.require(final.built.borders)
     base = outcome.baseline.built
-    _keep(run, base.onnx, "baseline.onnx")
-    _keep(run, final.built.onnx, "model.onnx")
+    run.discard(MANIFEST, "model.pt2")  # of an earlier session: they are not of what follows
+    keep(run, base.onnx, "baseline.onnx")
+    keep(run, final.built.onnx, "model.onnx")
     _keep_engine(run, PurePath(final.built.engine))
     run.write_text("plan.json", final.built.plan.to_json() + "\n")
     run.write_text("target.toml", outcome.target.text)
@@ -66,18 +70,23 @@ def finish(job: Job, outcome: Outcome, seconds: float, name: str) -> RunReport:
     return report
 
 
-def _keep(run: RunDir, source: str, name: str) -> None:
+def keep(run: RunDir, source: str, name: str) -> None:
     """Copy a working file to its final place; a run that is rendered again has it there."""
-    if (run / source).exists() or not (run / name).exists():
-        run.copy(run / source, name)
+    if not (run / source).exists() and (run / name).exists():
+        return
+    with run.place(name) as temporary:
+        if source.endswith(".onnx"):
+            companions.copy(run / source, temporary)
+        else:
+            shutil.copyfile(run / source, temporary)
 
 
 def _keep_engine(run: RunDir, source: PurePath) -> None:
     """Copy the engine, with the manifest and the build log that some runtimes put beside it."""
-    _keep(run, str(source), f"engine{source.suffix}")
+    keep(run, str(source), f"engine{source.suffix}")
     for ending in (f"{source.suffix}.json", ".build.log"):
         if (run / str(source.with_suffix(ending))).exists():
-            _keep(run, str(source.with_suffix(ending)), f"engine{ending}")
+            keep(run, str(source.with_suffix(ending)), f"engine{ending}")
 
 
 def describe(outcome: Outcome, seconds: float, name: str, notes: tuple[str, ...]) -> RunReport:
@@ -314,12 +323,15 @@ def _axes(outcome: Outcome) -> tuple[AxisLine, ...]:
 
 
 def _layers(outcome: Outcome) -> tuple[LayerLine, ...]:
-    after = {o.name: ms(o.ns) for o in outcome.final.profile}
+    """Operators of both engines, those that correspond in one line whatever they are called."""
     predicted = _predicted(outcome.final, outcome)
-    return tuple(
-        LayerLine(o.name, o.kind, ms(o.ns), after.get(o.name), predicted.get(o.name))
-        for o in outcome.baseline.profile
-    )
+    found = []
+    for seen in pairing.align([outcome.baseline.profile, outcome.final.profile]):
+        times = {build: ms(timing.ns) for build, timing in seen.timings.items()}
+        found.append(
+            LayerLine(seen.name, seen.kind, times.get(0), times.get(1), predicted.get(seen.name))
+        )
+    return tuple(found)
 
 
 def _predicted(final: Attempt, outcome: Outcome) -> dict[str, float]:

@@ -29,6 +29,7 @@ from prune2deploy.recover.distance import apart, outputs
 from prune2deploy.rundir import read_manifest
 from prune2deploy.search.candidate import Built
 from prune2deploy.search.job import Attempt, aim, best, judge
+from prune2deploy.timing import OperatorTiming
 
 from .formula import formula_profile
 
@@ -172,6 +173,27 @@ def test_the_measured_latency_is_the_formula(net, target, tmp_path):
     profiled = [line["after_ms"] for line in layers if line["after_ms"] is not None]
     assert result.measurement.candidate.p50_ms == pytest.approx(sum(profiled), rel=1e-4)
     assert sum(profiled) == pytest.approx((ns + 2000 * len(profiled)) / 1e6, rel=1e-4)
+
+
+def test_operators_whose_names_move_are_told_side_by_side(net, target, tmp_path, monkeypatch):
+    real = NullBackend.profile
+
+    def numbered(self, engine, *rest):
+        """Names as of a runtime that numbers operators, one of which pruned models have more."""
+        pruned = "baseline" not in str(engine.path)
+        found = [
+            replace(timing, name=f"{timing.kind}_{place + 10 * pruned}")
+            for place, timing in enumerate(real(self, engine, *rest))
+        ]
+        return (*found, *[OperatorTiming("reorder", "Reorder", (), (), 500.0)] * pruned)
+
+    monkeypatch.setattr(NullBackend, "profile", numbered)
+    layers = run(net, target, speedup=2.0, run_dir=tmp_path / "r").report.layers
+    assert [x.name for x in layers if x.before_ms is None] == ["reorder"]
+    assert all(x.after_ms <= x.before_ms for x in layers[:-1])
+    contractions = [x for x in layers if x.kind in ("Conv", "Gemm")]
+    assert sum(x.after_ms < 0.9 * x.before_ms for x in contractions) > len(contractions) / 2
+    assert layers[-1].after_ms == 0.0005
 
 
 def up(channels):

@@ -17,7 +17,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from prune2deploy.errors import ExportError
-from prune2deploy.exporting.companions import companion_files
+from prune2deploy.exporting import companions
 from prune2deploy.exporting.export import SINGLE_FILE_BYTES
 from prune2deploy.exporting.parity import Array, Runner, onnx_runner, rms
 
@@ -31,7 +31,7 @@ def load_named(path: Path) -> Any:
     Raises:
         ExportError: It is too large for that, or its weights cannot be read.
     """
-    size = sum(one.stat().st_size for one in (path, *companion_files(path)))
+    size = companions.size(path)
     if size > SINGLE_FILE_BYTES:
         raise ExportError(
             f"{path}: found {size / 1e9:.1f} GB with its weights, expected at most "

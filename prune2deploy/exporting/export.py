@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from prune2deploy.atomic import scratch
+from prune2deploy.atomic import replacing
 from prune2deploy.errors import ExportError
 from prune2deploy.exporting import declared, fixed
 from prune2deploy.modes import evaluating
@@ -94,10 +94,9 @@ def to_onnx(
     free_batch = options.get("dynamic_batch", False)
     if free_batch and options.get("dynamo", False):
         example_inputs = tuple(_at_least_two(tensor) for tensor in example_inputs)
-    with _unfused(), evaluating(module), scratch(path.parent) as folder:
+    with _unfused(), evaluating(module), replacing(path) as file:
         outputs = _output_names(module, example_inputs, options.get("output_names"))
         _require_distinct([*names, *outputs])
-        file = folder / path.name
         with _plain_call(module), fixed.told_by_tracer() as told:
             _run_exporter(module, example_inputs, file, (names, outputs), options)
         note = fixed.note(module, example_inputs, told)
@@ -106,7 +105,6 @@ def to_onnx(
         _check_file(file)
         if free_batch:
             _check_free_batch(file, example_inputs, names)
-        _move(file, path)
     if note:
         options.get("tell", warnings.warn)(note)
     return path
@@ -333,14 +331,6 @@ def _gather_weights(file: Path) -> None:
         other.unlink()
     location = f"{file.name}.data"
     onnx.save_model(model, str(file), save_as_external_data=True, location=location)
-
-
-def _move(file: Path, path: Path) -> None:
-    """Rename the weights first and the ONNX file last, so that it never points at nothing."""
-    for other in file.parent.iterdir():
-        if other != file:
-            other.replace(path.parent / other.name)
-    file.replace(path)
 
 
 def _check_file(file: Path) -> None:

@@ -30,7 +30,7 @@ class Row:
         samples: Inferences timed.
         params: Parameters, buffers not counted.
         macs: Multiply-accumulates of one inference (whole batch).
-        bytes: Size of the ONNX file.
+        bytes: Size of the ONNX file, with weights that lie beside it.
         unbounded: Percentiles among 95 and 99 that there were too few samples for: the largest
             sample stands in for their bound.
     """
@@ -97,13 +97,21 @@ class AxisLine:
 
 @dataclass(frozen=True)
 class LayerLine:
-    """One operator of the engine: profiled milliseconds before and after, and as predicted."""
+    """One operator: profiled milliseconds before and after, and as predicted.
+
+    An operator that one of the two engines lacks has no time there.
+    """
 
     name: str
     kind: str
     before_ms: float | None
     after_ms: float | None
     predicted_ms: float | None = None
+
+    @property
+    def most_ms(self) -> float:
+        """The larger time of the two."""
+        return max(self.before_ms or 0, self.after_ms or 0)
 
 
 @dataclass(frozen=True)
@@ -243,7 +251,7 @@ def to_json(report: RunReport | SweepReport) -> str:
     return json.dumps(encode(report), indent=2) + "\n"
 
 
-def from_json(text: str, source: Path) -> RunReport | SweepReport:
+def from_json(text: str | bytes, source: Path) -> RunReport | SweepReport:
     """Read what :func:`to_json` wrote; ``source`` is named when it did not.
 
     Raises:
@@ -255,7 +263,7 @@ def from_json(text: str, source: Path) -> RunReport | SweepReport:
         if data["schema"] != SCHEMA:
             raise ConfigError(f"{source}: report schema {data['schema']!r}, expected {SCHEMA}")
         return cast("RunReport | SweepReport", decode(kind, data))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{source}: not a report ({error!r}), expected the report.json of a run or sweep"
         ) from error

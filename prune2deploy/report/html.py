@@ -172,8 +172,8 @@ def _axes(report: RunReport) -> str:
 def _layers(report: RunReport) -> str:
     if not report.layers:
         return ""
-    whole = max((max(x.before_ms or 0, x.after_ms or 0) for x in report.layers), default=0)
-    ordered = sorted(report.layers, key=lambda x: -(x.before_ms or 0))
+    whole = max(x.most_ms for x in report.layers)
+    ordered = sorted(report.layers, key=lambda x: -x.most_ms)
     rest = ordered[LAYERS_SHOWN:]
     note = (
         f'<p class="mute">{len(rest)} more, {sum(x.before_ms or 0 for x in rest):.3g} ms before '

@@ -72,7 +72,7 @@ def axes_plot(report: RunReport, path: Path) -> None:
 
 def layers_plot(report: RunReport, path: Path) -> None:
     """Profiled time of the slowest operators before and after."""
-    ordered = sorted(report.layers, key=lambda x: -(x.before_ms or 0))[:30]
+    ordered = sorted(report.layers, key=lambda x: -x.most_ms)[:30]
     figure = _figure(9, max(2.5, 0.3 * len(ordered) + 1))
     axes = figure.add_subplot()
     rows = range(len(ordered))

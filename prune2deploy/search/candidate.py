@@ -6,6 +6,7 @@ keeps. Each finished part is journaled, so a run that was stopped takes up the n
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from prune2deploy.backends.base import Backend, Engine, TensorSpec
 from prune2deploy.backends.feeds import keep_example
 from prune2deploy.calibration import filled, serves
 from prune2deploy.errors import ExportError
-from prune2deploy.exporting import export, keeping, parity, program, simplify
+from prune2deploy.exporting import companions, export, keeping, parity, program, simplify
 from prune2deploy.exporting.parity import Parity
 from prune2deploy.graph.axes import Graph
 from prune2deploy.measure import Comparison, Goal
@@ -54,7 +55,7 @@ class Built:
         plan: What was kept.
         params: Parameters of the pruned model.
         macs: Multiply-accumulates of one inference.
-        bytes: Size of the ONNX file.
+        bytes: Size of the ONNX file, with weights that lie beside it.
         onnx: The ONNX file.
         engine: The engine file.
         seconds: Wall time of export, simplification and build.
@@ -222,7 +223,7 @@ def _assemble(shop: Workshop, name: tuple[int, str], plan: Plan, module: nn.Modu
         plan=plan,
         params=left.params(plan.counts),
         macs=left.macs(plan.counts),
-        bytes=onnx.stat().st_size,
+        bytes=companions.size(onnx),
         onnx=_inside(shop.run, onnx),
         engine=_inside(shop.run, engine.path),
         seconds=time.monotonic() - started,
@@ -373,14 +374,21 @@ def _random_samples(shop: Workshop, path: Path) -> Sequence[Mapping[str, Any]]:
     return parity.random_samples(path, like=example)
 
 
+def save_weights(run: RunDir, module: nn.Module, name: str) -> None:
+    """Save the state dict of a module; given a file, torch hides why it cannot be written."""
+    data = io.BytesIO()
+    torch.save(module.state_dict(), data)
+    with run.place(name) as path:
+        path.write_bytes(data.getbuffer())
+
+
 def save_module(run: RunDir, module: nn.Module, example_inputs: tuple[Tensor, ...]) -> str:
     """Save the pruned module loadable with its code (``weights.pt``) and without (``.pt2``).
 
     Returns:
         Why ``model.pt2`` could not be written, or an empty text.
     """
-    with run.place("weights.pt") as path:
-        torch.save(module.state_dict(), path)
+    save_weights(run, module, "weights.pt")
     try:
         with run.place("model.pt2") as path:
             program.save(module, example_inputs, path)

@@ -2,8 +2,9 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
-from prune2deploy.exporting.companions import companions, digest
+from prune2deploy.exporting.companions import companions, copy, digest, size
 
 
 def branch(name, sign):
@@ -44,3 +45,20 @@ def test_a_hash_covers_the_files_beside(forked):
     data = forked.with_name("forked.data")
     data.write_bytes(bytes(reversed(data.read_bytes())))
     assert digest(forked) != before
+
+
+def test_copies_in_one_folder_have_weights_of_their_own(forked, tmp_path):
+    before = forked.read_bytes()
+    for name in ("a.onnx", "b.onnx"):
+        copy(forked, tmp_path / name)
+        assert companions(tmp_path / name) == (f"{name}.data",)
+        assert size(tmp_path / name) == (tmp_path / name).stat().st_size + 2 * 64
+    assert forked.read_bytes() == before
+    (tmp_path / "forked.data").unlink()
+    (tmp_path / "b.onnx.data").write_bytes(bytes(128))
+    x = np.arange(4, dtype=np.float32)[None]
+    for name, factor in (("a.onnx", 1), ("b.onnx", 0)):
+        (found,) = ReferenceEvaluator(str(tmp_path / name)).run(
+            None, {"x": x, "way": np.array(True)}
+        )
+        np.testing.assert_array_equal(found, factor * x)
