@@ -95,7 +95,8 @@ class Workshop:
         progress: Hears of every step.
         total: Most builds there can be, for progress.
         input_names: Names of the inputs in the ONNX file.
-        output_names: Names of the outputs in the ONNX file; empty likewise.
+        output_names: Names of the outputs in the ONNX file; empty for names made from the
+            structure of the output.
         batches: Calibration data, or ``None``.
         max_drop: Largest accuracy to lose to the precision; see ``lowering``.
     """

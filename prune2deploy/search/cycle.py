@@ -116,8 +116,9 @@ class Search:
 
     @property
     def builds_left(self) -> int:
-        """Builds that the search may still use; recovery needs one at the end."""
-        return self.options.max_builds - int(self.job.recovers) - self.lessons.builds
+        """Builds that the search may still use; a final model may need one at the end."""
+        last = self.job.builds_again(self.shop.target.precision)
+        return self.options.max_builds - int(last) - self.lessons.builds
 
     def probe(self) -> None:
         """Build and profile random aligned plans: the latency model is learnt from them."""
