@@ -2,8 +2,8 @@
 
 In: a workshop, scores of channels, data or none, and whether training follows. Out: curves for
 ``plan.choices``, and a line for the report that says where they are from. Measured losses are
-journaled one by one, and kept for other runs under a hash of weights, data and widths: they do not
-depend on the device, so another budget, or another target, does not measure them again.
+journaled one by one, and kept for other runs under a hash of the model, data and widths: they do
+not depend on the device, so another budget, or another target, does not measure them again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.nn import functional
 from prune2deploy import atomic
 from prune2deploy.calibration import Batch, Batches, first, serves
 from prune2deploy.graph.axes import Counts
-from prune2deploy.identity import weights_digest
+from prune2deploy.identity import code_digest, weights_digest
 from prune2deploy.journal import decode, encode
 from prune2deploy.plan import sensitivity
 from prune2deploy.plan.allocate import channels
@@ -42,6 +42,7 @@ from prune2deploy.surgery.slicing import apply as apply_plan
 Scores = Mapping[str, npt.ArrayLike]
 Floats = npt.NDArray[np.float64]
 
+SCHEMA = 1  # 1: losses by weights, code, scores, data and widths
 SAMPLES = 512  # that losses are taken on, at most
 LEAST = 32  # and at least, however long it takes
 SECONDS = 600.0  # that all losses together may take before fewer samples are used
@@ -163,7 +164,8 @@ def _rises(shop: Workshop, scores: Scores, worth: Worth, names: Sequence[str]) -
 
 def _key(shop: Workshop, scores: Scores, offered: Sequence[Choice]) -> str:
     """Hash of everything that the losses depend on, but for how many samples there is time for."""
-    digest = hashlib.sha256(weights_digest(shop.module).encode())
+    model = (SCHEMA, weights_digest(shop.module), code_digest(shop.module))
+    digest = hashlib.sha256(json.dumps(model).encode())
     for axis in sorted(scores):
         digest.update(np.ascontiguousarray(scores[axis], dtype=np.float64).tobytes())
     for inputs, labels in _first(shop, LEAST):
@@ -266,8 +268,8 @@ def _measure(
 ) -> Measured:
     """Take every loss that neither this run nor an earlier one has taken."""
     journal = shop.run.journal
-    before = None if "sensitivity/samples" in journal else _read(held, offered)
-    if before is not None:
+    before = _read(held, offered)
+    if before is not None and "sensitivity/samples" not in journal:
         journal.write("sensitivity/samples", before.samples)
         for one in before.found.values():
             journal.write(f"sensitivity/{one.axes[0]}", one)
@@ -284,7 +286,7 @@ def _measure(
             keep=lambda one: journal.write(keys[one.axes[0]], one),
         )
     measured = Measured(sum(len(inputs[0]) for inputs, _ in batches), known)
-    if held is not None and not held.exists():
+    if held is not None and before is None:
         _write(held, measured)
     return measured
 

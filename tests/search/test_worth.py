@@ -41,6 +41,13 @@ class Branches(nn.Module):
         return self.head(made.relu().mean((2, 3)))
 
 
+class Squared(Branches):
+    """The same layers under another forward pass."""
+
+    def forward(self, x):
+        return super().forward(x) ** 2
+
+
 @pytest.fixture
 def target(tmp_path):
     path = tmp_path / "formula.toml"
@@ -54,13 +61,13 @@ def batches():
     return [((torch.randn(16, 3, 12, 12),), None) for _ in range(3)]
 
 
-def run(target, folder, batches, **more):
+def run(target, folder, batches, kind=Branches, **more):
     torch.manual_seed(0)
     more = {"speedup": 1.6, "probes": 3, **more}
     more.pop("probes")
     example = torch.randn(1, 3, 12, 12)
     return prune2deploy.prune_to_budget(
-        Branches().eval(), example, target=target, run_dir=folder, batches=batches, **more
+        kind().eval(), example, target=target, run_dir=folder, batches=batches, **more
     )
 
 
@@ -125,7 +132,10 @@ def test_losses_are_not_measured_again(target, tmp_path, batches, monkeypatch):
     (held,) = (tmp_path / "cache/sensitivity").iterdir()
     held.write_text("{broken")
     run(target, tmp_path / "c", batches, speedup=2.0)
-    assert second < len(calls)
+    assert second < len(calls) and json.loads(held.read_text())["samples"] == 48
+    calls.clear()
+    run(target, tmp_path / "e", batches, speedup=2.0, kind=Squared)
+    assert calls  # other code under the same weights
     calls.clear()
     run(target, tmp_path / "d", [((b[0] + 1,), None) for b, _ in batches], speedup=2.0)
     assert calls  # other data
