@@ -211,6 +211,16 @@ def test_one_goes_where_widths_are_predicted_to_reach(whole):
     assert depth.choose(whole, endless) == tuple(losses)
 
 
+def test_all_go_where_a_cap_asks_for_one_that_loses_without_end(whole):
+    losses = {block.name: 1.0 for block in depth.removable(whole.graph)}
+    widest = losses | {"blocks.2": float("inf")}
+    counts = whole.counts([0] * len(whole.choices))
+    rest = whole.graph.without([name for name in losses if name != "blocks.2"])
+    least = rest.params(counts)
+    assert depth.choose(replace(whole, max_params=least - 1), widest) == tuple(losses)
+    assert "blocks.2" not in depth.choose(replace(whole, max_params=least), widest)
+
+
 def test_a_block_that_saves_nothing_is_not_offered(whole):
     losses = {block.name: 1.0 for block in depth.removable(whole.graph)}
     free = [
