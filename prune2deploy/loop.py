@@ -62,6 +62,7 @@ def prune_to_budget(job: Job, options: RunOptions) -> Outcome:
     shop, paid = payoff.settle(shop, asked=options.model.precision is not None)
     baseline = measure_baseline(shop)
     most = _allowed(job.run, options.max_builds)
+    shop = replace(shop, total=most)
     search = Search(job, replace(options, max_builds=most), shop, baseline)
     if most > options.max_builds:
         search.notes.append(

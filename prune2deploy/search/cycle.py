@@ -220,7 +220,7 @@ class Search:
     def _expendable(self) -> tuple[str, ...]:
         """Blocks to take out of the whole model."""
         problem = self.problem()
-        losses = worth.of_blocks(self.shop, self.scores, self.worth)
+        losses = worth.of_blocks(self.shop, self.scores, self.worth, self.next)
         aimed = replace(problem, budget_ms=aim(problem.budget_ms, self._half_width()))
 
         def work() -> tuple[str, ...]:
@@ -254,7 +254,7 @@ class Search:
 
     def _worth_of(self, plan: Plan) -> float:
         if self.rank is not None:
-            return -self.rank(plan)
+            return -self.rank(plan, self.next - 1)
         axes, counts = self.shop.graph.without(plan.removed).prunable, plan.counts
         return sum(float(self.worth.curves[a.name][counts.get(a.name, a.size)]) for a in axes)
 
@@ -322,14 +322,14 @@ class Search:
 
     def _allocate(self) -> Proposal | None:
         """The best plan that was not tried; ``None`` when there is no other worth a build."""
-        problem, rank = self.problem(), self.rank
+        problem, rank, number = self.problem(), self.rank, self.next
         return planning.propose(
             PlanRequest(
                 problem,
                 aim(problem.budget_ms, self._half_width()),
                 self.lessons.tried,
                 up=any(attempt.verdict == "met" for attempt in self.standing),
-                rank=rank and (lambda counts: rank(self._plan(counts))),
+                rank=rank and (lambda counts: rank(self._plan(counts), number)),
             )
         )
 

@@ -128,17 +128,23 @@ def blended(
     return {axis: rises[axis] + weight * span * free[axis] for axis in rises}
 
 
-def of_blocks(shop: Workshop, scores: Scores, worth: Worth) -> dict[str, float]:
+def of_blocks(shop: Workshop, scores: Scores, worth: Worth, build: int) -> dict[str, float]:
     """What the objective loses with each removable block, beside the worth of its axes.
 
     Where losses are measured, it is the rise of the loss without the block. Where they are not,
     its axes say all that is known. Where training follows, the axes have worth by scores and the
     rises choose blocks: scaled, so that they weigh as much in all as the axes of the blocks.
+
+    Args:
+        shop: Model, graph, data and journal of the run.
+        scores: Axis name to one score per channel.
+        worth: Of the widths.
+        build: Number of the build that it is for, which progress tells.
     """
     names = [block.name for block in depth.removable(shop.graph)]
     if not worth.data:
         return dict.fromkeys(names, 0.0)
-    rises = _rises(shop, scores, worth, names)
+    rises = _rises(shop, scores, worth, names, build)
     if worth.samples:
         return rises
     axes = {axis for name in names for axis in depth.gone(shop.graph, name)}
@@ -147,7 +153,9 @@ def of_blocks(shop: Workshop, scores: Scores, worth: Worth) -> dict[str, float]:
     return {name: rise * (whole / total if total else 1.0) for name, rise in rises.items()}
 
 
-def _rises(shop: Workshop, scores: Scores, worth: Worth, names: Sequence[str]) -> dict[str, float]:
+def _rises(
+    shop: Workshop, scores: Scores, worth: Worth, names: Sequence[str], build: int
+) -> dict[str, float]:
     """How much the loss rises without each block."""
 
     def work() -> dict[str, float]:
@@ -155,7 +163,7 @@ def _rises(shop: Workshop, scores: Scores, worth: Worth, names: Sequence[str]) -
         loss = Loss(shop, scores, _first(shop, samples))
         base, found = loss({}), {}
         for number, name in enumerate(names, start=1):
-            shop.say("measuring what blocks are worth", 0, f"{number} of {len(names)}")
+            shop.say("measuring what blocks are worth", build, f"{number} of {len(names)}")
             found[name] = max(0.0, loss.of(Plan({}, removed=(name,))) - base)
         return found
 
@@ -176,8 +184,8 @@ def _key(shop: Workshop, scores: Scores, offered: Sequence[Choice]) -> str:
     return digest.hexdigest()
 
 
-def ranking(shop: Workshop, scores: Scores, worth: Worth) -> Callable[[Plan], float] | None:
-    """The loss of whole plans; ``None`` where losses do not decide.
+def ranking(shop: Workshop, scores: Scores, worth: Worth) -> Callable[[Plan, int], float] | None:
+    """The loss of a whole plan, at a build for progress; ``None`` where losses do not decide.
 
     Each is measured once in a run: data that comes in another order another time would tell plans
     apart in another way, and a run that goes on must repeat its decisions.
@@ -191,9 +199,9 @@ def ranking(shop: Workshop, scores: Scores, worth: Worth) -> Callable[[Plan], fl
 
     taken = itertools.count(1)
 
-    def rank(plan: Plan) -> float:
+    def rank(plan: Plan, build: int) -> float:
         def work() -> float:
-            shop.say("comparing plans of equal predicted latency", 0, f"number {next(taken)}")
+            shop.say("comparing plans of equal predicted latency", build, f"number {next(taken)}")
             return loss().of(plan)
 
         plain = hashlib.sha256(plan.to_json().encode()).hexdigest()
@@ -266,7 +274,7 @@ def _first(shop: Workshop, samples: int) -> list[Batch]:
 def _measure(
     shop: Workshop, scores: Scores, offered: Sequence[Choice], held: Path | None
 ) -> Measured:
-    """Take every loss that neither this run nor an earlier one has taken."""
+    """Take every loss that neither this run nor an earlier one has taken, for the first build."""
     journal = shop.run.journal
     before = _read(held, offered)
     if before is not None and "sensitivity/samples" not in journal:
@@ -282,7 +290,7 @@ def _measure(
             offered,
             Loss(shop, scores, batches),
             known=known,
-            tell=lambda done, total: shop.say("measuring sensitivity", 0, f"{done} of {total}"),
+            tell=lambda done, total: shop.say("measuring sensitivity", 1, f"{done} of {total}"),
             keep=lambda one: journal.write(keys[one.axes[0]], one),
         )
     measured = Measured(sum(len(inputs[0]) for inputs, _ in batches), known)

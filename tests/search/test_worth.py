@@ -268,7 +268,7 @@ def test_a_block_without_which_nothing_is_a_number_is_the_last_to_go(tmp_path, l
         batches=[((torch.randn(8, 3, 4, 4),), labels)],
         say=lambda *_: None,
     )
-    lost = worth.of_blocks(shop, {}, worth.Worth({}, "", samples=8, data=True))
+    lost = worth.of_blocks(shop, {}, worth.Worth({}, "", samples=8, data=True), 4)
     assert lost["one"] == np.inf and 0 <= lost["two"] < np.inf
 
 
@@ -298,7 +298,7 @@ def test_a_plan_keeps_its_loss_when_a_run_goes_on_with_data_in_another_order(tmp
             say=lambda *_: None,
         )
         rank = worth.ranking(shop, {}, worth.Worth({}, "", samples=8, data=True))
-        return [rank(plan) for plan in plans]
+        return [rank(plan, 4) for plan in plans]
 
     first = losses()
     assert first[0] != first[1] and losses() == first
@@ -312,7 +312,7 @@ def test_what_is_lost_with_a_block_beside_the_worth_of_its_axes(tmp_path):
     curves = trained_curves(graph, {a.name: np.ones(a.size) for a in graph.prunable})
 
     def lost(**facts):
-        return worth.of_blocks(shop, {}, worth.Worth(curves, "", **facts))
+        return worth.of_blocks(shop, {}, worth.Worth(curves, "", **facts), 4)
 
     assert lost() == {"one": 0.0, "two": 0.0}
     assert lost(samples=4, data=True) == {"one": 1.0, "two": 3.0}
