@@ -89,7 +89,6 @@ class OperatorModel:
         seen: float array (builds, 3), natural log of the work in each build.
         residual: float array (builds,), natural log of seen time over predicted time.
         share: Fraction of the builds that contain the operator (fusion may differ).
-        matched: False when its shapes could not be explained; it then counts as constant.
     """
 
     name: str
@@ -101,7 +100,6 @@ class OperatorModel:
     seen: Array = field(default_factory=lambda: np.zeros((0, 3)))
     residual: Array = field(default_factory=lambda: np.zeros(0))
     share: float = 1.0
-    matched: bool = True
 
     @property
     def axes(self) -> frozenset[str]:
@@ -197,17 +195,6 @@ class LatencyModel:
             else:
                 high = middle
         return low
-
-    @property
-    def fixed_ms(self) -> float:
-        """Time that no width changes: constant operators, all calls, and the constant offset."""
-        calls = sum(operator.share * operator.cost[3] for operator in self.operators) / NS_PER_MS
-        return calls + max(0.0, self.offset_ms(calls))
-
-    @property
-    def fixed_share(self) -> float:
-        """``fixed_ms`` as a fraction of the full model's predicted latency."""
-        return self.fixed_ms / max(self.predict({}), _TINY)
 
     def measured(self, counts: Counts, ms: float, half_width: float = 0.0) -> LatencyModel:
         """The same model with one more whole-model measurement taken into the offset.
@@ -350,7 +337,6 @@ def _operator(
         cost=(0.0, 0.0, 0.0, float(np.median(times) if one.matched else times[0])),
         padded=is_convolution(one.seen.kind),
         share=one.present / builds,
-        matched=one.matched,
     )
     if not one.work.axes:
         return steady

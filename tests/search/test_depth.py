@@ -196,7 +196,7 @@ def test_those_go_that_the_best_plan_lacks(whole):
     found = depth.choose(between, little)
     assert 0 < len(found) < len(names)
     best = allocate(replace(between, blocks=blocks), "milp")
-    assert found == best.removed and best.gap < 1e-3
+    assert found == best.removed
     dear = little | dict.fromkeys(found, 5.0)
     assert set(depth.choose(between, dear)).isdisjoint(found)
     assert depth.choose(replace(whole, budget_ms=0.5 * bare), little) == tuple(names)
