@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,7 @@ from prune2deploy.timing import OperatorTiming
 from prune2deploy.units import NS_PER_MS, ms
 
 Array = npt.NDArray[np.float64]
+Channels = TypeVar("Channels", int, npt.NDArray[np.int64])
 
 _REACH = 0.3  # how far a residual reaches, in natural-log units of work
 _DOUBT = 0.5  # weight of "no residual" against one build at the very widths
@@ -241,7 +242,12 @@ def widths(
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Size of every axis at ``counts``: as it is, and rounded up to ``multiple``."""
     raw = {name: counts.get(name, size) for name, size in sizes.items()}
-    return raw, {name: -(-size // multiple) * multiple for name, size in raw.items()}
+    return raw, {name: in_blocks(size, multiple) for name, size in raw.items()}
+
+
+def in_blocks(channels: Channels, multiple: int) -> Channels:
+    """Channels rounded up to whole blocks of ``multiple``."""
+    return -(-channels // multiple) * multiple
 
 
 def fit(
