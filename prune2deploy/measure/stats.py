@@ -34,6 +34,8 @@ LOOK_GROWTH = 1.3
 """Stopping is considered only each time the blocks have grown by this: few looks, few errors."""
 EARLY_LEVEL = 0.998
 """Level of the interval that an early decision must clear, because it is looked at repeatedly."""
+DRIFTED = 0.03
+"""Change of the reference within a measurement that is worth telling."""
 BATCHES = 20
 """Stretches of time that the spread of a quantile is taken from: contention comes in clumps."""
 MOST_ALIKE = 0.8
@@ -189,6 +191,11 @@ class Drift:
 
     change: float
     steady: bool
+
+    @property
+    def throttled(self) -> bool:
+        """Whether the device got slower as heat makes it."""
+        return self.change > DRIFTED and self.steady
 
 
 def drift(medians: Floats) -> Drift:
