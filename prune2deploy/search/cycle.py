@@ -54,6 +54,8 @@ class Search:
     Attributes:
         job: What it works on.
         options: What was asked for.
+        budget: The latency to meet.
+        goal: A deadline in milliseconds, as measurements judge it; ``None`` for a speed-up.
         shop: What every build shares.
         baseline: The unpruned model, measured.
         lessons: Every build so far, and the latency model that they make.
@@ -61,6 +63,11 @@ class Search:
         notes: What a reader of the report should know.
         model: The latency model that the last plan came from; ``None`` before the first.
         curve: What other latencies were worth when it was chosen.
+        ranked: How many plans of nearly equal worth were compared by their loss.
+        scores: Axis name to one score per channel. It and those below are there after ``probe``.
+        worth: What widths are worth.
+        rank: The loss of a plan, at a build; ``None`` where losses do not decide.
+        choices: The widths to choose from.
     """
 
     def __init__(self, job: Job, options: RunOptions, shop: Workshop, baseline: Baseline) -> None:
