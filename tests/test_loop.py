@@ -397,7 +397,6 @@ def test_progress_never_goes_back_and_knows_the_builds_of_earlier_sessions(net, 
     assert {step.total for step in before} == {7} == {step.total for step in after}
     assert {step.stage.split()[0] for step in before} >= {"comparing", "measuring", "planning"}
     assert after[0].number == 4 and after[0].remaining_s is None
-    assert after[-1].remaining_s is not None
 
 
 def test_remaining_time_is_that_of_the_builds_of_this_session():
