@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from prune2deploy.api import Extras, Result, load_pruned, prune, prune_to_budget, trace
     from prune2deploy.errors import (
         BackendError,
-        BudgetUnreachable,
         BuildError,
         ConfigError,
         ExportError,
@@ -33,7 +32,6 @@ __version__ = "0.1.0"
 __all__ = [
     "Axis",
     "BackendError",
-    "BudgetUnreachable",
     "BuildError",
     "ConfigError",
     "ExportError",

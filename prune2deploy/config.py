@@ -7,13 +7,12 @@ whose values every later stage may rely on. Nothing here reads files or imports 
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import math
 import numbers
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +45,7 @@ class Budget:
     percentile: int = 50
 
     def __post_init__(self) -> None:
+        _plain_numbers(self)
         if (self.latency_ms is None) == (self.speedup is None):
             found = "neither" if self.latency_ms is None else "both"
             raise ConfigError(
@@ -100,6 +100,7 @@ class ModelOptions:
     keep_class: bool = False
 
     def __post_init__(self) -> None:
+        _plain_numbers(self)
         if not self.model.strip():
             raise ConfigError("--model: found an empty name, expected one such as resnet50")
         if not all(name.strip() for name in self.keep):
@@ -149,6 +150,7 @@ class RunOptions:
     max_pruning_ratio: float | None = None
 
     def __post_init__(self) -> None:
+        _plain_numbers(self)
         at_least("--max-builds", self.max_builds, 1)
         at_least("--finetune", self.finetune_epochs, 0)
         at_least("probes", self.probes, 0)
@@ -228,9 +230,13 @@ def _plain(options: RunOptions | SweepOptions) -> dict[str, Any]:
     return found
 
 
-def digest(identity: dict[str, object]) -> str:
-    """SHA-256 of plain values, the same whatever the order of the keys."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+def _plain_numbers(options: Budget | ModelOptions | RunOptions) -> None:
+    """Make the numbers of other libraries, such as ``np.float32``, those of Python."""
+    for one in fields(options):
+        value = getattr(options, one.name)
+        if is_number(value) and not isinstance(value, bool):
+            plain = int(value) if isinstance(value, numbers.Integral) else float(value)
+            object.__setattr__(options, one.name, plain)
 
 
 def parse_size(text: str) -> tuple[int, int]:

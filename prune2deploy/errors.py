@@ -5,7 +5,6 @@
         ModelError                    2   a model or its weights cannot be loaded
       TraceError                      2   the forward pass fails or has nothing to record
       PlanError                       2   no plan fits the constraints
-        BudgetUnreachable             4   even the smallest plan misses the budget
       PruneError                      2   a plan does not fit the model it is applied to
       ExportError                     2   ONNX export or simplification failed
       ParityError                     5   two stages disagree beyond the tolerance
@@ -49,12 +48,6 @@ class PlanError(Prune2DeployError):
     """No plan fits the constraints."""
 
     exit_code = 2
-
-
-class BudgetUnreachable(PlanError):  # noqa: N818  reads as the verdict it is
-    """Even the smallest allowed plan misses the budget."""
-
-    exit_code = 4
 
 
 class PruneError(Prune2DeployError):

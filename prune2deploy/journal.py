@@ -52,9 +52,6 @@ class Journal:
     def __contains__(self, key: str) -> bool:
         return key in self._values
 
-    def __len__(self) -> int:
-        return len(self._values)
-
     @property
     def started(self) -> bool:
         """Whether any step is finished; that a session began does not count."""

@@ -13,6 +13,7 @@ measurements; the ratio, taken from interleaved runs, does not.
 
 Widths decide latency and weights do not, so the search works on models as pruned; accuracy is
 recovered once, on the plan that was found, and the recovered model is built and measured again.
+So is one in int8, whose ranges come from a few samples until then.
 """
 
 from __future__ import annotations
@@ -51,15 +52,17 @@ def prune_to_budget(job: Job, options: RunOptions) -> Outcome:
         BackendError: A build failed.
         MeasureError: A measurement failed.
     """
-    if job.recovers and options.max_builds < 2:
+    wanted = options.model.precision or job.target.precision
+    if options.max_builds < 2 and job.builds_again(wanted):
         raise ConfigError(
-            f"--max-builds {options.max_builds}: found data or training, after which the final "
+            f"--max-builds {options.max_builds}: found data, training or int8, for which the final "
             "model is built once more, expected at least 2"
         )
     shop = open_workshop(job, options.model, options.max_builds, options.max_drop)
     shop, paid = payoff.settle(shop, asked=options.model.precision is not None)
     baseline = measure_baseline(shop)
     most = _allowed(job.run, options.max_builds)
+    shop = replace(shop, total=most)
     search = Search(job, replace(options, max_builds=most), shop, baseline)
     if most > options.max_builds:
         search.notes.append(
@@ -111,12 +114,13 @@ def _shipped(search: Search) -> tuple[nn.Module, Attempt]:
 def _finished(search: Search, chosen: Attempt) -> tuple[nn.Module, Attempt, bool]:
     """The model of an attempt, with its accuracy back if that is wanted; and if it was trained.
 
-    The attempt is a new one where the weights are.
+    The attempt is a new one where the weights are, or where its file was made for timing only.
     """
     job, shop = search.job, search.shop
     module = apply_plan(shop.module, shop.graph, chosen.built.plan, shop.example_inputs)
     trains = job.finetune is not None and chosen.verdict != "missed"
-    if not chosen.built.number or not (trains or serves(job.batches, "bn")):
+    quick = chosen.built.lowered is not None and chosen.built.lowered.quick
+    if not chosen.built.number or not (trains or quick or serves(job.batches, "bn")):
         return module, chosen, False
     module, final = _recovered(search, module, chosen, trains=trains)
     search.attempts.append(final)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 Shape = tuple[int, ...]
 
@@ -24,6 +26,12 @@ class OperatorTiming:
     input_shapes: tuple[Shape, ...]
     output_shapes: tuple[Shape, ...]
     ns: float
+
+    @staticmethod
+    def from_dict(plain: Mapping[str, Any]) -> OperatorTiming:
+        """The one that ``dataclasses.asdict`` made plain, and JSON may have held."""
+        read, made = (tuple(map(tuple, plain[key])) for key in ("input_shapes", "output_shapes"))
+        return OperatorTiming(plain["name"], plain["kind"], read, made, plain["ns"])
 
     @property
     def ranks(self) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from prune2deploy.plan.plan import Plan
 from prune2deploy.recover import FinetuneOptions, Training
 from prune2deploy.recover.distance import apart, outputs
 from prune2deploy.rundir import read_manifest
-from prune2deploy.search.candidate import Built
+from prune2deploy.search.candidate import Built, Workshop
 from prune2deploy.search.job import Attempt, aim, best, judge
 from prune2deploy.timing import OperatorTiming
 
@@ -398,6 +399,37 @@ def test_kill_9_then_resume_does_nothing_twice(net, target, tmp_path, step):
     assert len(lines) == len(set(lines))
     assert tuple(lines[: len(before)]) == before
     assert not list(folder.rglob(".part*"))
+
+
+def test_progress_never_goes_back_and_knows_the_builds_of_earlier_sessions(net, target, tmp_path):
+    batches = [((3 + torch.randn(8, 3, 8, 8),), None) for _ in range(4)]
+    common = {"speedup": 2.0, "batches": batches, "run_dir": tmp_path / "r"}
+    before, after = [], []
+
+    def stop(step):
+        before.append(step)
+        if step.stage == "profiling" and step.number == 4:
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(net, target, max_builds=7, progress=stop, **common)
+    run(net, target, max_builds=2, resume=True, progress=after.append, **common)
+    numbers = [step.number for step in (*before, *after)]
+    assert numbers == sorted(numbers) and max(numbers) <= 7
+    assert {step.total for step in before} == {7} == {step.total for step in after}
+    assert {step.stage.split()[0] for step in before} >= {"comparing", "measuring", "planning"}
+    assert after[0].number == 4 and after[0].remaining_s is None
+
+
+def test_remaining_time_is_that_of_the_builds_of_this_session():
+    heard = []
+    shop = Workshop(*[None] * 6, heard.append, 8, (), before=5, started=time.monotonic() - 30)
+    shop.say("profiling", 4)
+    shop.say("pruning", 6)
+    replace(shop, before=0).say("pruning", 1)
+    assert [step.remaining_s for step in heard] == [
+        None, pytest.approx(60, rel=0.1), pytest.approx(210, rel=0.1)
+    ]  # fmt: skip
 
 
 def test_another_model_cannot_go_on_with_the_run(net, target, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import prune2deploy
 
 EXPECTED = {
-    "Axis", "BackendError", "BudgetUnreachable", "BuildError", "ConfigError", "ExportError",
+    "Axis", "BackendError", "BuildError", "ConfigError", "ExportError",
     "Extras", "Graph", "MeasureError", "MissingBackend", "ModelError", "ParityError", "Plan",
     "PlanError", "Prune2DeployError", "PruneError", "Result", "TraceError",
     "load_pruned", "prune", "prune_to_budget", "trace",

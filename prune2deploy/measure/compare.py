@@ -134,16 +134,8 @@ def profile(
     result = child.run(spec, STARTUP_SECONDS + target.measure.max_seconds)
     again = result["reference_ns"]
     scale = known_ns / statistics.geometric_mean(again) if again and all(again) else 1.0
-    return tuple(
-        OperatorTiming(
-            o["name"],
-            o["kind"],
-            tuple(tuple(s) for s in o["input_shapes"]),
-            tuple(tuple(s) for s in o["output_shapes"]),
-            scale * o["ns"],
-        )
-        for o in result["operators"]
-    )
+    timings = map(OperatorTiming.from_dict, result["operators"])
+    return tuple(replace(one, ns=scale * one.ns) for one in timings)
 
 
 def _take(

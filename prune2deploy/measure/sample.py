@@ -239,8 +239,7 @@ class Sampler:
     def _throttled(self, samples: Samples) -> bool:
         clock = choose_clock(samples, self._target)
         values = times(samples.reference, clock)
-        drift = stats.drift(stats.block_medians(values, samples.block))
-        return drift.change > 0.03 and drift.steady
+        return stats.drift(stats.block_medians(values, samples.block)).throttled
 
     def _samples(self, notes: dict[str, bool | str]) -> Samples:
         rows = [np.array(values, dtype=np.int64).reshape(-1, 3) for values in self._rows]

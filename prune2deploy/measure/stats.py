@@ -34,6 +34,8 @@ LOOK_GROWTH = 1.3
 """Stopping is considered only each time the blocks have grown by this: few looks, few errors."""
 EARLY_LEVEL = 0.998
 """Level of the interval that an early decision must clear, because it is looked at repeatedly."""
+DRIFTED = 0.03
+"""Change of the reference within a measurement that is worth telling."""
 BATCHES = 20
 """Stretches of time that the spread of a quantile is taken from: contention comes in clumps."""
 MOST_ALIKE = 0.8
@@ -53,7 +55,7 @@ def trimmed_mean(values: Floats) -> Floats:
     return np.asarray(inner.mean(axis=-1))
 
 
-def interval(effects: Floats, seed: int = 0) -> tuple[Floats, Floats]:
+def interval(effects: Floats) -> tuple[Floats, Floats]:
     """Return the 95 % interval of the trimmed mean of ``effects`` (..., blocks).
 
     Percentile bootstrap over blocks, widened about the estimate by what few blocks cost: Student's
@@ -62,7 +64,6 @@ def interval(effects: Floats, seed: int = 0) -> tuple[Floats, Floats]:
 
     Args:
         effects: One value per block.
-        seed: Of the resampling.
 
     Returns:
         Lower and upper bound per leading index; infinite with fewer than two blocks.
@@ -71,7 +72,7 @@ def interval(effects: Floats, seed: int = 0) -> tuple[Floats, Floats]:
     if blocks < 2:
         wide = np.full(effects.shape[:-1], np.inf)
         return -wide, wide
-    picks = np.random.default_rng(seed).integers(0, blocks, (RESAMPLES, blocks))
+    picks = np.random.default_rng(0).integers(0, blocks, (RESAMPLES, blocks))
     means = np.stack([trimmed_mean(effects[..., pick]) for pick in picks])
     low, high = np.quantile(means, [0.025, 0.975], axis=0)
     centre = trimmed_mean(effects)
@@ -139,9 +140,10 @@ def median_interval(values: Floats, level: float = 0.95) -> tuple[float, float]:
     return float(min(low, wide[0])), float(max(high, wide[1]))
 
 
-def upper_quantile(values: Floats, quantile: float, confidence: float = 0.95) -> tuple[float, bool]:
+def upper_quantile(values: Floats, quantile: float) -> tuple[float, bool]:
     """Bound a quantile of ``values`` (n,), which are in order of time, by an order statistic.
 
+    The true quantile is below the bound with 95 % confidence.
     The k-th smallest of n independent values lies above the quantile with probability
     P(Bin(n, q) < k). Values that come in clumps count as the fewer independent ones that have the
     same error (see ``share_error``).
@@ -152,7 +154,7 @@ def upper_quantile(values: Floats, quantile: float, confidence: float = 0.95) ->
     ordered, count = np.sort(values), len(values)
     worth = quantile * (1 - quantile) / share_error(values, quantile)[0] ** 2
     worth = max(1, min(count, round(worth)))
-    rank = int(binom.ppf(confidence, worth, quantile))  # 0-based rank of the bound among ``worth``
+    rank = int(binom.ppf(0.95, worth, quantile))  # 0-based rank of the bound among ``worth``
     if rank >= worth:
         return float(ordered[-1]), False
     return float(ordered[min(count - 1, int(np.ceil(rank * count / worth)))]), True
@@ -190,6 +192,11 @@ class Drift:
     change: float
     steady: bool
 
+    @property
+    def throttled(self) -> bool:
+        """Whether the device got slower as heat makes it."""
+        return self.change > DRIFTED and self.steady
+
 
 def drift(medians: Floats) -> Drift:
     """Judge the drift of block medians (blocks,) of the reference, in order of time."""
@@ -201,6 +208,6 @@ def drift(medians: Floats) -> Drift:
     return Drift(change, trend > 0.5)
 
 
-def settled(medians: Sequence[float], tolerance: float = 0.02) -> bool:
-    """Whether the last two of some block medians agree within ``tolerance``."""
-    return len(medians) >= 2 and abs(medians[-1] / medians[-2] - 1) <= tolerance
+def settled(medians: Sequence[float]) -> bool:
+    """Whether the last two of some block medians agree within 2 %."""
+    return len(medians) >= 2 and abs(medians[-1] / medians[-2] - 1) <= 0.02

@@ -147,7 +147,7 @@ def summarise(samples: Samples, target: Target) -> Comparison:
     reference = _latency(samples.reference[:, WALL])
     plain = _latency(samples.candidate[:, WALL])
     control = _control(samples, clock)
-    return Comparison(
+    found = Comparison(
         candidate=replace(
             plain,
             p50_ms=reference.p50_ms * ratio,
@@ -161,12 +161,13 @@ def summarise(samples: Samples, target: Target) -> Comparison:
         control_ratio=control[0] if control else None,
         control_ci95=control[1] if control else None,
         stopped=str(samples.notes.get("stopped", "")),
-        flags=_flags(samples, target, clock),
+        flags=(),
         outliers=stats.outliers(samples.candidate[:, WALL].astype(float)),
         fingerprint=samples.notes.get("fingerprint", {}),
         undisturbed_p50_ms=_undisturbed(samples.reference),
         disturbance=disturbance(samples),
     )
+    return replace(found, flags=_flags(samples, target, clock, found))
 
 
 Estimate = tuple[float, tuple[float, float]]
@@ -250,25 +251,24 @@ def _control(samples: Samples, clock: int) -> Estimate | None:
     return stats.ratio_interval(_effects(samples.twin, samples.reference, samples.block, clock))
 
 
-def _flags(samples: Samples, target: Target, clock: int) -> tuple[str, ...]:
-    host = disturbance(samples)
-    unbounded = _latency(samples.candidate[:, WALL]).unbounded
+def _flags(samples: Samples, target: Target, clock: int, found: Comparison) -> tuple[str, ...]:
+    """What to mistrust of a result that is whole but for this."""
+    host, unbounded = found.disturbance, found.candidate.unbounded
     drift = stats.drift(stats.block_medians(times(samples.reference, clock), samples.block))
-    interval = stats.ratio_interval(effects(samples, clock))[1]
-    control = _control(samples, clock)
-    narrow = interval[1] / (1 + target.measure.half_width) ** 2
-    wide = interval[0] < narrow  # so one of a single block, from 0 to infinity
+    low, high = found.ratio_ci95
+    wide = low < high / (1 + target.measure.half_width) ** 2  # so one block, from 0 to infinity
+    control, bounds = found.control_ratio, found.control_ci95
     checks = {
         "not warm": not samples.notes.get("warm", True),
         "noisy host": (clock == CPU and host["cpu_share"] < 0.9) or host["pressure"] > 0.1,
         "steal": host["steal"] > 0.02,
-        "throttled": drift.change > 0.03 and drift.steady,
-        "drift": abs(drift.change) > 0.03 and not (drift.change > 0.03 and drift.steady),
+        "throttled": drift.throttled,
+        "drift": abs(drift.change) > stats.DRIFTED and not drift.throttled,
         "wide interval": wide,
         "too few samples for p95": 95 in unbounded,
         "too few samples for p99": 99 in unbounded,
         "opened once": not samples.notes.get("reopened", True),
-        "control off": control is not None and off(*control),
+        "control off": control is not None and bounds is not None and off(control, bounds),
     }
     return tuple(name for name, raised in checks.items() if raised)
 

@@ -17,8 +17,6 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from prune2deploy.errors import PlanError
-
 WIDTHS = (64, 66, 68, 70, 72, 74, 80, 88, 96, 100, 112, 128)
 STEPS = (1, 4, 8, 16, 32, 64)
 FAMILIES = ("conv3x3", "conv1x1", "depthwise", "matmul")
@@ -35,7 +33,7 @@ _FLAT = 0.006  # squared errors below this relative size are noise
 
 
 class StaircaseStore(Protocol):
-    """Where staircases are kept between runs (``latency_cache.LatencyCache``)."""
+    """Where staircases are kept between runs (``search.recall.Timings``)."""
 
     def staircase(self, family: str) -> dict[int, float] | None:
         """A probed staircase, or ``None``."""
@@ -69,7 +67,6 @@ def probe_alignment(
     time_ns: Callable[[Path], float],
     folder: Path,
     *,
-    families: Sequence[str] = FAMILIES,
     store: StaircaseStore | None = None,
     tell: Callable[[int, int], None] | None = None,
 ) -> tuple[Staircase, ...]:
@@ -79,20 +76,13 @@ def probe_alignment(
         time_ns: Builds an ONNX file for the target and gives its least time over some runs;
             called several times for each file.
         folder: Where the ONNX files are written.
-        families: Kernel families to probe.
         store: Results of earlier probes of this device; new ones that are sure are added to it:
             on a disturbed host the next run probes again.
         tell: Hears of progress: timings taken, timings in all.
-
-    Raises:
-        PlanError: A family is unknown.
     """
-    unknown = [family for family in families if family not in FAMILIES]
-    if unknown:
-        raise PlanError(f"unknown kernel family {unknown[0]!r}; choose from {', '.join(FAMILIES)}")
     folder.mkdir(parents=True, exist_ok=True)
     found = []
-    for number, family in enumerate(families):
+    for number, family in enumerate(FAMILIES):
         known = store.staircase(family) if store is not None else None
         if known is not None:
             found.append(read_staircase(family, known))
@@ -105,7 +95,7 @@ def probe_alignment(
             turn[width] = time_ns(path)
             if tell is not None:
                 each = ROUNDS * len(WIDTHS)
-                tell(number * each + done, len(families) * each)
+                tell(number * each + done, len(FAMILIES) * each)
         found.append(_read_rounds(family, rounds))
         if store is not None and found[-1].sure:
             store.add_staircase(family, dict(zip(WIDTHS, found[-1].ns, strict=True)))

@@ -1,8 +1,8 @@
 """Choose the kept channels of every axis so that the predicted latency keeps the budget.
 
 In: a problem (choices, latency model, budget, caps, blocks that may go). Out: an allocation, i.e.
-counts per axis and blocks to take out with their predicted latency, objective and optimality gap;
-then, with scores, a plan of channels.
+counts per axis and blocks to take out with their predicted latency and objective; then, with
+scores, a plan of channels.
 
 ``lagrangian`` searches with prices and exchanges (a second or two), ``milp`` proves its result,
 ``uniform``, ``global`` and ``greedy`` are there to compare with: they keep every block.
@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from prune2deploy.errors import BudgetUnreachable, PlanError
+from prune2deploy.errors import PlanError
 from prune2deploy.graph.axes import Counts, Graph
 from prune2deploy.plan.baselines import BASELINES
 from prune2deploy.plan.choices import Choice, Ints, Problem
@@ -41,9 +41,6 @@ class Allocation:
         counts: Kept channels of every axis that may be pruned and does not go with a block.
         predicted_ms: Predicted latency of the whole model.
         objective: Summed worth.
-        gap: How much more the best assignment could be worth at most, as a fraction; ``None``
-            where no bound was computed or operators had to be approximated.
-        method: One of ``METHODS``.
         curve: What other latencies are worth, as found on the way.
         removed: Blocks to take out.
     """
@@ -51,8 +48,6 @@ class Allocation:
     counts: Mapping[str, int]
     predicted_ms: float
     objective: float
-    gap: float | None
-    method: str
     curve: Curve
     removed: tuple[str, ...] = ()
 
@@ -71,29 +66,23 @@ class Gap:
     exact: bool
 
 
-class SmallestMisses(BudgetUnreachable):
+class SmallestMisses(PlanError):  # noqa: N818  reads as the verdict it is
     """Even the narrowest widths, without all removable blocks, are predicted to miss the budget.
+
+    Only a measurement can tell whether they do, so the search deals with it.
 
     Attributes:
         floor_ms: Predicted latency of the fastest plan found.
-        fixed_share: Share of the unpruned model's time that no width changes.
-        counts: The fastest plan found.
-        removed: The blocks that it lacks.
+        counts: Its widths.
     """
 
     def __init__(self, problem: Problem, chosen: Ints, kept: Flags) -> None:
         picks, flags = chosen.tolist(), kept.tolist()
         self.floor_ms = problem.predict(picks, flags)
-        self.fixed_share = problem.model.fixed_share
         self.counts = problem.counts(picks, flags)
-        self.removed = tuple(block.name for block in problem.without(flags))
-        lacks = f", without {', '.join(self.removed)}," if self.removed else ""
         super().__init__(
-            f"a budget of {problem.budget_ms:.4g} ms was asked for, but the narrowest allowed plan"
-            f"{lacks} is predicted to take {self.floor_ms:.4g} ms; "
-            f"{100 * self.fixed_share:.0f} % of the "
-            "unpruned model's time is in operators that pruning cannot touch; raise the budget, "
-            "allow narrower layers, or take a faster target or precision"
+            f"the smallest plan is predicted to take {self.floor_ms:.4g} ms, expected at most "
+            f"{problem.budget_ms:.4g} ms; raise the budget or allow narrower layers"
         )
 
 
@@ -125,13 +114,13 @@ def allocate(problem: Problem, method: str = "lagrangian", *, seconds: float = 2
         evaluator.assign(chosen)
         found = Found()
         found.offer(evaluator)
-        return _result(problem, found, method)
+        return _result(problem, found)
     found = search(evaluator)
     if found.chosen is None:
         raise SmallestMisses(problem, evaluator.chosen, evaluator.kept)
-    if method == "lagrangian":
-        return _result(problem, found, method)
-    return _exact(problem, evaluator, found, seconds)
+    if method == "milp":
+        _exact(evaluator, found, seconds)
+    return _result(problem, found)
 
 
 def optimality_gap(problem: Problem, counts: Counts) -> Gap | None:
@@ -246,19 +235,16 @@ def _require_floor(problem: Problem, evaluator: Evaluator) -> None:
         raise SmallestMisses(problem, evaluator.chosen, evaluator.kept)
 
 
-def _exact(problem: Problem, evaluator: Evaluator, found: Found, seconds: float) -> Allocation:
+def _exact(evaluator: Evaluator, found: Found, seconds: float) -> None:
+    """Add to ``found`` what the exact method makes of it."""
     found.restore(evaluator)
     solved = solve(evaluator, seconds=seconds)
     if solved.chosen is not None:
         evaluator.assign(solved.chosen, solved.kept)
         found.offer(evaluator)
-    gap = None
-    if solved.exact and np.isfinite(solved.bound):
-        gap = max(0.0, solved.bound - found.worth) / max(abs(solved.bound), 1e-12)
-    return replace(_result(problem, found, "milp"), gap=gap)
 
 
-def _result(problem: Problem, found: Found, method: str) -> Allocation:
+def _result(problem: Problem, found: Found) -> Allocation:
     assert found.chosen is not None
     picks, kept = found.chosen.tolist(), found.kept.tolist()
     here = (problem.predict(picks, kept), problem.worth(picks, kept))
@@ -266,7 +252,7 @@ def _result(problem: Problem, found: Found, method: str) -> Allocation:
     removed = tuple(block.name for block in problem.without(kept))
     counts = problem.counts(picks, kept)
     rising = _rising([*curve, here])
-    return Allocation(counts, *here, None, method, rising, removed=removed)
+    return Allocation(counts, *here, rising, removed=removed)
 
 
 def _rising(points: list[tuple[float, float]]) -> Curve:

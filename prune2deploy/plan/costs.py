@@ -11,7 +11,7 @@ when a width grows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,10 +62,10 @@ def fit_costs(points: Sequence[Point], whole_ns: float) -> dict[str, Cost]:
     return found
 
 
-def _grouped(points: Sequence[Point], key: object) -> Mapping[str, list[Point]]:
+def _grouped(points: Sequence[Point], key: Callable[[Point], str]) -> Mapping[str, list[Point]]:
     groups: dict[str, list[Point]] = {}
     for point in points:
-        groups.setdefault(key(point), []).append(point)  # type: ignore[operator]
+        groups.setdefault(key(point), []).append(point)
     return groups
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from prune2deploy.plan.choices import Floats, Ints, Problem
-from prune2deploy.plan.latency_model import time_ns
+from prune2deploy.plan.latency_model import in_blocks, time_ns
 from prune2deploy.plan.terms import Flags, collect
 
 
@@ -62,10 +62,9 @@ class Evaluator:
         self.problem = problem
         model = problem.model
         self.limits, self.terms, self.constant = collect(problem)
-        padded = [-(-c.options // model.multiple) * model.multiple for c in problem.choices]
         self._values = [
-            np.array([c.options, p], dtype=np.float64)
-            for c, p in zip(problem.choices, padded, strict=True)
+            np.array([c.options, in_blocks(c.options, model.multiple)], dtype=np.float64)
+            for c in problem.choices
         ]
         self._locals = [self._local(g) for g in range(len(problem.choices))]
         self._blocks = _blocks_of_axes(problem)

@@ -71,7 +71,7 @@ def model_key(graph: Graph) -> str:
 
 
 class LatencyCache:
-    """An SQLite file of timings. Use as ``with LatencyCache.open(path) as cache``."""
+    """An SQLite file of timings. Use as ``with LatencyCache.open(path, context) as cache``."""
 
     def __init__(self, connection: sqlite3.Connection, context: Context) -> None:
         self._connection = connection
@@ -198,13 +198,4 @@ def _counts_text(counts: Mapping[str, int]) -> str:
 
 
 def _profile(text: str) -> tuple[OperatorTiming, ...]:
-    return tuple(
-        OperatorTiming(
-            row["name"],
-            row["kind"],
-            tuple(tuple(shape) for shape in row["input_shapes"]),
-            tuple(tuple(shape) for shape in row["output_shapes"]),
-            row["ns"],
-        )
-        for row in json.loads(text)
-    )
+    return tuple(map(OperatorTiming.from_dict, json.loads(text)))

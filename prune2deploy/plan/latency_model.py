@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,7 @@ from prune2deploy.timing import OperatorTiming
 from prune2deploy.units import NS_PER_MS, ms
 
 Array = npt.NDArray[np.float64]
+Channels = TypeVar("Channels", int, npt.NDArray[np.int64])
 
 _REACH = 0.3  # how far a residual reaches, in natural-log units of work
 _DOUBT = 0.5  # weight of "no residual" against one build at the very widths
@@ -89,7 +90,6 @@ class OperatorModel:
         seen: float array (builds, 3), natural log of the work in each build.
         residual: float array (builds,), natural log of seen time over predicted time.
         share: Fraction of the builds that contain the operator (fusion may differ).
-        matched: False when its shapes could not be explained; it then counts as constant.
     """
 
     name: str
@@ -101,7 +101,6 @@ class OperatorModel:
     seen: Array = field(default_factory=lambda: np.zeros((0, 3)))
     residual: Array = field(default_factory=lambda: np.zeros(0))
     share: float = 1.0
-    matched: bool = True
 
     @property
     def axes(self) -> frozenset[str]:
@@ -198,17 +197,6 @@ class LatencyModel:
                 high = middle
         return low
 
-    @property
-    def fixed_ms(self) -> float:
-        """Time that no width changes: constant operators, all calls, and the constant offset."""
-        calls = sum(operator.share * operator.cost[3] for operator in self.operators) / NS_PER_MS
-        return calls + max(0.0, self.offset_ms(calls))
-
-    @property
-    def fixed_share(self) -> float:
-        """``fixed_ms`` as a fraction of the full model's predicted latency."""
-        return self.fixed_ms / max(self.predict({}), _TINY)
-
     def measured(self, counts: Counts, ms: float, half_width: float = 0.0) -> LatencyModel:
         """The same model with one more whole-model measurement taken into the offset.
 
@@ -254,7 +242,12 @@ def widths(
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Size of every axis at ``counts``: as it is, and rounded up to ``multiple``."""
     raw = {name: counts.get(name, size) for name, size in sizes.items()}
-    return raw, {name: -(-size // multiple) * multiple for name, size in raw.items()}
+    return raw, {name: in_blocks(size, multiple) for name, size in raw.items()}
+
+
+def in_blocks(channels: Channels, multiple: int) -> Channels:
+    """Channels rounded up to whole blocks of ``multiple``."""
+    return -(-channels // multiple) * multiple
 
 
 def fit(
@@ -350,7 +343,6 @@ def _operator(
         cost=(0.0, 0.0, 0.0, float(np.median(times) if one.matched else times[0])),
         padded=is_convolution(one.seen.kind),
         share=one.present / builds,
-        matched=one.matched,
     )
     if not one.work.axes:
         return steady

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from prune2deploy.graph.axes import Graph, Polynomial
+from prune2deploy.graph.axes import Polynomial
 from prune2deploy.plan.choices import Floats, Ints, Problem
-from prune2deploy.plan.latency_model import OperatorModel, time_ns
-from prune2deploy.plan.work import NOTHING
+from prune2deploy.plan.latency_model import OperatorModel, time_ns, widths
+from prune2deploy.plan.work import NOTHING, total
 from prune2deploy.units import NS_PER_MS
 
 Flags = npt.NDArray[np.bool_]
@@ -81,34 +81,22 @@ def collect(problem: Problem) -> tuple[Floats, Terms, Floats]:
     """Limits, monomials, and the cost against each limit that neither choice nor block changes."""
     limits = [problem.model.operator_budget_ms(problem.budget_ms)]
     rows = [_timed(problem, number, o) for number, o in enumerate(problem.model.operators)]
-    lost = _lost(problem)
+    graph, lost = problem.graph, _lost(problem)
     if problem.max_params is not None:
         rows += [
-            _counted(problem, formula, len(limits), lost[name])
-            for name, formula in total_params(problem.graph).items()
+            _counted(problem, total(graph.tensors[name]), len(limits), lost[name])
+            for name in sorted(graph.parameters)
         ]
         limits.append(float(problem.max_params))
     if problem.max_macs is not None:
         rows += [
-            _counted(problem, layer.macs, len(limits), lost[layer.name])
-            for layer in problem.graph.layers
+            _counted(problem, layer.macs, len(limits), lost[layer.name]) for layer in graph.layers
         ]
         limits.append(float(problem.max_macs))
     where = {axis for choice in problem.choices for axis in choice.axes}
     changing = [row for row in rows if row.blocks or row.axes & where]
     steady = [row for row in rows if not (row.blocks or row.axes & where)]
     return np.array(limits), _terms(problem, changing), _constant(problem, steady, len(limits))
-
-
-def total_params(graph: Graph) -> dict[str, Polynomial]:
-    """Number of elements of every parameter by its name, as formulas."""
-    found = {}
-    for name in sorted(graph.parameters):
-        product = Polynomial.constant(1)
-        for dim in graph.tensors[name]:
-            product = product * dim
-        found[name] = product
-    return found
 
 
 def _timed(problem: Problem, number: int, operator: OperatorModel) -> _Row:
@@ -151,10 +139,10 @@ def _lost(problem: Problem) -> Mapping[str, frozenset[int]]:
 
 
 def _constant(problem: Problem, rows: Sequence[_Row], limits: int) -> Floats:
-    sizes = {axis.name: axis.size for axis in problem.graph.axes}
+    sizes = widths(problem.graph.sizes({}), {}, problem.model.multiple)
     constant = np.zeros(limits)
     for row in rows:
-        fixed = _sizes(sizes, row.padded, problem.model.multiple)
+        fixed = sizes[row.padded]
         work = np.array([float(formula(fixed)) for formula in row.formulas])
         constant[row.limit] += float(time_ns(work, row.cost, row.seen, row.residual))
     return constant
@@ -187,8 +175,7 @@ def _take_apart(problem: Problem, number: int, row: _Row, found: _Monomials) -> 
     """Add the monomials of one operator; axes without a choice are taken at their full size."""
     count = len(problem.choices) if row.padded else 0
     where = {axis: g for g, choice in enumerate(problem.choices) for axis in choice.axes}
-    sizes = {axis.name: axis.size for axis in problem.graph.axes}
-    fixed = _sizes(sizes, row.padded, problem.model.multiple)
+    fixed = widths(problem.graph.sizes({}), {}, problem.model.multiple)[row.padded]
     for part, formula in enumerate(row.formulas):
         for coefficient, axes in formula.terms:
             bound = [fixed[a] for a in axes if a not in where]
@@ -196,10 +183,6 @@ def _take_apart(problem: Problem, number: int, row: _Row, found: _Monomials) -> 
             found.coefficient.append(value)
             found.free.append([where[a] + count for a in axes if a in where])
             found.row.append(3 * number + part)
-
-
-def _sizes(sizes: dict[str, int], padded: bool, multiple: int) -> dict[str, int]:
-    return {n: -(-s // multiple) * multiple for n, s in sizes.items()} if padded else sizes
 
 
 def _fill(values: Floats, length: int, blank: float) -> Floats:

@@ -96,8 +96,10 @@ class Workshop:
         run: The run directory.
         progress: Hears of every step.
         total: Most builds there can be, for progress.
+        before: Builds of earlier sessions of the run, the baseline among them; the same.
         input_names: Names of the inputs in the ONNX file.
-        output_names: Names of the outputs in the ONNX file; empty likewise.
+        output_names: Names of the outputs in the ONNX file; empty for names made from the
+            structure of the output.
         batches: Calibration data, or ``None``.
         max_drop: Largest accuracy to lose to the precision; see ``lowering``.
     """
@@ -114,12 +116,13 @@ class Workshop:
     output_names: tuple[str, ...] = ()
     batches: Any = None
     max_drop: float | None = None
+    before: int = 0
     started: float = field(default_factory=time.monotonic)
 
     def say(self, stage: str, number: int, detail: str = "") -> None:
-        """Report progress; the remaining time extrapolates the time per build so far."""
-        spent = time.monotonic() - self.started
-        left = spent / number * max(0, self.total - number) if number else None
+        """Report progress; the remaining time extrapolates the time per build of this session."""
+        spent, done = time.monotonic() - self.started, number - self.before
+        left = spent / done * max(0, self.total - number) if done > 0 else None
         self.progress(Step(stage, number, self.total, detail, left))
 
     def engine(self, built: Built) -> Engine:

@@ -54,6 +54,8 @@ class Search:
     Attributes:
         job: What it works on.
         options: What was asked for.
+        budget: The latency to meet.
+        goal: A deadline in milliseconds, as measurements judge it; ``None`` for a speed-up.
         shop: What every build shares.
         baseline: The unpruned model, measured.
         lessons: Every build so far, and the latency model that they make.
@@ -61,6 +63,11 @@ class Search:
         notes: What a reader of the report should know.
         model: The latency model that the last plan came from; ``None`` before the first.
         curve: What other latencies were worth when it was chosen.
+        ranked: How many plans of nearly equal worth were compared by their loss.
+        scores: Axis name to one score per channel. It and those below are there after ``probe``.
+        worth: What widths are worth.
+        rank: The loss of a plan, at a build; ``None`` where losses do not decide.
+        choices: The widths to choose from.
     """
 
     def __init__(self, job: Job, options: RunOptions, shop: Workshop, baseline: Baseline) -> None:
@@ -116,8 +123,9 @@ class Search:
 
     @property
     def builds_left(self) -> int:
-        """Builds that the search may still use; recovery needs one at the end."""
-        return self.options.max_builds - int(self.job.recovers) - self.lessons.builds
+        """Builds that the search may still use; a final model may need one at the end."""
+        last = self.job.builds_again(self.shop.target.precision)
+        return self.options.max_builds - int(last) - self.lessons.builds
 
     def probe(self) -> None:
         """Build and profile random aligned plans: the latency model is learnt from them."""
@@ -219,7 +227,7 @@ class Search:
     def _expendable(self) -> tuple[str, ...]:
         """Blocks to take out of the whole model."""
         problem = self.problem()
-        losses = worth.of_blocks(self.shop, self.scores, self.worth)
+        losses = worth.of_blocks(self.shop, self.scores, self.worth, self.next)
         aimed = replace(problem, budget_ms=aim(problem.budget_ms, self._half_width()))
 
         def work() -> tuple[str, ...]:
@@ -253,7 +261,7 @@ class Search:
 
     def _worth_of(self, plan: Plan) -> float:
         if self.rank is not None:
-            return -self.rank(plan)
+            return -self.rank(plan, self.next - 1)
         axes, counts = self.shop.graph.without(plan.removed).prunable, plan.counts
         return sum(float(self.worth.curves[a.name][counts.get(a.name, a.size)]) for a in axes)
 
@@ -321,14 +329,14 @@ class Search:
 
     def _allocate(self) -> Proposal | None:
         """The best plan that was not tried; ``None`` when there is no other worth a build."""
-        problem, rank = self.problem(), self.rank
+        problem, rank, number = self.problem(), self.rank, self.next
         return planning.propose(
             PlanRequest(
                 problem,
                 aim(problem.budget_ms, self._half_width()),
                 self.lessons.tried,
                 up=any(attempt.verdict == "met" for attempt in self.standing),
-                rank=rank and (lambda counts: rank(self._plan(counts))),
+                rank=rank and (lambda counts: rank(self._plan(counts), number)),
             )
         )
 

@@ -19,7 +19,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from prune2deploy.graph.axes import Block, Graph, Polynomial
-from prune2deploy.plan.allocate import SmallestMisses, allocate
+from prune2deploy.plan.allocate import CapTooTightError, SmallestMisses, allocate
 from prune2deploy.plan.choices import Problem, Removal
 from prune2deploy.plan.latency_model import LatencyModel
 from prune2deploy.plan.work import contracts
@@ -114,8 +114,8 @@ def choose(
         seconds: Time limit of the exact method.
 
     Returns:
-        Names of blocks; all that save time where even without them the budget is predicted to be
-        missed.
+        Names of blocks; all that save time where even without those of finite loss the budget is
+        predicted to be missed, or a cap is not kept.
     """
     every = removals(problem, losses)
     able = tuple(block for block in every if math.isfinite(block.loss))
@@ -126,5 +126,5 @@ def choose(
         return allocate(
             replace(problem, blocks=able, least_removed=1), "milp", seconds=seconds
         ).removed
-    except SmallestMisses:
+    except (SmallestMisses, CapTooTightError):
         return names

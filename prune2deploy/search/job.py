@@ -47,7 +47,8 @@ class Job:
         finetune: Called with the pruned module; trains it in place or returns another.
         input_names: Names of the inputs in the ONNX file; empty for ``input``, or where there are
             several for those of the parameters of the forward pass.
-        output_names: Names of the outputs in the ONNX file; empty likewise.
+        output_names: Names of the outputs in the ONNX file; empty for names made from the
+            structure of the output.
         progress: Hears of every step.
         spelled: Gives a note with the names that options have for whoever asked for the job.
     """
@@ -63,10 +64,12 @@ class Job:
     progress: Progress = silent
     spelled: Callable[[str], str] = str
 
-    @property
-    def recovers(self) -> bool:
-        """Whether the final model gets accuracy back, so that it is a build of its own."""
-        return serves(self.batches, "bn") or self.finetune is not None
+    def builds_again(self, precision: str) -> bool:
+        """Whether the final model is a build of its own.
+
+        It gets accuracy back, or in int8 the ranges of all samples: the search takes a few.
+        """
+        return serves(self.batches, "bn") or self.finetune is not None or precision == "int8"
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ from prune2deploy.errors import ConfigError, MissingBackend
 from prune2deploy.exporting import export
 from prune2deploy.graph import keep, require_prunable, trace
 from prune2deploy.graph.calling import quiet
+from prune2deploy.journal import Journal
 from prune2deploy.measure import Measurement
 from prune2deploy.recover import Training
 from prune2deploy.search import candidate
-from prune2deploy.search.candidate import Workshop
+from prune2deploy.search.candidate import Built, Workshop
 from prune2deploy.search.job import Baseline, Job
 from prune2deploy.surgery.classes import keep_class
 
@@ -65,7 +66,14 @@ def open_workshop(
         output_names=job.output_names,
         batches=job.batches,
         max_drop=max_drop,
+        before=_before(job.run.journal),
     )
+
+
+def _before(journal: Journal) -> int:
+    """How many builds a run has behind it, the baseline among them."""
+    built = (journal.read(key, Built) for key in journal.keys if key.endswith("/build"))
+    return max((one.number + 1 for one in built), default=0)
 
 
 def _check_batch(job: Job) -> None:

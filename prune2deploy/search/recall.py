@@ -161,18 +161,19 @@ class Timings:
             with LatencyCache.open(self._path, self._here) as cache:
                 return work(cache)
         except (DamagedCacheError, ValueError, KeyError, TypeError) as error:
-            self.notes.append(_handled(self._path, self._here, error))
+            self.notes.append(self._set_aside(self._path, error))
         except ConfigError as error:
             self._path = None
             self.notes.append(f"no timings of earlier runs were used or kept: {error}")
         return otherwise
 
-
-def _handled(path: Path, here: Context, error: Exception) -> str:
-    try:
-        return set_aside(path, here)
-    except (OSError, ConfigError):
-        return f"{path}: damaged ({error}) and cannot be renamed; delete it"
+    def _set_aside(self, path: Path, error: Exception) -> str:
+        """Rename a damaged cache, or do without; returns what to tell the user."""
+        try:
+            return set_aside(path, self._here)
+        except (OSError, ConfigError):
+            self._path = None
+            return f"{path}: damaged ({error}) and cannot be renamed; delete it"
 
 
 def set_aside(path: Path, here: Context) -> str:

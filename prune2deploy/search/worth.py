@@ -2,8 +2,8 @@
 
 In: a workshop, scores of channels, data or none, and whether training follows. Out: curves for
 ``plan.choices``, and a line for the report that says where they are from. Measured losses are
-journaled one by one, and kept for other runs under a hash of weights, data and widths: they do not
-depend on the device, so another budget, or another target, does not measure them again.
+journaled one by one, and kept for other runs under a hash of the model, data and widths: they do
+not depend on the device, so another budget, or another target, does not measure them again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.nn import functional
 from prune2deploy import atomic
 from prune2deploy.calibration import Batch, Batches, are_classes, first, serves
 from prune2deploy.graph.axes import Counts
-from prune2deploy.identity import weights_digest
+from prune2deploy.identity import code_digest, weights_digest
 from prune2deploy.journal import decode, encode
 from prune2deploy.plan import sensitivity
 from prune2deploy.plan.allocate import channels
@@ -42,6 +42,7 @@ from prune2deploy.surgery.slicing import apply as apply_plan
 Scores = Mapping[str, npt.ArrayLike]
 Floats = npt.NDArray[np.float64]
 
+SCHEMA = 1  # 1: losses by weights, code, scores, data and widths
 SAMPLES = 512  # that losses are taken on, at most
 LEAST = 32  # and at least, however long it takes
 SECONDS = 600.0  # that all losses together may take before fewer samples are used
@@ -127,17 +128,23 @@ def blended(
     return {axis: rises[axis] + weight * span * free[axis] for axis in rises}
 
 
-def of_blocks(shop: Workshop, scores: Scores, worth: Worth) -> dict[str, float]:
+def of_blocks(shop: Workshop, scores: Scores, worth: Worth, build: int) -> dict[str, float]:
     """What the objective loses with each removable block, beside the worth of its axes.
 
     Where losses are measured, it is the rise of the loss without the block. Where they are not,
     its axes say all that is known. Where training follows, the axes have worth by scores and the
     rises choose blocks: scaled, so that they weigh as much in all as the axes of the blocks.
+
+    Args:
+        shop: Model, graph, data and journal of the run.
+        scores: Axis name to one score per channel.
+        worth: Of the widths.
+        build: Number of the build that it is for, which progress tells.
     """
     names = [block.name for block in depth.removable(shop.graph)]
     if not worth.data:
         return dict.fromkeys(names, 0.0)
-    rises = _rises(shop, scores, worth, names)
+    rises = _rises(shop, scores, worth, names, build)
     if worth.samples:
         return rises
     axes = {axis for name in names for axis in depth.gone(shop.graph, name)}
@@ -146,7 +153,9 @@ def of_blocks(shop: Workshop, scores: Scores, worth: Worth) -> dict[str, float]:
     return {name: rise * (whole / total if total else 1.0) for name, rise in rises.items()}
 
 
-def _rises(shop: Workshop, scores: Scores, worth: Worth, names: Sequence[str]) -> dict[str, float]:
+def _rises(
+    shop: Workshop, scores: Scores, worth: Worth, names: Sequence[str], build: int
+) -> dict[str, float]:
     """How much the loss rises without each block."""
 
     def work() -> dict[str, float]:
@@ -154,7 +163,7 @@ def _rises(shop: Workshop, scores: Scores, worth: Worth, names: Sequence[str]) -
         loss = Loss(shop, scores, _first(shop, samples))
         base, found = loss({}), {}
         for number, name in enumerate(names, start=1):
-            shop.say("measuring what blocks are worth", 0, f"{number} of {len(names)}")
+            shop.say("measuring what blocks are worth", build, f"{number} of {len(names)}")
             found[name] = max(0.0, loss.of(Plan({}, removed=(name,))) - base)
         return found
 
@@ -163,7 +172,8 @@ def _rises(shop: Workshop, scores: Scores, worth: Worth, names: Sequence[str]) -
 
 def _key(shop: Workshop, scores: Scores, offered: Sequence[Choice]) -> str:
     """Hash of everything that the losses depend on, but for how many samples there is time for."""
-    digest = hashlib.sha256(weights_digest(shop.module).encode())
+    model = (SCHEMA, weights_digest(shop.module), code_digest(shop.module))
+    digest = hashlib.sha256(json.dumps(model).encode())
     for axis in sorted(scores):
         digest.update(np.ascontiguousarray(scores[axis], dtype=np.float64).tobytes())
     for inputs, labels in _first(shop, LEAST):
@@ -174,8 +184,8 @@ def _key(shop: Workshop, scores: Scores, offered: Sequence[Choice]) -> str:
     return digest.hexdigest()
 
 
-def ranking(shop: Workshop, scores: Scores, worth: Worth) -> Callable[[Plan], float] | None:
-    """The loss of whole plans; ``None`` where losses do not decide.
+def ranking(shop: Workshop, scores: Scores, worth: Worth) -> Callable[[Plan, int], float] | None:
+    """The loss of a whole plan, at a build for progress; ``None`` where losses do not decide.
 
     Each is measured once in a run: data that comes in another order another time would tell plans
     apart in another way, and a run that goes on must repeat its decisions.
@@ -189,9 +199,9 @@ def ranking(shop: Workshop, scores: Scores, worth: Worth) -> Callable[[Plan], fl
 
     taken = itertools.count(1)
 
-    def rank(plan: Plan) -> float:
+    def rank(plan: Plan, build: int) -> float:
         def work() -> float:
-            shop.say("comparing plans of equal predicted latency", 0, f"number {next(taken)}")
+            shop.say("comparing plans of equal predicted latency", build, f"number {next(taken)}")
             return loss().of(plan)
 
         plain = hashlib.sha256(plan.to_json().encode()).hexdigest()
@@ -264,10 +274,10 @@ def _first(shop: Workshop, samples: int) -> list[Batch]:
 def _measure(
     shop: Workshop, scores: Scores, offered: Sequence[Choice], held: Path | None
 ) -> Measured:
-    """Take every loss that neither this run nor an earlier one has taken."""
+    """Take every loss that neither this run nor an earlier one has taken, for the first build."""
     journal = shop.run.journal
-    before = None if "sensitivity/samples" in journal else _read(held, offered)
-    if before is not None:
+    before = _read(held, offered)
+    if before is not None and "sensitivity/samples" not in journal:
         journal.write("sensitivity/samples", before.samples)
         for one in before.found.values():
             journal.write(f"sensitivity/{one.axes[0]}", one)
@@ -280,11 +290,11 @@ def _measure(
             offered,
             Loss(shop, scores, batches),
             known=known,
-            tell=lambda done, total: shop.say("measuring sensitivity", 0, f"{done} of {total}"),
+            tell=lambda done, total: shop.say("measuring sensitivity", 1, f"{done} of {total}"),
             keep=lambda one: journal.write(keys[one.axes[0]], one),
         )
     measured = Measured(sum(len(inputs[0]) for inputs, _ in batches), known)
-    if held is not None and not held.exists():
+    if held is not None and before is None:
         _write(held, measured)
     return measured
 

@@ -6,7 +6,6 @@ import numpy as np
 import onnx
 import pytest
 
-from prune2deploy.errors import PlanError
 from prune2deploy.plan.alignment import (
     FAMILIES,
     ROUNDS,
@@ -69,13 +68,12 @@ def test_a_probed_device_is_not_timed_again(tmp_path):
         calls.append(path)
         return times(8)[int(path.stem.split("-")[1])]
 
-    options = {"families": ("conv1x1",), "store": store}
-    first = probe_alignment(time_ns, tmp_path, tell=lambda *n: told.append(n), **options)
-    many = ROUNDS * len(WIDTHS)
+    first = probe_alignment(time_ns, tmp_path, store=store, tell=lambda *n: told.append(n))
+    many = ROUNDS * len(WIDTHS) * len(FAMILIES)
     assert len(calls) == many and told[-1] == (many, many)
-    assert probe_alignment(time_ns, tmp_path, **options) == first
+    assert probe_alignment(time_ns, tmp_path, store=store) == first
     assert len(calls) == many
-    assert first[0].step == 8
+    assert [(one.family, one.step) for one in first] == [(family, 8) for family in FAMILIES]
 
 
 def test_what_hangs_on_one_round_alone_is_told_and_not_kept(tmp_path):
@@ -85,15 +83,15 @@ def test_what_hangs_on_one_round_alone_is_told_and_not_kept(tmp_path):
 
     def time_ns(path):
         turn, place = divmod(next(calls), len(WIDTHS))
-        loaded = busy[0] and turn and place % 2
+        loaded = busy[0] and turn % ROUNDS and place % 2
         return times(16)[int(path.stem.split("-")[1])] * (1.5 if loaded else 1.0)
 
-    options = {"families": ("conv1x1",), "store": store}
-    (first,) = probe_alignment(time_ns, tmp_path, **options)
-    assert first.step == 16 and not first.sure and not store
+    first = probe_alignment(time_ns, tmp_path, store=store)
+    assert {(one.step, one.sure) for one in first} == {(16, False)} and not store
     busy[0] = False
-    (second,) = probe_alignment(time_ns, tmp_path, **options)
-    assert second.step == 16 and second.sure and set(store) == {"conv1x1"}
+    second = probe_alignment(time_ns, tmp_path, store=store)
+    assert {(one.step, one.sure) for one in second} == {(16, True)}
+    assert set(store) == set(FAMILIES)
 
 
 @pytest.mark.parametrize("step", [1, 16])
@@ -106,9 +104,4 @@ def test_what_disturbs_the_host_for_a_while_does_not_make_steps(step, begun, tmp
         loaded = next(calls) % 20 < 6
         return times(step)[int(path.stem.split("-")[1])] * (1.5 if loaded else 1.0)
 
-    assert probe_alignment(time_ns, tmp_path, families=("matmul",))[0].step == step
-
-
-def test_an_unknown_family_is_an_error(tmp_path):
-    with pytest.raises(PlanError, match="choose from conv3x3"):
-        probe_alignment(lambda _: 1.0, tmp_path, families=("conv9",))
+    assert {one.step for one in probe_alignment(time_ns, tmp_path)} == {step}

@@ -155,13 +155,6 @@ def test_operator_budget_inverts_the_prediction(graph):
     assert operators + model.offset_ms(operators) == pytest.approx(budget, rel=1e-6)
 
 
-def test_fixed_time_is_constant_operators_and_calls(graph):
-    model = fitted(graph, offset_ms=0.0)
-    truth = 0.005 + len(graph.layers) * (0.002 + 0.001)  # constant operator, and every call
-    assert model.fixed_ms == pytest.approx(truth, rel=0.4)
-    assert 0 < model.fixed_share < 1
-
-
 def test_points_of_another_model_on_the_device_replace_probes(graph):
     made = builds(graph, [{}, *probes(graph, 4, multiple=16)])
     known = points_of(graph, made, multiple=16)

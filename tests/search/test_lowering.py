@@ -145,8 +145,9 @@ def test_an_fp16_run_on_ort_measures_and_ships_half_precision(net, profile, tmp_
     assert [line["border"] for line in told["parity"]][1] == "fp32 ONNX and fp16 ONNX"
 
 
+@pytest.mark.parametrize("purposes", [calibration.PURPOSES, ("int8", "evaluate")])
 def test_ranges_come_from_all_samples_only_for_what_is_compared_or_shipped(
-    net, profile, tmp_path, batches, monkeypatch
+    net, profile, tmp_path, batches, monkeypatch, purposes
 ):
     seen = []
     real = lowering.lower
@@ -157,8 +158,9 @@ def test_ranges_come_from_all_samples_only_for_what_is_compared_or_shipped(
         return made
 
     monkeypatch.setattr(lowering, "lower", noting)
+    batches = replace(batches, purposes=purposes)
     result = run(net, profile(), tmp_path / "r", precision="int8", batches=batches)
-    assert result.met
+    assert result.met and len(seen) - 1 == result.report.builds <= 8
     assert seen[0] == (False, 24), "the unpruned model"
     assert seen[-1] == (False, 24), "the model that is shipped"
     assert len(seen) > 2

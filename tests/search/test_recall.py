@@ -124,6 +124,17 @@ def test_a_damaged_cache_is_renamed_and_said_so(run, place):
     assert (place / f"{FILE}.damaged-2").exists()
 
 
+def test_a_damaged_cache_that_cannot_be_renamed_is_told_once_and_left_alone(tmp_path):
+    path = tmp_path / FILE
+    path.write_bytes(b"garbage" * 500)
+    path.with_suffix(".lock").mkdir()
+    timings = Timings(tmp_path, HERE)
+    for _ in range(3):
+        assert timings.points(["Conv(*)"], 1) == () and timings.staircase("conv1x1") is None
+    assert len(timings.notes) == 1 and timings.notes[0].endswith("cannot be renamed; delete it")
+    assert not timings.kept and path.read_bytes().startswith(b"garbage")
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
 def test_a_folder_that_cannot_be_written_is_no_obstacle(run, place):
     place.mkdir()

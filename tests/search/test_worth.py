@@ -41,6 +41,13 @@ class Branches(nn.Module):
         return self.head(made.relu().mean((2, 3)))
 
 
+class Squared(Branches):
+    """The same layers under another forward pass."""
+
+    def forward(self, x):
+        return super().forward(x) ** 2
+
+
 @pytest.fixture
 def target(tmp_path):
     path = tmp_path / "formula.toml"
@@ -54,13 +61,13 @@ def batches():
     return [((torch.randn(16, 3, 12, 12),), None) for _ in range(3)]
 
 
-def run(target, folder, batches, **more):
+def run(target, folder, batches, kind=Branches, **more):
     torch.manual_seed(0)
     more = {"speedup": 1.6, "probes": 3, **more}
     more.pop("probes")
     example = torch.randn(1, 3, 12, 12)
     return prune2deploy.prune_to_budget(
-        Branches().eval(), example, target=target, run_dir=folder, batches=batches, **more
+        kind().eval(), example, target=target, run_dir=folder, batches=batches, **more
     )
 
 
@@ -125,7 +132,10 @@ def test_losses_are_not_measured_again(target, tmp_path, batches, monkeypatch):
     (held,) = (tmp_path / "cache/sensitivity").iterdir()
     held.write_text("{broken")
     run(target, tmp_path / "c", batches, speedup=2.0)
-    assert second < len(calls)
+    assert second < len(calls) and json.loads(held.read_text())["samples"] == 48
+    calls.clear()
+    run(target, tmp_path / "e", batches, speedup=2.0, kind=Squared)
+    assert calls  # other code under the same weights
     calls.clear()
     run(target, tmp_path / "d", [((b[0] + 1,), None) for b, _ in batches], speedup=2.0)
     assert calls  # other data
@@ -264,7 +274,7 @@ def test_a_block_without_which_nothing_is_a_number_is_the_last_to_go(tmp_path, l
         batches=[((torch.randn(8, 3, 4, 4),), labels)],
         say=lambda *_: None,
     )
-    lost = worth.of_blocks(shop, {}, worth.Worth({}, "", samples=8, data=True))
+    lost = worth.of_blocks(shop, {}, worth.Worth({}, "", samples=8, data=True), 4)
     assert lost["one"] == np.inf and 0 <= lost["two"] < np.inf
 
 
@@ -294,7 +304,7 @@ def test_a_plan_keeps_its_loss_when_a_run_goes_on_with_data_in_another_order(tmp
             say=lambda *_: None,
         )
         rank = worth.ranking(shop, {}, worth.Worth({}, "", samples=8, data=True))
-        return [rank(plan) for plan in plans]
+        return [rank(plan, 4) for plan in plans]
 
     first = losses()
     assert first[0] != first[1] and losses() == first
@@ -308,7 +318,7 @@ def test_what_is_lost_with_a_block_beside_the_worth_of_its_axes(tmp_path):
     curves = trained_curves(graph, {a.name: np.ones(a.size) for a in graph.prunable})
 
     def lost(**facts):
-        return worth.of_blocks(shop, {}, worth.Worth(curves, "", **facts))
+        return worth.of_blocks(shop, {}, worth.Worth(curves, "", **facts), 4)
 
     assert lost() == {"one": 0.0, "two": 0.0}
     assert lost(samples=4, data=True) == {"one": 1.0, "two": 3.0}
