@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prune2deploy.api import Extras, Result, load_pruned, prune, prune_to_budget, trace
+    from prune2deploy.api import Result, load_pruned, prune, prune_to_budget, trace
     from prune2deploy.errors import (
         BackendError,
         BuildError,
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         PruneError,
         TraceError,
     )
+    from prune2deploy.extras import Extras
     from prune2deploy.graph.axes import Axis, Graph
     from prune2deploy.plan.plan import Plan
 
@@ -55,7 +56,7 @@ __all__ = [
 
 _HOME = {
     "Axis": "prune2deploy.graph.axes",
-    "Extras": "prune2deploy.api",
+    "Extras": "prune2deploy.extras",
     "Graph": "prune2deploy.graph.axes",
     "Plan": "prune2deploy.plan.plan",
     "Result": "prune2deploy.api",

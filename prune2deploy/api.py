@@ -7,12 +7,11 @@ from several threads wait for one another.
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +20,10 @@ from typing_extensions import Unpack
 from prune2deploy import config, loop, summary
 from prune2deploy import target as targets
 from prune2deploy.calibration import given_batches
-from prune2deploy.config import Budget, ModelOptions, RunOptions
+from prune2deploy.config import RunOptions
 from prune2deploy.errors import ConfigError
+from prune2deploy.extras import Extras, Kept, flag, names
+from prune2deploy.extras import options as run_options
 from prune2deploy.graph import Graph, require_prunable
 from prune2deploy.graph import keep as keep_layers
 from prune2deploy.graph import trace as trace_graph
@@ -36,10 +37,11 @@ from prune2deploy.naming import in_python, spelled
 from prune2deploy.plan.allocate import channels
 from prune2deploy.plan.choices import importance_curves
 from prune2deploy.plan.plan import Plan
-from prune2deploy.progress import Progress, silent
+from prune2deploy.progress import silent
 from prune2deploy.report.content import RunReport
 from prune2deploy.rundir import RunDir, run_folder
 from prune2deploy.search.job import Job
+from prune2deploy.surgery.classes import keep_class as hold_class
 from prune2deploy.surgery.copying import copied
 from prune2deploy.surgery.slicing import apply as apply_plan
 from prune2deploy.sweep import uniform_counts
@@ -80,53 +82,6 @@ class Result:
     run_dir: Path
 
 
-class Extras(TypedDict, total=False):
-    """Less common settings of :func:`prune_to_budget`.
-
-    Attributes:
-        importance: Name of the criterion that chooses channels (``l2``).
-        precision: ``fp32``, ``fp16`` or ``int8``; the target's unless given.
-        batches: Calibration data: a DataLoader or a list of (inputs, labels or None), inputs one
-            tensor or a tuple of them.
-        percentile: That ``budget_ms`` is for: 50, 95 or 99.
-        max_builds: Engine builds allowed besides the baseline (8).
-        max_drop: Largest top-1 accuracy that ``fp16`` or ``int8`` may cost, as a fraction; needs
-            ``batches`` with labels.
-        max_size_mb: Cap on the size of the weights, in megabytes.
-        max_macs: Cap on the multiply-accumulates of one inference.
-        max_pruning_ratio: Largest fraction of its channels that any layer loses; no block
-            goes then.
-        keep: Names or patterns of layers whose outputs keep all their channels.
-        input_names: Names of the inputs in the ONNX file; ``input`` unless given, or where there
-            are several the names of the forward pass.
-        output_names: Names of its outputs; made from the structure of the output unless given.
-        cache: Use timings of earlier runs on the device, and keep those of this one (True).
-        seed: Of random plans (0).
-        run_dir: Where to write; ``runs/...`` in the working folder unless given.
-        resume: Go on with the run that ``run_dir`` holds; without it, with the newest of the same
-            model, data and settings in ``runs``.
-        progress: Hears of every step.
-    """
-
-    importance: str
-    precision: str | None
-    batches: Any
-    percentile: int
-    max_builds: int
-    max_drop: float | None
-    max_size_mb: float | None
-    max_macs: int | None
-    max_pruning_ratio: float | None
-    keep: Sequence[str] | None
-    input_names: Sequence[str] | None
-    output_names: Sequence[str] | None
-    cache: bool
-    seed: int
-    run_dir: Path | str | None
-    resume: bool
-    progress: Progress | None
-
-
 @_entry()
 def trace(model: nn.Module, example_inputs: Any) -> Graph:
     """Find the axes of a model: sets of coupled channels that live and die together.
@@ -152,7 +107,7 @@ def prune(
     ratio: float = 0.5,
     importance: str = RunOptions.importance,
     channel_multiple: int = 1,
-    keep: Sequence[str] | None = None,
+    **kept: Unpack[Kept],
 ) -> nn.Module:
     """Remove the same fraction of every axis that can be pruned.
 
@@ -162,8 +117,7 @@ def prune(
         ratio: Fraction of the channels to remove, from 0 up to but not including 1.
         importance: Criterion that chooses the channels; one that needs no data.
         channel_multiple: Kept widths are multiples of this (rounded to the nearest, at least one).
-        keep: Names or patterns of layers (``"layer1"``, ``"*.qkv"``) whose outputs keep all their
-            channels.
+        kept: What is not to change, see :class:`Kept`.
 
     Returns:
         A new, smaller module.
@@ -183,7 +137,12 @@ def prune(
             f"{', '.join(DATA_FREE)}, or use prune_to_budget(..., batches=...)"
         )
     _require_there(unwrap(model))
-    graph = keep_layers(trace_graph(model, example_inputs), _names("keep", keep))
+    for key in kept:
+        config.one_of("prune", key, Kept.__annotations__)
+    flag("keep_class", kept.get("keep_class", False))
+    graph = keep_layers(trace_graph(model, example_inputs), names("keep", kept.get("keep")))
+    if kept.get("keep_class"):
+        graph = hold_class(model, graph, example_inputs)
     require_prunable(graph)
     scores = score(importance, model, graph)
     curves = importance_curves(graph, scores)
@@ -253,11 +212,11 @@ def prune_to_budget(
     """
     inputs = _inputs(model, example_inputs, finetune)
     name = type(model).__name__
-    options = _options(name, str(target), (budget_ms, speedup), extras)
+    options = run_options(name, str(target), (budget_ms, speedup), extras)
     profile = targets.load(target)
     batches, resume = given_batches(extras.get("batches")), extras.get("resume", False)
-    input_names = _names("input_names", extras.get("input_names"))
-    output_names = _names("output_names", extras.get("output_names"))
+    input_names = names("input_names", extras.get("input_names"))
+    output_names = names("output_names", extras.get("output_names"))
     identity = {
         **options.identity(),
         "profile": profile.sha256,
@@ -330,54 +289,6 @@ def _require_there(model: nn.Module) -> None:
             raise ConfigError(
                 f"model: found {name} on the device 'meta', expected weights with values; load them"
             )
-
-
-def _check_kinds(extras: Extras) -> None:
-    """Raise ConfigError at an unknown setting, or one of the wrong type."""
-    for key in extras:
-        config.one_of("prune_to_budget", key, Extras.__annotations__)
-    flags = {"cache": extras.get("cache", True), "resume": extras.get("resume", False)}
-    for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise ConfigError(f"{name}: found {value!r}, expected True or False")
-    place, progress = extras.get("run_dir"), extras.get("progress")
-    if not isinstance(place, str | os.PathLike | None):
-        raise ConfigError(f"run_dir: found {place!r}, expected the path of a folder")
-    if progress is not None and not callable(progress):
-        raise ConfigError(f"progress: found {progress!r}, expected a function that takes a Step")
-
-
-def _names(what: str, given: Sequence[str] | None) -> tuple[str, ...]:
-    """Names that the caller gave; a lone string is one name, not its letters."""
-    names = (given,) if isinstance(given, str) else given or ()
-    if not isinstance(names, Iterable) or not all(isinstance(name, str) for name in names):
-        raise ConfigError(f"{what}: found {names!r}, expected names as text")
-    return tuple(names)
-
-
-def _options(
-    name: str, target: str, budget: tuple[float | None, float | None], extras: Extras
-) -> RunOptions:
-    _check_kinds(extras)
-    return RunOptions(
-        Budget(*budget, extras.get("percentile", 50)),
-        target,
-        ModelOptions(
-            name,
-            precision=extras.get("precision"),
-            seed=extras.get("seed", 0),
-            keep=_names("keep", extras.get("keep")),
-        ),
-        importance=config.one_of(
-            "importance", extras.get("importance", RunOptions.importance), NAMES
-        ),
-        max_builds=extras.get("max_builds", RunOptions.max_builds),
-        max_drop=extras.get("max_drop"),
-        cache=extras.get("cache", True),
-        max_size_mb=extras.get("max_size_mb"),
-        max_macs=extras.get("max_macs"),
-        max_pruning_ratio=extras.get("max_pruning_ratio"),
-    )
 
 
 def carry_out(job: Job, options: RunOptions, name: str) -> Result:

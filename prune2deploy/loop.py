@@ -29,7 +29,7 @@ from prune2deploy.errors import ConfigError
 from prune2deploy.plan.allocate import Gap, optimality_gap
 from prune2deploy.plan.plan import Plan
 from prune2deploy.rundir import WORK, RunDir
-from prune2deploy.search import accuracy, candidate, payoff
+from prune2deploy.search import accuracy, candidate, payoff, saving
 from prune2deploy.search.candidate import Built
 from prune2deploy.search.cycle import Search
 from prune2deploy.search.job import Attempt, Job, Outcome, best, bounded
@@ -181,7 +181,7 @@ def _recovered(
     else:
         shop.say("recovering accuracy", number)
         module, told = recovered(search.job, shop.graph, plan, module, trains=trains)
-        candidate.save_weights(shop.run, module, name)
+        saving.save_weights(shop.run, module, name)
         shop.run.journal.write(key, Told(told))
     search.notes += shop.run.journal.read(key, Told).notes
     built = candidate.build_module(shop, number, plan, module.eval())

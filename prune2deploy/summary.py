@@ -32,7 +32,7 @@ from prune2deploy.report.content import (
     RunReport,
 )
 from prune2deploy.rundir import MANIFEST, RunDir
-from prune2deploy.search import candidate
+from prune2deploy.search import candidate, saving
 from prune2deploy.search.candidate import Built
 from prune2deploy.search.job import Attempt, Job, Outcome
 from prune2deploy.units import ms
@@ -62,7 +62,7 @@ def finish(job: Job, outcome: Outcome, seconds: float, name: str) -> RunReport:
     _keep_engine(run, PurePath(final.built.engine))
     run.write_text("plan.json", final.built.plan.to_json() + "\n")
     run.write_text("target.toml", outcome.target.text)
-    trouble = candidate.save_module(run, outcome.module, job.example_inputs)
+    trouble = saving.save_module(run, outcome.module, job.example_inputs)
     report = describe(outcome, seconds, name, (trouble,) if trouble else ())
     report = replace(report, notes=tuple(map(job.spelled, report.notes)))
     write.write(report, run)

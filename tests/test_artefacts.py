@@ -24,7 +24,7 @@ from prune2deploy.measure import samples
 from prune2deploy.progress import silent
 from prune2deploy.report import write
 from prune2deploy.rundir import RunDir, read_manifest
-from prune2deploy.search import candidate
+from prune2deploy.search import saving
 
 from .formula import formula_profile
 
@@ -142,7 +142,7 @@ def test_a_disk_that_fills_up_while_torch_writes_is_told_as_that(tmp_path, full_
     module, x = nn.Linear(200, 200), (torch.randn(1, 200),)
     with RunDir(tmp_path, {}) as held, full_disk():
         with pytest.raises(ConfigError, match=r"weights\.pt: the disk is full"):
-            candidate.save_weights(held, module, "weights.pt")
+            saving.save_weights(held, module, "weights.pt")
         with (
             pytest.raises(ConfigError, match=r"model\.pt2: the disk is full"),
             held.place("model.pt2") as path,

@@ -40,7 +40,17 @@ ORDER = [
     {"search"},
     {"loop", "sweep", "summary", "inspection", "listing"},
     {"pruning"},
-    {"naming", "api", "arguments", "cli", "commands", "file_commands", "reply", "console"},
+    {
+        "naming",
+        "extras",
+        "api",
+        "arguments",
+        "cli",
+        "commands",
+        "file_commands",
+        "reply",
+        "console",
+    },
     {"__init__", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

@@ -6,7 +6,6 @@ keeps. Each finished part is journaled, so a run that was stopped takes up the n
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,6 @@ from prune2deploy import measure
 from prune2deploy.backends.base import Backend, Engine, TensorSpec
 from prune2deploy.backends.feeds import keep_example
 from prune2deploy.calibration import filled, serves
-from prune2deploy.errors import ExportError
 from prune2deploy.exporting import companions, export, keeping, parity, program, simplify
 from prune2deploy.exporting.parity import Parity
 from prune2deploy.graph.axes import Graph
@@ -375,29 +373,3 @@ def _random_samples(shop: Workshop, path: Path) -> Sequence[Mapping[str, Any]]:
     """One random input of a file that the model takes, as far as the example tells."""
     example = parity.as_sample(shop.example_inputs, shop.input_names)
     return parity.random_samples(path, like=example)
-
-
-def save_weights(run: RunDir, module: nn.Module, name: str) -> None:
-    """Save the state dict of a module; given a file, torch hides why it cannot be written."""
-    data = io.BytesIO()
-    torch.save(module.state_dict(), data)
-    with run.place(name) as path:
-        path.write_bytes(data.getbuffer())
-
-
-def save_module(run: RunDir, module: nn.Module, example_inputs: tuple[Tensor, ...]) -> str:
-    """Save the pruned module loadable with its code (``weights.pt``) and without (``.pt2``).
-
-    Returns:
-        Why ``model.pt2`` could not be written, or an empty text.
-    """
-    save_weights(run, module, "weights.pt")
-    try:
-        with run.place("model.pt2") as path:
-            program.save(module, example_inputs, path)
-    except ExportError as error:
-        return (
-            f"model.pt2 is missing because {error}; "
-            "load it with its own code from weights.pt and plan.json"
-        )
-    return ""

@@ -1,13 +1,19 @@
 """What stays of its class: the widths that its code cannot follow are held, and no others."""
 
+import pytest
 import torch
 from torch import fx, nn
 
+import prune2deploy
+from prune2deploy import cli
+from prune2deploy.errors import ConfigError
 from prune2deploy.graph import trace
 from prune2deploy.plan.plan import Plan
 from prune2deploy.plan.probes import probes
 from prune2deploy.surgery.classes import HELD, keep_class
 from prune2deploy.surgery.slicing import apply
+
+from ..formula import formula_profile
 
 
 class Mixing(nn.Module):
@@ -90,3 +96,34 @@ def test_nothing_is_held_where_the_code_follows():
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 6, 1)).eval()
     graph = trace(net, torch.randn(1, 3, 8, 8))
     assert keep_class(net, graph).axes == graph.axes
+
+
+def test_prune_and_a_run_keep_the_class_where_asked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "device.toml").write_text(formula_profile())
+    torch.manual_seed(0)
+    net, x = Net().eval(), torch.randn(1, 3, 6, 6)
+    assert isinstance(prune2deploy.prune(net, x, 0.5), fx.GraphModule)
+    half = prune2deploy.prune(net, x, 0.5, keep_class=True, keep=["head.0"])
+    assert type(half) is Net and half.stem[0].out_channels == 12
+    assert half.head[0].out_channels == 32
+    result = prune2deploy.prune_to_budget(
+        net, x, target="device.toml", speedup=1.2, keep_class=True
+    )
+    assert type(result.module) is Net
+    assert "keep_class" in (result.run_dir / "journal.jsonl").read_text("utf-8")
+    with pytest.raises(ConfigError, match="keep_class: found 'yes', expected True or False"):
+        prune2deploy.prune(net, x, keep_class="yes")
+
+
+def test_inspect_says_what_the_code_holds(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "tied_net.py").write_text(
+        f"from {__name__} import Net\nimport torch\n"
+        "def make():\n    return Net().eval(), (torch.randn(1, 3, 6, 6),)\n"
+    )
+    call = ["inspect", "--model", "tied_net:make"]
+    assert cli.run([*call, "--keep-class"]) == 0
+    assert capsys.readouterr().out.count(HELD) == 3
+    assert cli.run(call) == 0
+    assert HELD not in capsys.readouterr().out

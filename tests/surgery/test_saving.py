@@ -12,7 +12,7 @@ from prune2deploy.graph import trace
 from prune2deploy.models import load
 from prune2deploy.plan.plan import Plan
 from prune2deploy.rundir import RunDir
-from prune2deploy.search import candidate
+from prune2deploy.search import saving
 from prune2deploy.surgery.slicing import apply
 
 from .test_slicing import Embedded
@@ -35,7 +35,7 @@ def saved(request, tmp_path):
     plan = Plan({a.name: tuple(range(1, a.size, 2)) for a in graph.prunable})
     pruned = apply(model, graph, plan)
     with RunDir(tmp_path / "run", {"model": request.param}, resume=False) as run:
-        assert candidate.save_module(run, pruned, (X,)) == ""
+        assert saving.save_module(run, pruned, (X,)) == ""
         run.write_text("plan.json", plan.to_json())
     return MODELS[request.param], pruned.eval(), tmp_path / "run"
 
