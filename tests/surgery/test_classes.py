@@ -111,7 +111,6 @@ def test_prune_and_a_run_keep_the_class_where_asked(tmp_path, monkeypatch):
         net, x, target="device.toml", speedup=1.2, keep_class=True
     )
     assert type(result.module) is Net
-    assert "keep_class" in (result.run_dir / "journal.jsonl").read_text("utf-8")
     with pytest.raises(ConfigError, match="keep_class: found 'yes', expected True or False"):
         prune2deploy.prune(net, x, keep_class="yes")
 
