@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prune2deploy import config, file_commands
+from prune2deploy import atomic, config, file_commands
 from prune2deploy.config import Budget, ModelOptions, RunOptions, SweepOptions
 from prune2deploy.progress import Progress, tell
 from prune2deploy.reply import Reply, refuse, shown
@@ -106,8 +106,7 @@ def report(arguments: argparse.Namespace, progress: Progress) -> Reply:
     found = write.comparable(paths)
     if arguments.out is not None:
         with writing(arguments.out):
-            arguments.out.mkdir(parents=True, exist_ok=True)
-            (arguments.out / "compare.html").write_text(html.compare_page(found), "utf-8")
+            atomic.write_text(arguments.out / "compare.html", html.compare_page(found))
     return Reply(text.compare_text(found), {name: encode(one) for name, one in found})
 
 

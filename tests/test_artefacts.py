@@ -1,7 +1,11 @@
 """What a run leaves: files that stand alone and agree with one another, or that are not there."""
 
 import contextlib
+import os
 import resource
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -10,9 +14,13 @@ import torch
 from torch import nn
 
 import prune2deploy
-from prune2deploy import summary
+from prune2deploy import commands, summary
+from prune2deploy.backends import onnx_file
 from prune2deploy.errors import ConfigError, ExportError
 from prune2deploy.exporting import export, program
+from prune2deploy.measure import samples
+from prune2deploy.progress import silent
+from prune2deploy.report import write
 from prune2deploy.rundir import RunDir, read_manifest
 from prune2deploy.search import candidate
 
@@ -79,14 +87,15 @@ class Kill(BaseException):
     """What ends the process."""
 
 
+def end(*_, **__):
+    raise Kill
+
+
 def test_a_second_session_that_ends_half_way_leaves_no_verdict_beside_its_files(
     run, tmp_path, monkeypatch
 ):
     few = run(speedup=2.0, max_builds=1)
     assert few.verdict == "missed" and (tmp_path / "r/manifest.json").exists()
-
-    def end(*_):
-        raise Kill
 
     with monkeypatch.context() as patch:
         patch.setattr(summary.write, "write", end)
@@ -146,3 +155,43 @@ def test_a_disk_that_fills_up_anywhere_in_a_run_is_told_with_its_folder(run, tmp
         held.journal.write("step", "x" * 200_000)
     with pytest.raises(ConfigError, match=rf"{tmp_path}/r\S*: the disk is full"), full_disk():
         run(speedup=1.5)
+
+
+def test_what_a_kill_leaves_half_written_is_removed_by_the_next_session(tmp_path, monkeypatch):
+    with RunDir(tmp_path / "r", {}) as held:
+        held.journal.write("step", 1)
+        before = sorted(held.path.iterdir())
+    source = tmp_path / "net.onnx"
+    source.write_bytes(b"whole")
+    none = np.zeros((0, 6), dtype=np.int64)
+    taken = samples.Samples(none, none, none, none, none, {})
+
+    def half(_, part):
+        part.write_bytes(b"who")
+        raise Kill
+
+    works = (
+        lambda: samples.save(taken, tmp_path / "r/raw.npz"),
+        lambda: onnx_file.place_file(source, tmp_path / "r"),
+    )
+    for work in works:
+        with monkeypatch.context() as patch:
+            patch.setattr(np, "savez_compressed", end)
+            patch.setattr(shutil, "copyfile", half)
+            for owner, name in ((shutil, "rmtree"), (Path, "unlink")):
+                patch.setattr(owner, name, lambda *_, **__: None)  # nothing runs after a kill
+            with pytest.raises(Kill):
+                work()
+    assert len(list((tmp_path / "r").iterdir())) == len(before) + 2
+    with RunDir(tmp_path / "r", {}, resume=True) as held:
+        assert sorted(held.path.iterdir()) == before
+
+
+def test_a_comparison_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    (tmp_path / "compare.html").write_text("an earlier one")
+    monkeypatch.setattr(write, "comparable", lambda paths: [])
+    monkeypatch.setattr(os, "fsync", end)
+    arguments = SimpleNamespace(runs=[Path("a"), Path("b")], out=tmp_path)
+    with pytest.raises(Kill):
+        commands.report(arguments, silent)
+    assert (tmp_path / "compare.html").read_text() == "an earlier one"

@@ -5,7 +5,6 @@ In: a path. Out: plain values. ``onnx`` is imported inside the functions.
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from prune2deploy.atomic import replacing
 from prune2deploy.backends.base import TensorSpec
 from prune2deploy.errors import BuildError, ConfigError
 from prune2deploy.exporting.companions import companions
@@ -76,22 +76,13 @@ def place_file(path: Path, out: Path) -> Path:
     """
     copy = out / path.name
     try:
-        out.mkdir(parents=True, exist_ok=True)
         if copy.exists() and copy.samefile(path):
             return copy
-        _copy(path, copy)
+        with replacing(copy) as temporary:
+            shutil.copyfile(path, temporary)
     except OSError as error:
         raise BuildError(f"{out}: the engine cannot be written there: {error}") from error
     return copy
-
-
-def _copy(source: Path, target: Path) -> None:
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
-    try:
-        shutil.copyfile(source, part)
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def signature(path: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:

@@ -6,7 +6,6 @@ History of the format: 1, the arrays and notes of ``Samples``.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from prune2deploy.atomic import replacing
 from prune2deploy.errors import ConfigError, MeasureError
 
 SCHEMA = 1
@@ -57,19 +57,14 @@ def save(samples: Samples, path: Path) -> None:
     """
     arrays = {name: getattr(samples, name) for name in _ARRAYS}
     notes = json.dumps({"schema": SCHEMA, **samples.notes})
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
+        with replacing(path) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, notes=np.array(notes), **arrays)
-        part.replace(path)
     except OSError as error:
         raise ConfigError(
             f"{path}: the raw samples cannot be written ({error.strerror or error}); free some "
             "space, or choose another folder with --out (run and sweep go on with --resume)"
         ) from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def load(path: Path) -> Samples:

@@ -2,7 +2,7 @@ import dataclasses
 import importlib
 import itertools
 import json
-import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -269,12 +269,18 @@ def test_what_the_host_takes_beyond_the_device_counts(make_target):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
-def test_samples_that_do_not_fit_on_the_disk_are_told_as_that(tmp_path):
+def test_samples_that_do_not_fit_on_the_disk_are_told_as_that(tmp_path, monkeypatch):
     """In the measuring process too, where they would look like a crash of the runtime."""
     runs = np.arange(3000).reshape(-1, 3)
     samples = raw.Samples(runs, runs, runs, np.arange(1000), np.zeros((1000, 6), dtype=int), {})
-    part = tmp_path / f"samples.npz.{os.getpid()}.part"
-    part.symlink_to("/dev/full")
+    real = tempfile.mkdtemp
+
+    def full(**where):
+        folder = real(**where)
+        (Path(folder) / "samples.npz").symlink_to("/dev/full")
+        return folder
+
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
     with pytest.raises(
         ConfigError, match=r"samples\.npz: the raw samples cannot be written \(No sp"
     ):
