@@ -160,7 +160,7 @@ class RunDir:
         return manifest
 
     def clear_work(self) -> None:
-        """Remove the working files; called once the manifest is written."""
+        """Remove the working files; called once all else is written."""
         _remove(self.path / WORK)
 
 

@@ -50,7 +50,8 @@ def sweep(job: Job, options: SweepOptions, name: str) -> SweepReport:
     """
     job.run.journal.open_session()
     shop = opening.open_workshop(job, options.model, len(options.ratios))
-    multiple, _ = probing.settle(shop, recall.timings(shop.target, shop.backend))
+    timings = recall.timings(shop.target, shop.backend)
+    multiple, _ = probing.settle(shop, timings)
     scores = score(options.importance, job.module, shop.graph, job.batches)
     curves = importance_curves(shop.graph, scores)
     baseline = candidate.baseline(shop)
@@ -63,18 +64,20 @@ def sweep(job: Job, options: SweepOptions, name: str) -> SweepReport:
             built = candidate.build(shop, number, "ratio", plan) if plan.kept else baseline
             seen[same] = (built, candidate.compare(shop, built, baseline))
         points.append(_point(ratio, *seen[same]))
-    last = next(iter(seen.values()))[1]
+    first = next(iter(seen.values()))[1]
+    told = [note for built in (baseline, *(b for b, _ in seen.values())) for note in built.notes]
     report = SweepReport(
         model=name,
         target=shop.target.name,
         channel_multiple=multiple,
-        baseline_ms=last.reference.p50_ms,
+        baseline_ms=first.reference.p50_ms,
         points=tuple(points),
-        environment=summary.environment(shop.target, last.fingerprint),
-        notes=(*notices(job.batches), *baseline.notes),
+        environment=summary.environment(shop.target, first.fingerprint),
+        notes=tuple(dict.fromkeys((*notices(job.batches), *timings.notes, *told))),
     )
     summary.keep(job.run, baseline.onnx, "baseline.onnx")
     write.write(report, job.run)
+    job.run.clear_work()
     return report
 
 

@@ -25,6 +25,7 @@ from prune2deploy.config import (
 )
 from prune2deploy.errors import ConfigError
 from prune2deploy.progress import Step
+from prune2deploy.search import candidate
 
 from .formula import formula_profile
 
@@ -141,6 +142,26 @@ def test_sweep_inspect_build_and_measure(place):
     assert json.loads(alone.stdout)["latency"]["p50_ms"] == pytest.approx(points[0]["p50_ms"])
     pair = command("measure", onnx, *SMALL[2:], "--against", onnx, cwd=place)
     assert "ratio 1.0000" in pair.stdout
+
+
+def test_a_sweep_tells_every_note_leaves_no_working_files_and_goes_on(place, monkeypatch, capfd):
+    (place / "formula.toml").write_text(formula_profile(channel_multiple=None))
+    monkeypatch.setenv("PRUNE2DEPLOY_CACHE", str(place / "net.py"))  # no folder
+    real = candidate.build
+
+    def noted(shop, number, *rest):
+        return replace(real(shop, number, *rest), notes=("of all", f"of {number}"))
+
+    monkeypatch.setattr(candidate, "build", noted)
+    seen = []
+    for again in ((), ("--resume",)):
+        given = ("sweep", *SMALL, "--ratios", "0:0.5:0.25", "--out", "s", "--json", *again)
+        assert cli.run(given) == 0, capfd.readouterr().err
+        seen.append(json.loads(capfd.readouterr().out))
+        assert not (place / "s/builds").exists() and (place / "s/baseline.onnx").exists()
+    assert seen[0]["points"] == seen[1]["points"]
+    assert "no timings of earlier runs were used" in seen[0]["notes"][0]
+    assert seen[0]["notes"][1:] == ["of all", "of 0", "of 2", "of 3"] == seen[1]["notes"]
 
 
 def test_a_file_with_free_dimensions_is_measured_at_the_shape_that_is_asked_for(place):
