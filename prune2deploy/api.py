@@ -213,7 +213,7 @@ def load_pruned(model: nn.Module, example_inputs: Any, run_dir: Path | str) -> n
     if not file.is_file():
         raise ConfigError(f"no file {str(file)!r} found; expected a run directory with a plan")
     graph = trace_graph(model, example_inputs)
-    pruned = apply_plan(model, graph, Plan.from_json(file.read_text("utf-8")), example_inputs)
+    pruned = apply_plan(model, graph, Plan.from_json(file.read_bytes()), example_inputs)
     load_weights(pruned, file.with_name("weights.pt"))
     return pruned.eval()
 

@@ -169,10 +169,14 @@ def test_json_comes_back_equal(report):
     assert from_json(to_json(report), Path("x")) == report
 
 
-@pytest.mark.parametrize("bad", ["", "[]", "{}", '{"kind": "run", "schema": 1}'])
-def test_text_that_is_no_report_is_refused(bad):
-    with pytest.raises(ConfigError, match="not a report"):
-        from_json(bad, Path("x"))
+BAD = (b"", b"[]", b"{}", b'{"kind": "run", "schema": 1}', b"\xff\xfe{")
+
+
+@pytest.mark.parametrize("bad", [*BAD, b'{"kind": "run", "schema": 1, "baseline": []}'])
+def test_what_is_no_report_is_refused(tmp_path, bad):
+    (tmp_path / "report.json").write_bytes(bad)
+    with pytest.raises(ConfigError, match=r"report\.json: not a report"):
+        write.load(tmp_path)
 
 
 def test_csv_holds_the_numbers_unrounded():

@@ -75,7 +75,7 @@ class Plan:
         return json.dumps({"schema": SCHEMA, "kept": kept, "removed": list(self.removed)})
 
     @staticmethod
-    def from_json(text: str) -> Plan:
+    def from_json(text: str | bytes) -> Plan:
         """Read what ``to_json`` wrote; raises PlanError on anything else."""
         try:
             data = json.loads(text)

@@ -251,7 +251,7 @@ def to_json(report: RunReport | SweepReport) -> str:
     return json.dumps(encode(report), indent=2) + "\n"
 
 
-def from_json(text: str, source: Path) -> RunReport | SweepReport:
+def from_json(text: str | bytes, source: Path) -> RunReport | SweepReport:
     """Read what :func:`to_json` wrote; ``source`` is named when it did not.
 
     Raises:
@@ -263,7 +263,7 @@ def from_json(text: str, source: Path) -> RunReport | SweepReport:
         if data["schema"] != SCHEMA:
             raise ConfigError(f"{source}: report schema {data['schema']!r}, expected {SCHEMA}")
         return cast("RunReport | SweepReport", decode(kind, data))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{source}: not a report ({error!r}), expected the report.json of a run or sweep"
         ) from error

@@ -55,7 +55,7 @@ def load(path: Path) -> RunReport | SweepReport:
         raise ConfigError(
             f"{path}: found no {JSON}, expected the folder of a finished run or sweep"
         )
-    return from_json(file.read_text("utf-8"), file)
+    return from_json(file.read_bytes(), file)
 
 
 def endings(paths: Sequence[Path]) -> list[str]:

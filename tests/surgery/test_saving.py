@@ -63,6 +63,9 @@ def test_what_belongs_to_another_model_is_refused(saved):
     torch.save(other.state_dict(), folder / "weights.pt")
     with pytest.raises(ModelError):
         prune2deploy.load_pruned(build(), X, folder)
+    (folder / "plan.json").write_bytes(b"\xff\xfe{")
+    with pytest.raises(PlanError, match="not a plan"):
+        prune2deploy.load_pruned(build(), X, folder)
     (folder / "plan.json").unlink()
     with pytest.raises(ConfigError, match=r"plan\.json"):
         prune2deploy.load_pruned(build(), X, folder)
