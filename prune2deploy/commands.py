@@ -20,7 +20,6 @@ from prune2deploy.progress import Progress, tell
 from prune2deploy.reply import Reply, refuse, shown
 from prune2deploy.rundir import (
     IDENTITY,
-    MANIFEST,
     RunDir,
     read_manifest,
     run_folder,
@@ -95,14 +94,10 @@ def report(arguments: argparse.Namespace, progress: Progress) -> Reply:
     paths: list[Path] = arguments.runs
     if len(paths) == 1:
         refuse(arguments, "out", "beside a single run, which is rendered in its own folder")
-    if len(paths) == 1:
-        shown = write.load(paths[0])
+        one = write.load(paths[0])
         with RunDir(paths[0], _held_identity(paths[0]), resume=True) as held:
-            write.write(shown, held)
-            if (held / MANIFEST).exists():
-                facts = read_manifest(paths[0])
-                held.finish({k: v for k, v in facts.items() if k not in ("schema", "artefacts")})
-        return Reply(write.show(shown), encode(shown))
+            held.relist(write.write(one, held))
+        return Reply(write.show(one), encode(one))
     found = write.comparable(paths)
     if arguments.out is not None:
         with writing(arguments.out):

@@ -18,7 +18,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -147,8 +147,12 @@ class RunDir:
         for path in sorted(self.path.rglob("*")):
             name = path.relative_to(self.path)
             if path.is_file() and name.parts[0] not in (MANIFEST, LOCK, WORK):
-                found.append(Artefact(name.as_posix(), path.stat().st_size, sha256(path)))
+                found.append(self._artefact(name.as_posix()))
         return tuple(found)
+
+    def _artefact(self, name: str) -> Artefact:
+        path = self.path / name
+        return Artefact(name, path.stat().st_size, sha256(path))
 
     def finish(self, facts: Mapping[str, object]) -> dict[str, object]:
         """Write the manifest from ``facts`` (every key of ``KEYS`` but the two added here)."""
@@ -156,8 +160,23 @@ class RunDir:
         manifest = {"schema": SCHEMA, **facts, "artefacts": listed}
         missing = [key for key in KEYS if key not in manifest]
         assert not missing, f"the manifest lacks {missing}"
-        self.write_text(MANIFEST, json.dumps(manifest, indent=2, allow_nan=False) + "\n")
+        self._write_manifest(manifest)
         return manifest
+
+    def relist(self, names: Iterable[str]) -> None:
+        """Take files that were written anew into the manifest, if there is one.
+
+        Its other entries stay, so that they still tell whether their files are what they were.
+        """
+        if not (self.path / MANIFEST).exists():
+            return
+        manifest: dict[str, Any] = read_manifest(self.path)
+        listed = {entry["path"]: entry for entry in manifest["artefacts"]}
+        listed |= {name: vars(self._artefact(name)) for name in names}
+        self._write_manifest({**manifest, "artefacts": [listed[name] for name in sorted(listed)]})
+
+    def _write_manifest(self, manifest: Mapping[str, object]) -> None:
+        self.write_text(MANIFEST, json.dumps(manifest, indent=2, allow_nan=False) + "\n")
 
     def clear_work(self) -> None:
         """Remove the working files; called once all else is written."""

@@ -1,6 +1,8 @@
 """What a run leaves: files that stand alone and agree with one another, or that are not there."""
 
 import contextlib
+import hashlib
+import json
 import os
 import resource
 import shutil
@@ -195,3 +197,21 @@ def test_a_comparison_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(Kill):
         commands.report(arguments, silent)
     assert (tmp_path / "compare.html").read_text() == "an earlier one"
+
+
+def test_rendering_a_run_again_vouches_for_what_it_writes_alone(run, tmp_path):
+    run(speedup=1.5)
+    folder = tmp_path / "r"
+    (folder / "model.onnx").write_bytes(b"corrupt")
+    (folder / "report.html").unlink()
+    before = read_manifest(folder)
+    report = json.loads((folder / "report.json").read_text())
+    (folder / "report.json").write_text(json.dumps({**report, "model": "another name"}))
+    commands.report(SimpleNamespace(runs=[folder], out=None), silent)
+    after = read_manifest(folder)
+    old, new = ({entry["path"]: entry for entry in one["artefacts"]} for one in (before, after))
+    assert {**before, "artefacts": 0} == {**after, "artefacts": 0} and list(old) == list(new)
+    found = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in new}
+    wrong = [name for name, entry in new.items() if entry["sha256"] != found[name]]
+    assert wrong == ["model.onnx"] and new["model.onnx"] == old["model.onnx"]
+    assert new["report.html"] != old["report.html"]

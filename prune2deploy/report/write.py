@@ -6,6 +6,7 @@ and the plots as files, each whole or not there.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePath
 
@@ -17,24 +18,24 @@ from prune2deploy.rundir import RunDir
 JSON, CSV, HTML = "report.json", "report.csv", "report.html"
 
 
-def write(report: RunReport | SweepReport, run: RunDir) -> None:
-    """Render ``report`` into ``run``."""
-    run.write_text(JSON, to_json(report))
+def write(report: RunReport | SweepReport, run: RunDir) -> tuple[str, ...]:
+    """Render ``report`` into ``run``; return the names of the files."""
+    drawn: dict[str, Callable[[Path], None]]
     if isinstance(report, SweepReport):
-        run.write_text(CSV, text.sweep_csv(report))
-        run.write_text(HTML, html.sweep_page(report))
-        _plot(run, "latency.png", lambda path: plots.sweep_plot(report, path))
-        return
-    run.write_text(CSV, text.run_csv(report))
-    run.write_text(HTML, html.run_page(report))
-    _plot(run, "axes.png", lambda path: plots.axes_plot(report, path))
-    if report.layers:
-        _plot(run, "layers.png", lambda path: plots.layers_plot(report, path))
-
-
-def _plot(run: RunDir, name: str, draw: Callable[[Path], None]) -> None:
-    with run.place(name) as temporary:
-        draw(temporary)
+        texts = {CSV: text.sweep_csv(report), HTML: html.sweep_page(report)}
+        drawn = {"latency.png": functools.partial(plots.sweep_plot, report)}
+    else:
+        texts = {CSV: text.run_csv(report), HTML: html.run_page(report)}
+        drawn = {"axes.png": functools.partial(plots.axes_plot, report)}
+        if report.layers:
+            drawn["layers.png"] = functools.partial(plots.layers_plot, report)
+    texts[JSON] = to_json(report)
+    for name, said in texts.items():
+        run.write_text(name, said)
+    for name, draw in drawn.items():
+        with run.place(name) as temporary:
+            draw(temporary)
+    return (*texts, *drawn)
 
 
 def show(report: RunReport | SweepReport) -> str:
