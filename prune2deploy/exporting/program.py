@@ -6,6 +6,7 @@ is lowered before it is exported, because a program has the types of its tensors
 
 from __future__ import annotations
 
+import io
 import warnings
 from pathlib import Path
 
@@ -38,10 +39,10 @@ def save(
         example_inputs = tuple(x.half() if x.is_floating_point() else x for x in example_inputs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice to the model's author, and to torch's own
-        program = _exported(module, example_inputs)
+        data = io.BytesIO()  # given a file, torch hides why it cannot be written
+        torch.export.save(_exported(module, example_inputs), data)
         with replacing(path) as temporary:
-            with temporary.open("wb") as file:  # given a path, torch hides why it cannot be written
-                torch.export.save(program, file)
+            temporary.write_bytes(data.getbuffer())
             try:
                 torch.export.load(temporary).module()
             except Exception as error:

@@ -6,6 +6,7 @@ keeps. Each finished part is journaled, so a run that was stopped takes up the n
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -371,9 +372,11 @@ def _random_samples(shop: Workshop, path: Path) -> Sequence[Mapping[str, Any]]:
 
 
 def save_weights(run: RunDir, module: nn.Module, name: str) -> None:
-    """Save the state dict of a module; given a path, torch would hide why it cannot be written."""
-    with run.place(name) as path, path.open("wb") as file:
-        torch.save(module.state_dict(), file)
+    """Save the state dict of a module; given a file, torch hides why it cannot be written."""
+    data = io.BytesIO()
+    torch.save(module.state_dict(), data)
+    with run.place(name) as path:
+        path.write_bytes(data.getbuffer())
 
 
 def save_module(run: RunDir, module: nn.Module, example_inputs: tuple[Tensor, ...]) -> str:
