@@ -22,6 +22,7 @@ from dataclasses import replace
 
 import torch
 from torch import nn
+from torch.fx import GraphModule
 
 from prune2deploy.calibration import serves
 from prune2deploy.config import RunOptions
@@ -73,7 +74,21 @@ def prune_to_budget(job: Job, options: RunOptions) -> Outcome:
         search.probe()
         search.correct()
     module, found = _shipped(search)
+    search.notes += _class_kept(job.module, module, asked=options.model.keep_class)
     return _outcome(search, module, found, paid)
+
+
+def _class_kept(before: nn.Module, after: nn.Module, *, asked: bool) -> tuple[str, ...]:
+    """What to tell where a module could not stay of its class."""
+    if isinstance(before, GraphModule) or not isinstance(after, GraphModule):
+        return ()
+    advice = (
+        "these widths agree with the model's code one by one, but not together; name some of "
+        "their layers with --keep LAYER"
+        if asked
+        else "the model's code holds some of its widths, which --keep-class leaves alone"
+    )
+    return (f"the pruned module is a captured graph, not a {type(before).__name__}: {advice}",)
 
 
 def _allowed(run: RunDir, asked: int) -> int:

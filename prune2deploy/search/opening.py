@@ -14,10 +14,11 @@ from prune2deploy.calibration import check_form, check_labels, filled, require, 
 from prune2deploy.config import ModelOptions, check_max_drop
 from prune2deploy.errors import ConfigError, MissingBackend
 from prune2deploy.exporting import export
-from prune2deploy.graph import keep, require_prunable, trace
+from prune2deploy.graph import Graph, keep, require_prunable, trace
 from prune2deploy.graph.calling import quiet
 from prune2deploy.journal import Journal
 from prune2deploy.measure import Measurement
+from prune2deploy.progress import Step
 from prune2deploy.recover import Training
 from prune2deploy.search import candidate
 from prune2deploy.search.candidate import Built, Workshop
@@ -44,9 +45,7 @@ def open_workshop(
     there = backend.availability(target)
     if not there.usable:
         raise MissingBackend(f"target {target.name}: {there.reason}; {there.fix}")
-    graph = keep(trace(job.module, job.example_inputs), options.keep)
-    if options.keep_class:
-        graph = keep_class(job.module, graph)
+    graph = _traced(job, options)
     require_prunable(graph)
     if job.batches is not None:
         check_labels(job.batches, _output_shapes(job))
@@ -68,6 +67,15 @@ def open_workshop(
         max_drop=max_drop,
         before=_before(job.run.journal),
     )
+
+
+def _traced(job: Job, options: ModelOptions) -> Graph:
+    """The graph, with all frozen that is to stay."""
+    graph = keep(trace(job.module, job.example_inputs), options.keep)
+    if options.keep_class:
+        job.progress(Step("trying which widths the model's code follows", 0, 0))
+        graph = keep_class(job.module, graph)
+    return graph
 
 
 def _before(journal: Journal) -> int:

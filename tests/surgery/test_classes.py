@@ -100,7 +100,7 @@ def test_nothing_is_held_where_the_code_follows():
 
 def test_prune_and_a_run_keep_the_class_where_asked(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "device.toml").write_text(formula_profile())
+    (tmp_path / "device.toml").write_text(formula_profile(channel_multiple=2, step=2))
     torch.manual_seed(0)
     net, x = Net().eval(), torch.randn(1, 3, 6, 6)
     assert isinstance(prune2deploy.prune(net, x, 0.5), fx.GraphModule)
@@ -111,6 +111,15 @@ def test_prune_and_a_run_keep_the_class_where_asked(tmp_path, monkeypatch):
         net, x, target="device.toml", speedup=1.2, keep_class=True
     )
     assert type(result.module) is Net
+    assert not [note for note in result.report.notes if "captured" in note]
+    captured = prune2deploy.prune_to_budget(
+        net, x, target="device.toml", speedup=1.5, keep=["stem.2"]
+    )
+    assert isinstance(captured.module, fx.GraphModule)
+    assert (
+        "the pruned module is a captured graph, not a Net: the model's code holds some of its "
+        "widths, which keep_class leaves alone"
+    ) in captured.report.notes
     with pytest.raises(ConfigError, match="keep_class: found 'yes', expected True or False"):
         prune2deploy.prune(net, x, keep_class="yes")
 
