@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from prune2deploy import target as targets
 from prune2deploy.calibration import given_batches
 from prune2deploy.config import RunOptions
 from prune2deploy.errors import ConfigError
-from prune2deploy.extras import Extras, Kept, flag, names
+from prune2deploy.extras import Extras, Held, flag, names
 from prune2deploy.extras import options as run_options
 from prune2deploy.graph import Graph, require_prunable
 from prune2deploy.graph import keep as keep_layers
@@ -107,7 +107,8 @@ def prune(
     ratio: float = 0.5,
     importance: str = RunOptions.importance,
     channel_multiple: int = 1,
-    **kept: Unpack[Kept],
+    keep: Sequence[str] | None = None,
+    **held: Unpack[Held],
 ) -> nn.Module:
     """Remove the same fraction of every axis that can be pruned.
 
@@ -117,7 +118,9 @@ def prune(
         ratio: Fraction of the channels to remove, from 0 up to but not including 1.
         importance: Criterion that chooses the channels; one that needs no data.
         channel_multiple: Kept widths are multiples of this (rounded to the nearest, at least one).
-        kept: What is not to change, see :class:`Kept`.
+        keep: Names or patterns of layers (``"layer1"``, ``"*.qkv"``) whose outputs keep all their
+            channels.
+        held: What else is not to change, see :class:`Held`.
 
     Returns:
         A new, smaller module.
@@ -137,11 +140,11 @@ def prune(
             f"{', '.join(DATA_FREE)}, or use prune_to_budget(..., batches=...)"
         )
     _require_there(unwrap(model))
-    for key in kept:
-        config.one_of("prune", key, Kept.__annotations__)
-    flag("keep_class", kept.get("keep_class", False))
-    graph = keep_layers(trace_graph(model, example_inputs), names("keep", kept.get("keep")))
-    if kept.get("keep_class"):
+    for key in held:
+        config.one_of("prune", key, Held.__annotations__)
+    flag("keep_class", held.get("keep_class", False))
+    graph = keep_layers(trace_graph(model, example_inputs), names("keep", keep))
+    if held.get("keep_class"):
         graph = hold_class(model, graph, example_inputs)
     require_prunable(graph)
     scores = score(importance, model, graph)

@@ -17,21 +17,18 @@ from prune2deploy.importance import NAMES
 from prune2deploy.progress import Progress
 
 
-class Kept(TypedDict, total=False):
-    """What of a model is not to change.
+class Held(TypedDict, total=False):
+    """What else of a model is not to change.
 
     Attributes:
-        keep: Names or patterns of layers (``"layer1"``, ``"*.qkv"``) whose outputs keep all their
-            channels.
         keep_class: Leave the widths alone that the model's own code cannot follow, so that the
             result is of the model's class and not a captured graph (False).
     """
 
-    keep: Sequence[str] | None
     keep_class: bool
 
 
-class Extras(Kept, total=False):
+class Extras(Held, total=False):
     """Less common settings of :func:`prune_to_budget`.
 
     Attributes:
@@ -47,7 +44,8 @@ class Extras(Kept, total=False):
         max_macs: Cap on the multiply-accumulates of one inference.
         max_pruning_ratio: Largest fraction of its channels that any layer loses; no block
             goes then.
-        keep, keep_class: See :class:`Kept`.
+        keep: Names or patterns of layers whose outputs keep all their channels.
+        keep_class: See :class:`Held`.
         input_names: Names of the inputs in the ONNX file; ``input`` unless given, or where there
             are several the names of the forward pass.
         output_names: Names of its outputs; made from the structure of the output unless given.
@@ -68,6 +66,7 @@ class Extras(Kept, total=False):
     max_size_mb: float | None
     max_macs: int | None
     max_pruning_ratio: float | None
+    keep: Sequence[str] | None
     input_names: Sequence[str] | None
     output_names: Sequence[str] | None
     cache: bool

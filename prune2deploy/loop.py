@@ -27,6 +27,7 @@ from torch.fx import GraphModule
 from prune2deploy.calibration import serves
 from prune2deploy.config import RunOptions
 from prune2deploy.errors import ConfigError
+from prune2deploy.importance import check as check_importance
 from prune2deploy.plan.allocate import Gap, optimality_gap
 from prune2deploy.plan.plan import Plan
 from prune2deploy.rundir import WORK, RunDir
@@ -59,6 +60,7 @@ def prune_to_budget(job: Job, options: RunOptions) -> Outcome:
             f"--max-builds {options.max_builds}: found data, training or int8, for which the final "
             "model is built once more, expected at least 2"
         )
+    check_importance(options.importance, job.batches)
     shop = open_workshop(job, options.model, options.max_builds, options.max_drop)
     shop, paid = payoff.settle(shop, asked=options.model.precision is not None)
     baseline = measure_baseline(shop)
@@ -83,8 +85,8 @@ def _class_kept(before: nn.Module, after: nn.Module, *, asked: bool) -> tuple[st
     if isinstance(before, GraphModule) or not isinstance(after, GraphModule):
         return ()
     advice = (
-        "these widths agree with the model's code one by one, but not together; name some of "
-        "their layers with --keep LAYER"
+        "what went agrees with the model's code one by one, but not together; name some of the "
+        "layers with --keep LAYER"
         if asked
         else "the model's code holds some of its widths, which --keep-class leaves alone"
     )

@@ -13,7 +13,7 @@ from prune2deploy import summary
 from prune2deploy.calibration import notices
 from prune2deploy.config import SweepOptions
 from prune2deploy.graph import Graph
-from prune2deploy.importance import score
+from prune2deploy.importance import check, score
 from prune2deploy.measure import Comparison
 from prune2deploy.plan.allocate import channels
 from prune2deploy.plan.choices import Floats, choices, importance_curves
@@ -49,6 +49,7 @@ def sweep(job: Job, options: SweepOptions, name: str) -> SweepReport:
         MeasureError: A measurement failed.
     """
     job.run.journal.open_session()
+    check(options.importance, job.batches)
     shop = opening.open_workshop(job, options.model, len(options.ratios))
     timings = recall.timings(shop.target, shop.backend)
     multiple, _ = probing.settle(shop, timings)

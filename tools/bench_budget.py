@@ -180,7 +180,7 @@ def searched(bench: Bench, case: Case, yard: Yard) -> Searches:
 
     What an earlier run kept is taken, and with ``latencies`` gone on from.
     """
-    kept = yard.folder / f"searches-{case.seed}.json"
+    kept = yard.folder / f"searches-{case.seed}{'-quick' if bench.quick else ''}.json"
     found = recalled(kept)
     if found and not bench.latencies:
         return found

@@ -2,6 +2,7 @@
 
 from prune2deploy.calibration.batches import Batch, Batches, from_dataset, open_recipe
 from prune2deploy.calibration.given import (
+    IGNORED,
     are_classes,
     check_form,
     check_labels,
@@ -18,6 +19,7 @@ from prune2deploy.calibration.preprocessing import Preprocessing
 from prune2deploy.calibration.recipe import PURPOSES, Recipe, load_recipe
 
 __all__ = [
+    "IGNORED",
     "PURPOSES",
     "Batch",
     "Batches",

@@ -142,8 +142,13 @@ def _told(found: object) -> str:
     return type(found).__name__
 
 
+IGNORED = -100  # label of a sample without one, which torch's ``cross_entropy`` leaves out
+
+
 def are_classes(labels: Tensor | None, scores: Sequence[int]) -> bool:
     """Whether labels are classes that a model scores: a whole number for each sample, of several.
+
+    Some samples, but not all, may be ``IGNORED``.
 
     Args:
         labels: Of one batch, or ``None``.
@@ -152,7 +157,8 @@ def are_classes(labels: Tensor | None, scores: Sequence[int]) -> bool:
     if labels is None or len(scores) != 2 or scores[1] < 2 or tuple(labels.shape) != (scores[0],):
         return False
     whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
-    return whole and bool(((labels.long() >= 0) & (labels.long() < scores[1])).all())
+    fits, left_out = (labels >= 0) & (labels < scores[1]), labels == IGNORED
+    return whole and bool(fits.any()) and bool((fits | left_out).all())
 
 
 def check_labels(data: object, outputs: Sequence[tuple[int, ...]]) -> None:

@@ -22,7 +22,7 @@ from prune2deploy.graph.axes import Graph
 from prune2deploy.importance import data, weights
 from prune2deploy.importance.members import Scores, Subject
 
-__all__ = ["CRITERIA", "NAMES", "Criterion", "require_data", "score"]
+__all__ = ["CRITERIA", "NAMES", "Criterion", "check", "require_data", "score"]
 
 
 @dataclass(frozen=True)
@@ -92,14 +92,19 @@ def score(
         ConfigError: the name is unknown, data is missing, or the model is not the graph's.
         ModelError: scores are NaN or infinite, because weights or what the data gives are.
     """
-    criterion = CRITERIA[config.one_of("importance", name, NAMES)]
-    if criterion.needs_data:
-        require_data(name, given=batches is not None)
-        require(batches, "importance")
+    check(name, batches)
+    criterion = CRITERIA[name]
     subject = Subject(model, graph)
     found = criterion.function(subject, () if batches is None else batches, seed)
     _require_finite(name, subject, found)
     return found
+
+
+def check(name: str, batches: Iterable[Batch] | None) -> None:
+    """Raise ConfigError where a criterion is unknown, or lacks data that it may look at."""
+    if CRITERIA[config.one_of("importance", name, NAMES)].needs_data:
+        require_data(name, given=batches is not None)
+        require(batches, "importance")
 
 
 def _require_finite(name: str, subject: Subject, scores: Scores) -> None:

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from prune2deploy.calibration import Batch, read
+from prune2deploy.calibration import IGNORED, Batch, read
 from prune2deploy.errors import ConfigError
 from prune2deploy.graph.calling import device_of
 from prune2deploy.modes import evaluating
 
-IGNORED = -100  # label that torch's ``cross_entropy`` leaves out
 _Z95 = 1.959964  # of the normal distribution, for 95 per cent
 
 

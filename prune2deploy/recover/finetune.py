@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from prune2deploy.calibration import Batch, read, restarting
+from prune2deploy.calibration import IGNORED, Batch, read, restarting
 from prune2deploy.errors import ConfigError
-from prune2deploy.recover.evaluate import IGNORED, logits_of, numbers, require_labels
+from prune2deploy.recover.evaluate import logits_of, numbers, require_labels
 from prune2deploy.recover.options import FinetuneOptions
 from prune2deploy.surgery.copying import copied
 

@@ -141,6 +141,9 @@ def reconstruct(
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # not in its __all__
         _put_back(module, before)
         return Reconstructed(0, 0, 0, f"the least squares of a layer have no solution: {error}")
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        _put_back(module, before)
+        return Reconstructed(0, 0, 0, f"the memory does not suffice: {error}")
     if errors[0] < errors[1]:
         restore_lengths(module, recording, before)
         return done

@@ -23,6 +23,7 @@ from torch import Tensor
 from prune2deploy.atomic import scratch
 from prune2deploy.backends import onnx_file
 from prune2deploy.calibration import (
+    IGNORED,
     Batch,
     Batches,
     Preprocessing,
@@ -174,17 +175,18 @@ def _accuracy(path: Path, options: LoweringOptions) -> AccuracyLimit | None:
     data, allowed = options.batches, options.max_drop
     if allowed is None or options.quick:
         return None
-    if data is None or top1(path, first(data, QUICK_SAMPLES)) is None:
-        raise ConfigError(
-            "--max-drop: found no class labels in the data, or a model that gives no class scores "
-            "of shape (batch, classes); leave it out, and the difference of the outputs decides"
-        )
 
-    def evaluate(file: Path) -> float:
-        found = top1(file, data)
-        assert found is not None
+    def evaluate(file: Path, batches: Iterable[Batch] | None = data) -> float:
+        found = top1(file, batches) if batches is not None else None
+        if found is None:
+            raise ConfigError(
+                "--max-drop: found data without class labels, or with others among them, or a "
+                "model that gives no class scores of shape (batch, classes); leave it out, and "
+                "the difference of the outputs decides"
+            )
         return found[0]
 
+    evaluate(path, None if data is None else first(data, QUICK_SAMPLES))
     return AccuracyLimit(evaluate, allowed)
 
 
@@ -227,11 +229,12 @@ def top1(
     for feed in feeds(path, _labelled(batches, limit, labels)):
         wanted = torch.tensor(labels[seen : seen + len(feed[inputs[0].name])])
         scores = run(feed)[outputs[0].name][: len(wanted)]
-        if not are_classes(wanted, scores.shape):
+        if bool((wanted != IGNORED).any()) and not are_classes(wanted, scores.shape):
             return None
         right += int((scores.argmax(1) == wanted.numpy()).sum())
         seen += len(wanted)
-    return (right / seen, seen) if seen else None
+    scored = sum(label != IGNORED for label in labels[:seen])
+    return (right / scored, scored) if scored else None
 
 
 def _labelled(batches: Iterable[Batch], limit: int, labels: list[int]) -> Iterator[Batch]:

@@ -463,6 +463,8 @@ def test_batches_of_another_size_are_joined_cut_and_filled():
         (torch.tensor([False, True]), (2, 3), False),
         (torch.tensor([0, 3]), (2, 3), False),
         (torch.tensor([0, -1]), (2, 3), False),
+        (torch.tensor([0, -100]), (2, 3), True),
+        (torch.tensor([-100, -100]), (2, 3), False),
         (torch.tensor([0, 0]), (2, 1), False),
         (torch.tensor([0]), (2, 3), False),
         (torch.tensor([[0], [2]]), (2, 3), False),

@@ -286,6 +286,8 @@ def test_int8_without_data_is_refused_before_anything_is_built(net, profile, tmp
     assert not (tmp_path / "r/builds").exists()
 
 
+FIRST = torch.tensor([0])
+
 # --- data ---------------------------------------------------------------------------------------
 
 
@@ -302,6 +304,18 @@ def test_accuracy_is_counted_by_hand(net, small, batches):
     assert top1(small, wrong) == (0.0, 24)
     for other in (lambda _: None, torch.Tensor.double, lambda labels: labels + 10):
         assert top1(small, [(inputs, other(labels)) for inputs, labels in batches]) is None
+    every = list(batches)
+    every[-1] = (every[-1][0], torch.full_like(every[-1][1], -100).index_fill(0, FIRST, 3))
+    scored = 24 - len(every[-1][1]) + 1
+    right = float((found[: scored - 1] == labels[: scored - 1]).sum() + (found[scored - 1] == 3))
+    assert top1(small, every) == (right / scored, scored)
+
+
+def test_a_label_of_no_class_behind_the_first_samples_is_told(small, tmp_path, batches):
+    every = list(batches)
+    every[-1] = (every[-1][0], torch.full_like(every[-1][1], -1))
+    with pytest.raises(ConfigError, match="--max-drop: found data without class labels, or with"):
+        lower(small, tmp_path / "q.onnx", LoweringOptions("int8", "cpu", every, max_drop=0.1))
 
 
 def test_samples_that_fill_a_fixed_batch_are_not_scored(net, tmp_path, batches):

@@ -47,11 +47,11 @@ class Net(nn.Module):
 class OneWidth(nn.Module):
     """Two layers whose widths the code takes from one attribute."""
 
-    def __init__(self):
+    def __init__(self, width):
         super().__init__()
-        self.width = 12
-        self.first, self.second = nn.Linear(5, 12), nn.Linear(5, 12)
-        self.free = nn.Linear(24, 9)
+        self.width = width
+        self.first, self.second = nn.Linear(5, width), nn.Linear(5, width)
+        self.free = nn.Linear(2 * width, 9)
         self.last = nn.Linear(9, 2)
 
     def forward(self, x):
@@ -87,9 +87,48 @@ def test_what_the_code_ties_is_held_and_all_else_is_free():
     assert {"stem.0", "head.0"} <= {axis.name for axis in kept.prunable}
 
 
-def test_widths_that_one_attribute_stands_for_are_held():
+@pytest.mark.parametrize("width", [2, 3, 12])
+def test_widths_that_one_attribute_stands_for_are_held(width):
+    """Also where there is but one narrower width, so that narrower ones always agree."""
     torch.manual_seed(0)
-    check(OneWidth().eval(), torch.randn(3, 5), {"first", "second"})
+    check(OneWidth(width).eval(), torch.randn(3, 5), {"first", "second"})
+
+
+class Reading(nn.Module):
+    """Its code reads an attribute of its blocks, which an identity does not have."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 1)
+        self.blocks = nn.ModuleList(Block(scale) for scale in (1, 1))
+        self.plain = nn.Sequential(Block(1))
+        self.last = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x) * block.scale
+        return self.last(self.plain(x))
+
+
+class Block(nn.Module):
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+        self.inner = nn.Sequential(nn.Conv2d(8, 16, 1), nn.ReLU(), nn.Conv2d(16, 8, 1))
+
+    def forward(self, x):
+        return x + self.inner(x)
+
+
+def test_blocks_that_the_code_looks_into_stay():
+    net, x = Reading().eval(), torch.randn(1, 3, 4, 4)
+    graph = trace(net, x)
+    assert {block.name for block in graph.blocks} == {"blocks.0", "blocks.1", "plain", "plain.0"}
+    kept = keep_class(net, graph)
+    assert {block.name for block in kept.blocks} == {"plain", "plain.0"}
+    assert type(apply(net, kept, Plan({}, ("plain.0",)))) is Reading
+    assert isinstance(apply(net, graph, Plan({}, ("blocks.0",))), fx.GraphModule)
 
 
 def test_nothing_is_held_where_the_code_follows():
