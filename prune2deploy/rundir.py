@@ -193,7 +193,9 @@ def read_manifest(path: Path) -> dict[str, object]:
         raise ConfigError(f"{path}: found no {MANIFEST}, expected the folder of a finished run")
     try:
         manifest = json.loads(file.read_text("utf-8"))
-        schema, _ = manifest["schema"], [entry["path"] for entry in manifest["artefacts"]]
+        schema = manifest["schema"]
+        if schema == SCHEMA:
+            _ = [entry["path"] for entry in manifest["artefacts"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{file}: not a manifest ({error!r}); run again") from error
     if schema != SCHEMA:

@@ -125,9 +125,10 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path):
 def test_manifest_of_no_run_of_garbage_and_of_another_schema(tmp_path):
     with pytest.raises(ConfigError, match=r"found no manifest\.json"):
         read_manifest(tmp_path)
-    (tmp_path / "manifest.json").write_text("[]")
-    with pytest.raises(ConfigError, match="not a manifest"):
-        read_manifest(tmp_path)
+    for odd in ("[]", '{"schema": 1}', '{"schema": 1, "artefacts": [1]}'):
+        (tmp_path / "manifest.json").write_text(odd)
+        with pytest.raises(ConfigError, match="not a manifest"):
+            read_manifest(tmp_path)
     (tmp_path / "manifest.json").write_text(json.dumps({"schema": 7}))
     with pytest.raises(ConfigError, match="schema 7"):
         read_manifest(tmp_path)
