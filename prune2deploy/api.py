@@ -22,10 +22,9 @@ from prune2deploy import target as targets
 from prune2deploy.calibration import given_batches
 from prune2deploy.config import RunOptions
 from prune2deploy.errors import ConfigError
-from prune2deploy.extras import Extras, Held, flag, names
+from prune2deploy.extras import Extras, Held, check, names
 from prune2deploy.extras import options as run_options
 from prune2deploy.graph import Graph, require_prunable
-from prune2deploy.graph import keep as keep_layers
 from prune2deploy.graph import trace as trace_graph
 from prune2deploy.graph.calling import state_tensors
 from prune2deploy.graph.trace import mistaken, unwrap
@@ -41,7 +40,7 @@ from prune2deploy.progress import silent
 from prune2deploy.report.content import RunReport
 from prune2deploy.rundir import RunDir, run_folder
 from prune2deploy.search.job import Job
-from prune2deploy.surgery.classes import keep_class as hold_class
+from prune2deploy.surgery.classes import traced
 from prune2deploy.surgery.copying import copied
 from prune2deploy.surgery.slicing import apply as apply_plan
 from prune2deploy.sweep import uniform_counts
@@ -140,12 +139,9 @@ def prune(
             f"{', '.join(DATA_FREE)}, or use prune_to_budget(..., batches=...)"
         )
     _require_there(unwrap(model))
-    for key in held:
-        config.one_of("prune", key, Held.__annotations__)
-    flag("keep_class", held.get("keep_class", False))
-    graph = keep_layers(trace_graph(model, example_inputs), names("keep", keep))
-    if held.get("keep_class"):
-        graph = hold_class(model, graph, example_inputs)
+    check("prune", held, Held)
+    same_class = held.get("keep_class", False)
+    graph = traced(model, example_inputs, names("keep", keep), same_class=same_class)
     require_prunable(graph)
     scores = score(importance, model, graph)
     curves = importance_curves(graph, scores)

@@ -71,13 +71,12 @@ def inspect(arguments: argparse.Namespace, progress: Progress) -> Reply:
     """Show the axes of a model."""
     options = _model_options(arguments)
     from prune2deploy import inspection
-    from prune2deploy.graph import keep, trace
-    from prune2deploy.surgery.classes import keep_class
+    from prune2deploy.surgery.classes import traced
 
     loaded = _load(options)
-    graph = keep(trace(loaded.module, loaded.example_inputs), options.keep)
-    if options.keep_class:
-        graph = keep_class(loaded.module, graph)
+    graph = traced(
+        loaded.module, loaded.example_inputs, options.keep, same_class=options.keep_class
+    )
     return Reply(inspection.text(options.model, graph), inspection.document(options.model, graph))
 
 

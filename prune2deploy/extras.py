@@ -6,7 +6,7 @@ In: keyword arguments as a caller gave them. Out: :class:`~prune2deploy.config.R
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -15,6 +15,8 @@ from prune2deploy.config import Budget, ModelOptions, RunOptions
 from prune2deploy.errors import ConfigError
 from prune2deploy.importance import NAMES
 from prune2deploy.progress import Progress
+
+_FLAGS = ("cache", "resume", "keep_class")
 
 
 class Held(TypedDict, total=False):
@@ -76,23 +78,28 @@ class Extras(Held, total=False):
     progress: Progress | None
 
 
+def check(who: str, given: Mapping[str, Any], kind: type) -> None:
+    """Raise ConfigError at a setting that ``who`` does not know, or a flag that is no boolean.
+
+    Args:
+        who: The function that was called.
+        given: Its keyword arguments.
+        kind: The ``TypedDict`` of its settings.
+    """
+    for key, value in given.items():
+        config.one_of(who, key, kind.__annotations__)
+        if key in _FLAGS and not isinstance(value, bool):
+            raise ConfigError(f"{key}: found {value!r}, expected True or False")
+
+
 def _check_kinds(extras: Extras) -> None:
     """Raise ConfigError at an unknown setting, or one of the wrong type."""
-    for key in extras:
-        config.one_of("prune_to_budget", key, Extras.__annotations__)
-    for key in ("cache", "resume", "keep_class"):
-        flag(key, extras.get(key, False))
+    check("prune_to_budget", extras, Extras)
     place, progress = extras.get("run_dir"), extras.get("progress")
     if not isinstance(place, str | os.PathLike | None):
         raise ConfigError(f"run_dir: found {place!r}, expected the path of a folder")
     if progress is not None and not callable(progress):
         raise ConfigError(f"progress: found {progress!r}, expected a function that takes a Step")
-
-
-def flag(what: str, given: object) -> None:
-    """Raise ConfigError where a caller gave no boolean."""
-    if not isinstance(given, bool):
-        raise ConfigError(f"{what}: found {given!r}, expected True or False")
 
 
 def names(what: str, given: Sequence[str] | None) -> tuple[str, ...]:

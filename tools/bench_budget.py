@@ -373,6 +373,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench_budget.json"))
     parser.add_argument("--work", type=Path, help="networks and measured latencies are kept here")
     args = parser.parse_args()
+    if args.latencies and args.part != "a":
+        parser.error("--latencies goes with --part a")
     torch.set_num_threads(1)
     result: Row = {"quick": args.quick, "seeds": args.seeds, "start": facts()}
     for name in PARTS if args.part == "all" else [args.part]:
@@ -386,10 +388,9 @@ def main() -> None:
             folder = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
             folder.mkdir(parents=True, exist_ok=True)
             seeds = tuple(range(args.first, args.first + (1 if args.quick else args.seeds)))
-            bench = Bench(seeds, args.quick, args.latencies, folder.resolve(), save)
-            rows = PARTS[name][0](bench)
+            rows = PARTS[name][0](Bench(seeds, args.quick, args.latencies, folder.resolve(), save))
         if args.latencies:
-            return
+            break
         print(f"\npart {name}, {time.monotonic() - started:.0f} s", *PARTS[name][1](rows), sep="\n")
         result["end"] = facts()
         save(rows)

@@ -14,7 +14,7 @@ from prune2deploy.calibration import check_form, check_labels, filled, require, 
 from prune2deploy.config import ModelOptions, check_max_drop
 from prune2deploy.errors import ConfigError, MissingBackend
 from prune2deploy.exporting import export
-from prune2deploy.graph import Graph, keep, require_prunable, trace
+from prune2deploy.graph import Graph, require_prunable
 from prune2deploy.graph.calling import quiet
 from prune2deploy.journal import Journal
 from prune2deploy.measure import Measurement
@@ -23,7 +23,7 @@ from prune2deploy.recover import Training
 from prune2deploy.search import candidate
 from prune2deploy.search.candidate import Built, Workshop
 from prune2deploy.search.job import Baseline, Job
-from prune2deploy.surgery.classes import keep_class
+from prune2deploy.surgery.classes import traced
 
 _RUN_ON = ("importance", "bn", "sensitivity", "finetune")  # purposes that run the model on data
 
@@ -70,12 +70,10 @@ def open_workshop(
 
 
 def _traced(job: Job, options: ModelOptions) -> Graph:
-    """The graph, with all frozen that is to stay."""
-    graph = keep(trace(job.module, job.example_inputs), options.keep)
+    """The graph; which widths the model's code follows takes a while to try."""
     if options.keep_class:
         job.progress(Step("trying which widths the model's code follows", 0, 0))
-        graph = keep_class(job.module, graph)
-    return graph
+    return traced(job.module, job.example_inputs, options.keep, same_class=options.keep_class)
 
 
 def _before(journal: Journal) -> int:

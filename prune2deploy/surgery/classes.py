@@ -18,7 +18,8 @@ import numpy as np
 from torch import nn
 
 from prune2deploy.graph.axes import Graph
-from prune2deploy.graph.keep import freeze
+from prune2deploy.graph.keep import freeze, keep
+from prune2deploy.graph.trace import trace
 from prune2deploy.plan.choices import allowed, decided_together, grid
 from prune2deploy.plan.plan import Plan
 from prune2deploy.surgery.slicing import keeps_class
@@ -28,6 +29,21 @@ _APART = 4  # neighbours of which any two are tried with one of them whole
 _LEAST = 0.25  # of an axis
 
 Unit = tuple[str, ...]
+
+
+def traced(
+    model: nn.Module, example_inputs: Any, kept: Sequence[str], *, same_class: bool
+) -> Graph:
+    """The graph of a model in which all is frozen that is to stay.
+
+    Args:
+        model: Any module.
+        example_inputs: As ``graph.trace`` takes them.
+        kept: Names or patterns of layers; see ``graph.keep``.
+        same_class: Whether pruned copies are to be of the model's class.
+    """
+    graph = keep(trace(model, example_inputs), kept)
+    return keep_class(model, graph, example_inputs) if same_class else graph
 
 
 def keep_class(model: nn.Module, graph: Graph, example_inputs: Any = None) -> Graph:
